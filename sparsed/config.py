@@ -1,0 +1,51 @@
+"""The three numbers of SparseD and the schedule that follows from them (arXiv 2509.24014, section 4)."""
+
+import math
+from dataclasses import dataclass
+
+
+def share(fraction: float, total: int) -> int:
+    """How many of `total` things a `fraction` of them is: at least one, rounded up.
+
+    Products such as 0.07 * 100 = 7.000000000000001 are cleaned of float noise first.
+    """
+    return max(1, math.ceil(round(fraction * total, 9)))
+
+
+@dataclass(frozen=True)
+class SparseDConfig:
+    """The three numbers of SparseD.
+
+    Args:
+        skip: fraction of the denoising steps that use full attention, 0 to 1.
+        select: fraction of the key blocks that each query block keeps afterwards, above 0, at most 1.
+        block_size: tokens a block, for queries and keys alike, a positive multiple of 16.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    skip: float = 0.2
+    select: float = 0.3
+    block_size: int = 128
+
+    def __post_init__(self):
+        if not _is_number(self.skip) or not 0 <= self.skip <= 1:
+            raise ValueError(f"skip must be between 0 and 1, got {self.skip!r}")
+        if not _is_number(self.select) or not 0 < self.select <= 1:
+            raise ValueError(f"select must be above 0 and at most 1, got {self.select!r}")
+        if (
+            not isinstance(self.block_size, int)
+            or isinstance(self.block_size, bool)
+            or self.block_size < 16
+            or self.block_size % 16
+        ):
+            raise ValueError(f"block_size must be a positive multiple of 16, got {self.block_size!r}")
+
+    def n_full(self, steps: int) -> int:
+        """Number of leading steps, of `steps` in all, that use full attention; the last of them chooses the blocks."""
+        return min(steps, share(self.skip, steps))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,135 @@
+"""What Dream and LLaDA share: configuration checks, RMSNorm, rotary tables, full attention, the choice of rows."""
+
+import math
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Config = TypeVar("Config")
+
+
+def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+    """Build the config dataclass `cls` from the dict of a published config.json, ignoring keys the forward never reads.
+
+    A key without a default must be there; whole numbers, numbers and flags are checked by the field's annotation.
+
+    Raises:
+        ValueError: a required key is missing or a value has the wrong kind or range (the line names the key).
+    """
+    taken = {}
+    for field in fields(cls):
+        if field.name in values and values[field.name] is not None:
+            taken[field.name] = _checked(field.name, values[field.name], field.type)
+        elif field.default is MISSING:
+            raise ValueError(f"config.json has no '{field.name}', which a {cls.__name__} needs")
+    return cls(**taken)
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"config.json: '{name}' must be true or false, got {value!r}")
+    elif kind is int:
+        lowest = 0 if name.endswith("token_id") else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            raise ValueError(f"config.json: '{name}' must be a whole number of at least {lowest}, got {value!r}")
+    elif kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"config.json: '{name}' must be a positive number, got {value!r}")
+        return float(value)
+    return value
+
+
+def check_heads(name: str, width: int, heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless `heads` divide `width` into even head sizes and `kv_heads` divide `heads`."""
+    if width % heads or (width // heads) % 2:
+        raise ValueError(f"config.json: {heads} attention heads do not divide {name} {width} into heads of even size")
+    if heads % kv_heads:
+        raise ValueError(f"config.json: {kv_heads} key-value heads do not divide {heads} attention heads")
+
+
+def check_special_ids(config: Any, *names: str) -> None:
+    """Raise ValueError if a special token's id lies outside the vocabulary."""
+    for name in names:
+        if getattr(config, name) >= config.vocab_size:
+            raise ValueError(
+                f"config.json: '{name}' {getattr(config, name)} is outside the vocabulary of {config.vocab_size} ids"
+            )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, cast back to the input's dtype BEFORE the weight, as published."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, float32.
+
+    Args:
+        positions: [..., T] integer token positions.
+
+    Returns:
+        cos, sin: [..., T, head_dim], the two halves of the last dimension equal (half-split rotation).
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    # elementwise, not a matmul: TF32 would damage large angles
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads x [B, H, T, D] by tables broadcastable to [B, 1, T, D], in the dtype both promote to."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = None) -> Tensor:
+    """Full bidirectional attention, scale 1/sqrt(D): q [B, Hq, T, D] over k, v [B, Hkv, T, D], Hkv dividing Hq.
+
+    Args:
+        key_valid: bool [B, T], False where a key is padding; None if every key is real.
+    """
+    mask = None if key_valid is None else key_valid[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, heads * D] -> [B, heads, T, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, heads, T, D] -> [B, T, heads * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def take_rows(hidden: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of hidden [B, T, width] whose logits are wanted: all, or the flat positions b * T + t [n] -> [n, width]."""
+    return hidden if rows is None else hidden.flatten(0, 1)[rows.to(hidden.device)]
+
+
+class DiffusionLM(nn.Module):
+    """Base of both families: where the weights live and in which dtype."""
+
+    family: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype

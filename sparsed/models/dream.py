@@ -1,0 +1,163 @@
+"""Dream (Dream-v0-7B, Dream-Coder): a Qwen2-shaped bidirectional transformer. Row t of the logits predicts token t + 1."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .common import (
+    DiffusionLM,
+    RMSNorm,
+    attend,
+    check_heads,
+    check_special_ids,
+    config_from_dict,
+    merge_heads,
+    rope_tables,
+    rotate,
+    split_heads,
+    take_rows,
+)
+
+Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DreamConfig:
+    """The keys of a published Dream config.json that the forward and the sampler read."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 131072
+    tie_word_embeddings: bool = False
+    mask_token_id: int = 151666
+    pad_token_id: int = 151643
+    eos_token_id: int = 151643
+
+    def __post_init__(self):
+        check_heads("hidden_size", self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
+        check_special_ids(self, "mask_token_id", "pad_token_id", "eos_token_id")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DreamConfig":
+        """From config.json's dict; ValueError names a missing, invalid or unsupported key."""
+        if values.get("rope_scaling") is not None:
+            raise ValueError("config.json: 'rope_scaling' must be null, other rotary embeddings are not supported")
+        if values.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"config.json: 'hidden_act' must be silu, got {values['hidden_act']!r}")
+        return config_from_dict(cls, values)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, in tokens, that the model was made for."""
+        return self.max_position_embeddings
+
+
+class DreamAttention(nn.Module):
+    """Grouped-query attention with biases on q, k and v; `attend` is the one seam that other attention replaces."""
+
+    def __init__(self, config: DreamConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        kv_width = self.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
+        return attend(q, k, v, key_valid)
+
+    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None) -> Tensor:
+        q = rotate(split_heads(self.q_proj(x), self.heads), *rope)
+        k = rotate(split_heads(self.k_proj(x), self.kv_heads), *rope)
+        v = split_heads(self.v_proj(x), self.kv_heads)
+        return self.o_proj(merge_heads(self.attend(q, k, v, key_valid)))
+
+
+class DreamMLP(nn.Module):
+    def __init__(self, config: DreamConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DreamLayer(nn.Module):
+    def __init__(self, config: DreamConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DreamAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DreamMLP(config)
+
+    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, key_valid)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DreamBackbone(nn.Module):
+    def __init__(self, config: DreamConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DreamLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        key_valid = None if attention_mask is None else attention_mask.bool()
+        rope = self._rope(input_ids, key_valid, x)
+        for layer in self.layers:
+            x = layer(x, rope, key_valid)
+        return self.norm(x)
+
+    def _rope(self, input_ids: Tensor, key_valid: Tensor | None, x: Tensor) -> Rope:
+        """Tables [B, 1, T, D] in the model's dtype: Dream rotates in that dtype, positions counted over real tokens."""
+        real = input_ids.new_ones(1, input_ids.shape[1]) if key_valid is None else key_valid.long()
+        positions = (real.cumsum(-1) - 1).masked_fill(real == 0, 1)
+        cos, sin = rope_tables(positions[:, None], self.config.head_dim, self.config.rope_theta)
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+class DreamModel(DiffusionLM):
+    """Dream with its head; parameter names are those of the published checkpoints."""
+
+    family = "dream"
+
+    def __init__(self, config: DreamConfig):
+        super().__init__()
+        self.config = config
+        self.model = DreamBackbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, logit_rows: Tensor | None = None
+    ) -> Tensor:
+        """Logits in the model's dtype; row t predicts token t + 1.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], 1 = real, 0 = left padding; None if every token is real.
+            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted; None for all.
+
+        Returns:
+            [B, T, vocab_size], or [n, vocab_size] with `logit_rows`.
+        """
+        return self.lm_head(take_rows(self.model(input_ids, attention_mask), logit_rows))

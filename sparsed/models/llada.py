@@ -1,0 +1,175 @@
+"""LLaDA (LLaDA-8B, LLaDA-1.5): a Llama-shaped bidirectional transformer. Row t of its logits predicts token t."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .common import (
+    DiffusionLM,
+    RMSNorm,
+    attend,
+    check_heads,
+    check_special_ids,
+    config_from_dict,
+    merge_heads,
+    rope_tables,
+    rotate,
+    split_heads,
+    take_rows,
+)
+
+Rope = tuple[Tensor, Tensor]
+
+# what this forward computes; a config.json that asks for anything else describes another network
+SUPPORTED = {
+    "block_type": "llama",
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "rope_full_precision": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+}
+
+
+@dataclass(frozen=True)
+class LLaDAConfig:
+    """The keys of a published LLaDA config.json that the forward and the sampler read."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    mlp_hidden_size: int
+    n_kv_heads: int
+    embedding_size: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 5e5
+    max_sequence_length: int = 4096
+    weight_tying: bool = False
+    mask_token_id: int = 126336
+    pad_token_id: int = 126081
+    eos_token_id: int = 126081
+    eot_token_id: int = 126348
+
+    def __post_init__(self):
+        check_heads("d_model", self.d_model, self.n_heads, self.n_kv_heads)
+        check_special_ids(self, "mask_token_id", "pad_token_id", "eos_token_id", "eot_token_id")
+        if self.embedding_size < self.vocab_size:
+            raise ValueError(
+                f"config.json: 'embedding_size' {self.embedding_size} is less than 'vocab_size' {self.vocab_size}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LLaDAConfig":
+        """From config.json's dict; ValueError names a missing, invalid or unsupported key."""
+        for key, wanted in SUPPORTED.items():
+            if values.get(key, wanted) != wanted:
+                raise ValueError(f"config.json: '{key}' must be {wanted!r}, got {values[key]!r}")
+        filled = dict(values)
+        for key, stands_in in (("n_kv_heads", "n_heads"), ("embedding_size", "vocab_size")):
+            if filled.get(key) is None:
+                filled[key] = values.get(stands_in)
+        return config_from_dict(cls, filled)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, in tokens, that the model was trained on."""
+        return self.max_sequence_length
+
+
+class LLaDABlock(nn.Module):
+    """One layer, attention and MLP in one module as published; `attend` is the seam that other attention replaces."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        width, kv_width = config.d_model, config.n_kv_heads * config.head_dim
+        self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
+        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
+        return attend(q, k, v, key_valid)
+
+    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None) -> Tensor:
+        normed = self.attn_norm(x)
+        # LLaDA rotates in float32 (the tables' dtype) and casts back
+        q = rotate(split_heads(self.q_proj(normed), self.heads), *rope).to(x.dtype)
+        k = rotate(split_heads(self.k_proj(normed), self.kv_heads), *rope).to(x.dtype)
+        v = split_heads(self.v_proj(normed), self.kv_heads)
+        x = x + self.attn_out(merge_heads(self.attend(q, k, v, key_valid)))
+        normed = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
+
+
+class LLaDABackbone(nn.Module):
+    """`model` of the published names; its parts sit in a dict called `transformer`."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.config = config
+        parts = {
+            "wte": nn.Embedding(config.embedding_size, config.d_model),
+            "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+        }
+        if not config.weight_tying:
+            parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
+        self.transformer = nn.ModuleDict(parts)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
+        x = self.transformer["wte"](input_ids)
+        key_valid = None if attention_mask is None else attention_mask.bool()
+        # positions count every token of the tensor, padding included
+        positions = torch.arange(input_ids.shape[1], device=x.device)
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.transformer["blocks"]:
+            x = block(x, rope, key_valid)
+        x = take_rows(self.transformer["ln_f"](x), logit_rows)
+        if self.config.weight_tying:
+            return F.linear(x, self.transformer["wte"].weight)
+        return self.transformer["ff_out"](x)
+
+
+class LLaDAModel(DiffusionLM):
+    """LLaDA with its head; parameter names are those of the published checkpoints."""
+
+    family = "llada"
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.config = config
+        self.model = LLaDABackbone(config)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, logit_rows: Tensor | None = None
+    ) -> Tensor:
+        """Logits in the model's dtype; row t predicts token t.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], 1 = real, 0 = padding; None if every token is real.
+            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted; None for all.
+
+        Returns:
+            [B, T, embedding_size], or [n, embedding_size] with `logit_rows`.
+        """
+        return self.model(input_ids, attention_mask, logit_rows)

@@ -1,0 +1,276 @@
+"""`sparsify`: run SparseD inside a loaded Dream or LLaDA, whoever wrote its classes and whoever samples from it.
+
+A denoising step is one forward of the patched model. The first `n_full` steps run the model's own full attention; the
+last of them also chooses every layer's blocks; the steps after it attend to those only (arXiv 2509.24014, section 4).
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import BACKENDS, Problem, SparseAttention, choose_backend
+from .config import SparseDConfig
+from .kernels import block_scores
+from .selection import BlockGrid, isolated_top_k
+
+
+class Run:
+    """State of the generations inside one `sparsify`, all of it: nothing stays on the model.
+
+    Attributes:
+        step: index of the next denoising step (inside a forward: of the current one).
+        n_full: number of leading steps with full attention.
+        backend, backend_reason: the kernel of the sparse steps and why it was taken; None until blocks are chosen.
+        compile_seconds: time spent choosing and compiling kernels, part of step n_full - 1's time.
+    """
+
+    def __init__(self, config: SparseDConfig, steps: int, gen_length: int, backend: str):
+        self.config, self.steps, self.gen_length = config, steps, gen_length
+        self.n_full = config.n_full(steps)
+        self.backend: str | None = None
+        self.backend_reason: str | None = None
+        self.compile_seconds = 0.0
+        self._wanted = backend
+        self._shape: tuple[int, ...] | None = None
+        self.reset()
+
+    @property
+    def density(self) -> float | None:
+        """Attended over all valid (query, key) pairs in the sparse steps, mean over layers and heads."""
+        return torch.stack([d.cpu() for d in self._densities]).mean().item() if self._densities else None
+
+    def reset(self) -> None:
+        """Drop the chosen blocks: the next forward is step 0 of a new generation."""
+        self.step = 0
+        self._grid: BlockGrid | None = None
+        self._sparse: dict[int, SparseAttention] = {}
+        self._densities: list[Tensor] = []
+
+    def release(self) -> None:
+        """Free the chosen blocks and keep what was measured."""
+        self._grid, self._sparse = None, {}
+
+    def begin(self, shape: tuple[int, ...]) -> None:
+        """A forward over [batch, length] tokens starts; a finished run or another shape starts a new generation."""
+        if shape[1] < self.gen_length:
+            raise ValueError(f"sparsify: gen_length {self.gen_length} exceeds the forward's {shape[1]} tokens")
+        if self.step >= self.steps or shape != self._shape:
+            self.reset()
+        self._shape = shape
+
+    def end(self) -> None:
+        """The forward is done."""
+        self.step += 1
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any] | None) -> Any:
+        """One layer's attention in this step: `full()` in the full steps, else over the layer's kept blocks.
+
+        Args:
+            layer: index of the attention module.
+            q, k, v: [B, Hq, T, D] and [B, Hkv, T, D], after rotary embedding.
+            mask: the mask that the model gave its attention, in any of the forms of `valid_keys`.
+            full: computes the model's own full attention.
+        """
+        if self.step >= self.n_full:
+            return self._sparse[layer](q, k, v)
+        out = full()
+        if self.chooses:
+            self._choose(layer, q, k, v, mask)
+        return out
+
+    @property
+    def chooses(self) -> bool:
+        """Whether this step chooses the blocks: the last full one, unless no sparse step follows."""
+        return self.step == self.n_full - 1 and self.n_full < self.steps
+
+    def _choose(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
+        first = self._grid is None
+        if first:
+            length = q.shape[2]
+            self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
+            self._timed(lambda: self._prepare(q, k), q.device)
+        scores = block_scores(q, k, block_size=self._grid.block_size, key_valid=self._grid.key_valid)
+        pattern = isolated_top_k(scores, self._grid, self.config.select)
+        self._densities.append(pattern.density)
+        self._sparse[layer] = BACKENDS[self.backend](pattern)
+        if first:
+            self._timed(lambda: self._sparse[layer](q, k, v), q.device)
+
+    def _prepare(self, q: Tensor, k: Tensor) -> None:
+        """Choose the backend, and compile the score kernel on a short piece."""
+        grid = self._grid
+        problem = Problem(
+            q.device, q.dtype, *q.shape[:2], k.shape[1], q.shape[3], grid.block_size, grid.key_valid is not None
+        )
+        self.backend, self.backend_reason = choose_backend(self._wanted, problem)
+        piece = slice(0, grid.block_size)
+        valid = None if grid.key_valid is None else grid.key_valid[:, piece]
+        block_scores(q[:, :, piece], k[:, :, piece], block_size=grid.block_size, key_valid=valid)
+
+    def _timed(self, work: Callable[[], Any], device: torch.device) -> None:
+        """Run `work` and count its time, the device's included, as compile time."""
+        _synchronize(device)
+        start = time.perf_counter()
+        work()
+        _synchronize(device)
+        self.compile_seconds += time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def valid_keys(mask: Any, k: Tensor) -> Tensor | None:
+    """Which keys [B, T] an attention mask lets any query attend to; None if all of them.
+
+    Args:
+        mask: None or a string such as "full" (no mask); or bool (True = attend) or additive float, broadcastable to
+            [B, H, T, T] or of shape [B, T].
+        k: [B, Hkv, T, D].
+    """
+    if mask is None or isinstance(mask, str):
+        return None
+    batch, length = k.shape[0], k.shape[2]
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if allowed.shape != (batch, length):
+        while allowed.ndim < 4:
+            allowed = allowed[None]
+        allowed = allowed.any(dim=2).any(dim=1).expand(batch, length)
+    return None if allowed.all() else allowed.to(k.device)
+
+
+@contextmanager
+def sparsify(
+    model: nn.Module, config: SparseDConfig, *, steps: int, gen_length: int, backend: str = "auto"
+) -> Iterator[Run]:
+    """Patch the attention of any loaded Dream or LLaDA with SparseD while the context is open.
+
+    It works on this package's classes and on the hub's remote code, and with any sampler that calls the model once a
+    denoising step. After `steps` forwards, or when batch or length changes, the next forward starts a new generation.
+
+    Args:
+        model: recognised by the structure of its attention modules.
+        config: skip, select, block_size.
+        steps: denoising steps of one generation, one forward each.
+        gen_length: tokens of the generated region, at the end of every forward's sequence.
+        backend: auto, flash, triton or gather.
+
+    Yields:
+        The `Run`, with `reset()` and what was measured.
+
+    Raises:
+        ValueError: no Dream or LLaDA attention in the model, or a number out of range.
+        RuntimeError: the model is inside another `sparsify`.
+        BackendError: (in the step that chooses the blocks) the named backend cannot run.
+    """
+    for name, value in (("steps", steps), ("gen_length", gen_length)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    seams = [(module, *seam) for module in model.modules() if (seam := _seam(module))]
+    if not seams:
+        raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
+    if any(hasattr(getattr(module, name), "sparsed_run") for module, name, _ in seams):
+        raise RuntimeError("the model is inside another sparsify already: leave it, or generate without config=")
+    run = Run(config, steps, gen_length, backend)
+    with ExitStack() as undo:
+        for layer, (module, name, patched) in enumerate(seams):
+            _replace(undo, module, name, patched(run, layer, module, getattr(module, name)), run)
+        _replace(undo, model, "forward", _counted(run, model.forward), run)
+        undo.callback(run.release)
+        yield run
+
+
+def _replace(undo: ExitStack, module: nn.Module, name: str, function: Callable, run: Run) -> None:
+    """Shadow a method on the instance; `undo` puts back what the instance had, or takes the shadow away."""
+    if name in module.__dict__:
+        undo.callback(module.__dict__.__setitem__, name, module.__dict__[name])
+    else:
+        undo.callback(module.__dict__.pop, name, None)
+    function.sparsed_run = run
+    module.__dict__[name] = function
+
+
+def _counted(run: Run, forward: Callable) -> Callable:
+    """The model's top-level forward: one denoising step, counted when it has succeeded."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        candidates = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        tokens = next((x for x in candidates if isinstance(x, Tensor)), None)
+        if tokens is None:
+            raise ValueError("sparsify: the model was called without input_ids or inputs_embeds")
+        run.begin(tuple(tokens.shape[:2]))
+        out = forward(*args, **kwargs)
+        run.end()
+        return out
+
+    return counted
+
+
+def _seam(module: nn.Module) -> tuple[str, Callable] | None:
+    """(method to replace, its replacement's maker) if the module owns attention, recognised by its structure."""
+    if hasattr(module, "attend") and hasattr(module, "q_proj"):
+        return "attend", _patched_sdpa
+    if hasattr(module, "_scaled_dot_product_attention"):
+        return "_scaled_dot_product_attention", _patched_sdpa
+    hub_dream = ("q_proj", "k_proj", "v_proj", "o_proj", "num_heads", "num_key_value_heads", "head_dim")
+    if all(hasattr(module, name) for name in hub_dream):
+        return "forward", _patched_dream
+    return None
+
+
+def _patched_sdpa(run: Run, layer: int, module: nn.Module, original: Callable) -> Callable:
+    """A method (q, k, v, mask, ...) -> heads: `attend` of this package's models, and of the hub's LLaDA block."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mask = args[0] if args else kwargs.get("attn_mask", kwargs.get("key_valid"))
+        return run.attend(layer, q, k, v, mask, lambda: original(q, k, v, *args, **kwargs))
+
+    return attention
+
+
+def _patched_dream(run: Run, layer: int, module: nn.Module, original: Callable) -> Callable:
+    """The whole forward of the hub's DreamAttention, which has no inner method to replace."""
+    signature = inspect.signature(original)
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None, Any]:
+        if run.step < run.n_full and not run.chooses:
+            return original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        q, k, v = _dream_heads(module, given)
+        out = run.attend(layer, q, k, v, given.get("attention_mask"), lambda: original(*args, **kwargs))
+        if not isinstance(out, Tensor):
+            return out
+        return module.o_proj(out.transpose(1, 2).flatten(2)), None, given.get("past_key_value")
+
+    return forward
+
+
+def _dream_heads(module: nn.Module, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, Hq, T, D], k and v [B, Hkv, T, D] as the hub's Dream computes them, rotated in the model's dtype."""
+    x = given["hidden_states"]
+    q, k, v = (
+        projection(x).unflatten(-1, (heads, module.head_dim)).transpose(1, 2)
+        for projection, heads in (
+            (module.q_proj, module.num_heads),
+            (module.k_proj, module.num_key_value_heads),
+            (module.v_proj, module.num_key_value_heads),
+        )
+    )
+    tables = given.get("position_embeddings")
+    cos, sin = tables if tables is not None else module.rotary_emb(v, given.get("position_ids"))
+    cos, sin = cos[:, None], sin[:, None]  # [B or 1, 1, T, D]
+    return _rotated(q, cos, sin), _rotated(k, cos, sin), v
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,96 @@
+"""What both samplers share: checks, the canvas, drawing tokens and committing the most confident ones."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import SparseDConfig
+from ..patch import sparsify
+
+OnStep = Callable[[int], None]
+
+
+def check_numbers(**numbers: int) -> None:
+    """Raise ValueError unless every number is a positive whole one."""
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+
+
+def check_temperature(name: str, value: float) -> None:
+    """Raise ValueError unless the temperature is zero or above."""
+    if not value >= 0:
+        raise ValueError(f"{name} must be 0 or above, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def make_canvas(
+    input_ids: Tensor, attention_mask: Tensor | None, gen_length: int, mask_id: int
+) -> tuple[Tensor, Tensor | None]:
+    """The prompt followed by `gen_length` mask tokens, and the attention mask over all of it.
+
+    Args:
+        input_ids: [B, prompt] int64.
+        attention_mask: [B, prompt], 1 = real, 0 = left padding.
+
+    Returns:
+        ids [B, prompt + gen_length], and bool mask of the same shape, or None if nothing is padded.
+
+    Raises:
+        ValueError: shapes or kinds that do not fit, a mask id inside the prompt (it would be generated over), padding
+            that is not on the left (generation would start after padding), or a row without a real token.
+    """
+    if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+        raise ValueError(f"input_ids must be int64 [batch, prompt], got {input_ids.dtype} {list(input_ids.shape)}")
+    if not input_ids.shape[0] or not input_ids.shape[1]:
+        raise ValueError(f"input_ids must hold at least one row and one token, got {list(input_ids.shape)}")
+    if (input_ids == mask_id).any():
+        raise ValueError(f"the prompt holds the mask token (id {mask_id}), which the sampler would overwrite")
+    canvas = F.pad(input_ids, (0, gen_length), value=mask_id)
+    if attention_mask is None:
+        return canvas, None
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the prompt's shape {list(input_ids.shape)}, got {list(attention_mask.shape)}"
+        )
+    real = attention_mask.to(input_ids.device).bool()
+    if not real[:, -1].all() or (real[:, 1:] < real[:, :-1]).any():
+        raise ValueError("attention_mask must be left-padded: 0s, then 1s up to the end of every row")
+    return canvas, None if real.all() else F.pad(real, (0, gen_length), value=True)
+
+
+def attention_of(model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int) -> AbstractContextManager:
+    """SparseD around the whole generation, or full attention without a config."""
+    return nullcontext() if config is None else sparsify(model, config, steps=steps, gen_length=gen_length)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One token of each row of probabilities [n, V] -> [n] int64."""
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def commit(canvas: Tensor, rows: Tensor, tokens: Tensor, confidence: Tensor, counts: Tensor) -> None:
+    """Write each batch row's `counts` most confident tokens into the canvas, in place; of equals the earlier wins.
+
+    Args:
+        canvas: [B, T] int64.
+        rows: [n] int64, flat positions b * T + t of the candidates, ascending.
+        tokens, confidence: [n], a candidate's token and confidence.
+        counts: [B] how many to commit; a row with fewer candidates commits them all.
+    """
+    batch, length = canvas.shape
+    grid = torch.full((batch * length,), -torch.inf, dtype=confidence.dtype, device=canvas.device)
+    grid[rows] = confidence
+    order = grid.view(batch, length).sort(dim=-1, descending=True, stable=True).indices
+    ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(length, device=order.device).expand_as(order))
+    chosen = ranks.flatten()[rows] < counts[rows // length]
+    flat = canvas.view(-1)
+    flat[rows] = torch.where(chosen, tokens, flat[rows])

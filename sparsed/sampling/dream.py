@@ -1,0 +1,146 @@
+"""Dream's sampler: every masked position competes in every step; row j - 1 of the logits predicts token j."""
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparseDConfig
+from .common import (
+    OnStep,
+    attention_of,
+    check_choice,
+    check_numbers,
+    check_temperature,
+    commit,
+    draw,
+    make_canvas,
+)
+
+ALGORITHMS = ("maskgit_plus", "entropy", "topk_margin", "origin")
+
+
+@torch.no_grad()
+def dream_generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    gen_length: int,
+    steps: int,
+    alg: str = "maskgit_plus",
+    alg_temp: float = 0.0,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    eps: float = 1e-3,
+    mask_id: int | None = None,
+    generator: torch.Generator | None = None,
+    config: SparseDConfig | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Generate by iterative unmasking, token for token Dream's published `diffusion_generate` at temperature 0.
+
+    Args:
+        model: a DreamModel.
+        input_ids: [B, prompt] int64, without mask tokens.
+        attention_mask: [B, prompt], 1 = real, 0 = left padding.
+        gen_length, steps: new tokens, and denoising steps (one forward each).
+        alg: what ranks the positions: maskgit_plus (probability of the drawn token), topk_margin (its lead over the
+            second), entropy (negative entropy), or origin (no ranking: each position by chance).
+        alg_temp: above 0, positions are drawn from softmax(confidence / alg_temp) instead of taken from the top.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        top_p, top_k: keep the likeliest tokens up to a total probability of top_p, the top_k likeliest; None keeps all.
+        eps: end of the time grid 1 ... eps that sets how many positions a step commits.
+        mask_id: the mask token, by default the model's.
+        generator: source of randomness, on the model's device.
+        config: SparseD; None means full attention.
+        on_step: called with the step's index after each step.
+
+    Returns:
+        int64 [B, prompt + gen_length].
+
+    Raises:
+        ValueError: a number, shape or name outside its range, or a mask token inside the prompt.
+        RuntimeError: `config` given inside `sparsify`.
+    """
+    check_numbers(gen_length=gen_length, steps=steps)
+    check_choice("alg", alg, ALGORITHMS)
+    check_temperature("temperature", temperature)
+    check_temperature("alg_temp", alg_temp)
+    _check_filters(top_p, top_k, eps)
+    mask_id = model.config.mask_token_id if mask_id is None else mask_id
+    canvas, mask = make_canvas(input_ids.to(model.device), attention_mask, gen_length, mask_id)
+    fractions = commit_fractions(steps, eps)
+    with attention_of(model, config, steps, gen_length):
+        for step in range(steps):
+            rows = (canvas == mask_id).view(-1).nonzero().squeeze(-1)
+            logits = model(canvas, mask, logit_rows=shifted(rows, canvas.shape[1]))
+            probabilities = filtered_probabilities(logits, temperature, top_p, top_k)
+            tokens = probabilities.argmax(-1) if temperature == 0 else draw(probabilities, generator)
+            if alg == "origin":
+                chance = torch.rand(len(rows), generator=generator, device=rows.device) < fractions[step].item()
+                canvas.view(-1)[rows[chance]] = tokens[chance]
+            else:
+                masked = (canvas == mask_id).sum(-1)
+                counts = (masked.float() * fractions[step].item()).long()
+                ranking = confidence(probabilities, tokens, alg)
+                if alg_temp > 0:
+                    ranking = draw_order(ranking / alg_temp, generator)
+                commit(canvas, rows, tokens, ranking, counts)
+            if on_step is not None:
+                on_step(step)
+    return canvas
+
+
+def commit_fractions(steps: int, eps: float) -> Tensor:
+    """Share of the still masked positions that each step commits, float32 [steps], 1 at the last step."""
+    times = torch.linspace(1, eps, steps + 1)
+    fractions = 1 - times[1:] / times[:-1]
+    fractions[-1] = 1
+    return fractions
+
+
+def shifted(rows: Tensor, length: int) -> Tensor:
+    """The flat rows whose logits predict the flat positions `rows`: one to the left, but position 0 reads its own."""
+    return rows - (rows % length != 0).long()
+
+
+def filtered_probabilities(logits: Tensor, temperature: float, top_p: float | None, top_k: int | None) -> Tensor:
+    """softmax of logits [n, V] after temperature, nucleus and top-k filters, float32 [n, V]."""
+    logits = logits.float()
+    if temperature > 0:
+        logits = logits / temperature
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
+        before[:, 0] = 0  # the likeliest token always stays
+        beyond = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, before > top_p)
+        logits = logits.masked_fill(beyond, torch.finfo(logits.dtype).min)
+    if top_k:
+        lowest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, torch.finfo(logits.dtype).min)
+    return logits.softmax(-1)
+
+
+def confidence(probabilities: Tensor, tokens: Tensor, alg: str) -> Tensor:
+    """What ranks the candidates: probabilities [n, V], drawn tokens [n] -> [n], higher commits first."""
+    if alg == "topk_margin":
+        first, second = probabilities.topk(2, dim=-1).values.unbind(-1)
+        return first - second
+    if alg == "entropy":
+        return (probabilities * (probabilities + 1e-10).log()).sum(-1)
+    return probabilities.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def draw_order(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Perturb logits [n] with Gumbel noise: their order is then a draw from softmax(logits) without replacement."""
+    noise = torch.rand(logits.shape, generator=generator, device=logits.device)
+    return logits - (-noise.clamp_min(torch.finfo(noise.dtype).tiny).log()).log()
+
+
+def _check_filters(top_p: float | None, top_k: int | None, eps: float) -> None:
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be a positive whole number or None, got {top_k!r}")
+    if not 0 < eps < 1:
+        raise ValueError(f"eps must lie between 0 and 1, got {eps!r}")

@@ -1,0 +1,142 @@
+"""LLaDA's sampler: the generated region is unmasked block after block; row j of the logits predicts token j."""
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparseDConfig
+from .common import (
+    OnStep,
+    attention_of,
+    check_choice,
+    check_numbers,
+    check_temperature,
+    commit,
+    draw,
+    make_canvas,
+)
+
+REMASKING = ("low_confidence", "random")
+
+
+@torch.no_grad()
+def llada_generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    gen_length: int,
+    steps: int,
+    block_length: int,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    logits_eos_inf: bool = False,
+    confidence_eos_eot_inf: bool = False,
+    mask_id: int | None = None,
+    generator: torch.Generator | None = None,
+    config: SparseDConfig | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Generate by iterative unmasking, token for token LLaDA's published `generate` at temperature 0.
+
+    Args:
+        model: a LLaDAModel.
+        input_ids: [B, prompt] int64, without mask tokens.
+        attention_mask: [B, prompt], 1 = real, 0 = left padding.
+        gen_length, steps, block_length: new tokens, denoising steps (one forward each) and tokens a block; block_length
+            must divide gen_length, and the number of blocks must divide steps.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        cfg_scale: classifier-free guidance: logits = unconditional + (cfg_scale + 1) * (conditional - unconditional).
+        remasking: low_confidence commits the likeliest tokens first, random any.
+        logits_eos_inf: never draw the end-of-text token.
+        confidence_eos_eot_inf: commit end-of-text and end-of-turn tokens last.
+        mask_id: the mask token, by default the model's.
+        generator: source of randomness, on the model's device.
+        config: SparseD, in both halves of a guided batch; None means full attention.
+        on_step: called with the step's index after each step.
+
+    Returns:
+        int64 [B, prompt + gen_length].
+
+    Raises:
+        ValueError: a number, shape or name outside its range, or a mask token inside the prompt.
+        RuntimeError: `config` given inside `sparsify`.
+    """
+    check_numbers(gen_length=gen_length, steps=steps, block_length=block_length)
+    check_choice("remasking", remasking, REMASKING)
+    check_temperature("temperature", temperature)
+    check_temperature("cfg_scale", cfg_scale)
+    steps_a_block = _steps_a_block(gen_length, steps, block_length)
+    mask_id = model.config.mask_token_id if mask_id is None else mask_id
+    canvas, mask = make_canvas(input_ids.to(model.device), attention_mask, gen_length, mask_id)
+    eos, eot = model.config.eos_token_id, model.config.eot_token_id
+    prompt_len = input_ids.shape[1]
+    with attention_of(model, config, steps, gen_length):
+        for step in range(steps):
+            block, inner = divmod(step, steps_a_block)
+            end = prompt_len + (block + 1) * block_length
+            if inner == 0:
+                counts = commit_counts((canvas[:, end - block_length : end] == mask_id).sum(-1), steps_a_block)
+            rows = _masked_rows(canvas, mask_id, end)
+            logits = guided_logits(model, canvas, mask, rows, cfg_scale, prompt_len, mask_id)
+            if logits_eos_inf:
+                logits[:, eos] = -torch.inf
+            tokens = logits.argmax(-1) if temperature == 0 else draw((logits / temperature).softmax(-1), generator)
+            if confidence_eos_eot_inf:
+                logits[:, eot] = -torch.inf
+                if temperature == 0:  # as published: with noise, only the end of the turn is held back
+                    logits[:, eos] = -torch.inf
+            commit(canvas, rows, tokens, confidence(logits, tokens, remasking, generator), counts[:, inner])
+            if on_step is not None:
+                on_step(step)
+    return canvas
+
+
+def _steps_a_block(gen_length: int, steps: int, block_length: int) -> int:
+    if gen_length % block_length:
+        raise ValueError(f"gen_length must be a multiple of block_length {block_length}, got {gen_length}")
+    blocks = gen_length // block_length
+    if steps % blocks:
+        raise ValueError(f"steps must be a multiple of the number of blocks {blocks}, got {steps}")
+    return steps // blocks
+
+
+def commit_counts(masked: Tensor, steps: int) -> Tensor:
+    """Spread `masked` [B] positions over the steps as evenly as whole numbers go, more in the first: [B, steps]."""
+    index = torch.arange(steps, device=masked.device)
+    return masked[:, None] // steps + (index < masked[:, None] % steps)
+
+
+def _masked_rows(canvas: Tensor, mask_id: int, end: int) -> Tensor:
+    """Flat positions of the mask tokens before `end`."""
+    masked = canvas == mask_id
+    masked[:, end:] = False
+    return masked.view(-1).nonzero().squeeze(-1)
+
+
+def guided_logits(
+    model: nn.Module,
+    canvas: Tensor,
+    mask: Tensor | None,
+    rows: Tensor,
+    cfg_scale: float,
+    prompt_len: int,
+    mask_id: int,
+) -> Tensor:
+    """float32 logits [n, V] of the flat positions `rows`, guided away from those with the whole prompt masked."""
+    if cfg_scale == 0:
+        return model(canvas, mask, logit_rows=rows).float()
+    blind = canvas.clone()
+    blind[:, :prompt_len] = mask_id
+    both = torch.cat((canvas, blind))
+    both_mask = None if mask is None else torch.cat((mask, mask))
+    logits = model(both, both_mask, logit_rows=torch.cat((rows, rows + canvas.numel()))).float()
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
+
+
+def confidence(logits: Tensor, tokens: Tensor, remasking: str, generator: torch.Generator | None) -> Tensor:
+    """What ranks the candidates: logits [n, V] without temperature or noise, drawn tokens [n] -> [n]."""
+    if remasking == "random":
+        return torch.rand(len(tokens), generator=generator, device=tokens.device)
+    return logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)

@@ -1,0 +1,158 @@
+"""Which key blocks each query block keeps: block scores, then isolated top-k (arXiv 2509.24014, section 4).
+
+The prompt and the generated region each have their own budget, because the generated region is small and would
+otherwise win or lose as a whole.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import share
+from .kernels import block_scores
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The blocks of one sequence: prompt, then generated region, cut every `block_size` tokens.
+
+    Args:
+        length: tokens in all.
+        prompt_len: tokens before the generated region.
+        key_valid: bool [B, length], False where a token is padding; None if every token is real.
+    """
+
+    length: int
+    prompt_len: int
+    block_size: int
+    key_valid: Tensor | None = None
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.length // self.block_size)
+
+    @property
+    def parts(self) -> tuple[slice, slice]:
+        """Prompt blocks, generation blocks: the latter lie wholly inside the generated region, or are the last one."""
+        border = min(-(-self.prompt_len // self.block_size), self.n_blocks - 1)
+        return slice(0, border), slice(border, self.n_blocks)
+
+    @cached_property
+    def block_tokens(self) -> Tensor:
+        """Real tokens in each block, [B or 1, n_blocks]."""
+        valid = torch.ones(1, self.length, dtype=torch.bool) if self.key_valid is None else self.key_valid
+        return F.pad(valid, (0, -self.length % self.block_size)).unflatten(-1, (-1, self.block_size)).sum(-1)
+
+    def budgets(self, select: float) -> list[tuple[int, int]]:
+        """Key blocks to keep in (prompt, generation) for each batch row (one row stands for all without padding).
+
+        Each part keeps max(1, ceil(select * its blocks that hold a real token)), and none if there is no such block.
+        """
+        counts = [(self.block_tokens[:, part] > 0).sum(-1).tolist() for part in self.parts]
+        return [tuple(share(select, n) if n else 0 for n in row) for row in zip(*counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The kept key blocks of one layer.
+
+    Args:
+        indices: int32 [B, Hq, nQ, width], ascending; row b holds counts[b] blocks, then repeats its last one.
+        counts: kept key blocks of a query block, by batch row.
+        grid: the blocks that the indices count.
+    """
+
+    indices: Tensor
+    counts: tuple[int, ...]
+    grid: BlockGrid
+
+    @property
+    def density(self) -> Tensor:
+        """Attended over all pairs of real query and real key, mean over batch rows and heads; 0-dim float32."""
+        tokens = self.grid.block_tokens.to(self.indices.device).expand(self.indices.shape[0], -1)
+        shares = []
+        for row, kept, real in zip(self.indices.long(), self.counts, tokens.float(), strict=True):
+            attended = (real[row[..., :kept]].sum(-1) * real).sum(-1)  # [Hq]
+            shares.append(attended.mean() / real.sum().square())
+        return torch.stack(shares).mean()
+
+    def as_mask(self) -> Tensor:
+        """The kept blocks as bool [B, Hq, nQ, nK]."""
+        shape = *self.indices.shape[:-1], self.grid.n_blocks
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
+        return mask.scatter_(-1, self.indices.long(), True)
+
+
+def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
+    """Keep each part's highest-scoring key blocks for every query block; of equal scores the earlier block wins.
+
+    Args:
+        scores: [B, Hq, nQ, nK] block scores.
+    """
+    budgets = grid.budgets(select)
+    if len(budgets) == 1:
+        budgets = budgets * len(scores)
+    if grid.key_valid is not None:
+        empty = (grid.block_tokens == 0)[:, None, None, :]
+        scores = scores.masked_fill(empty, -1.0)
+    counts = tuple(map(sum, budgets))
+    rows = []
+    for row, budget, count in zip(scores, budgets, counts, strict=True):
+        kept = [_top(row, part, keep) for part, keep in zip(grid.parts, budget, strict=True)]
+        kept = torch.cat(kept, dim=-1).sort(dim=-1).values
+        last = kept[..., -1:].expand(*kept.shape[:-1], max(counts) - count)
+        rows.append(torch.cat((kept, last), dim=-1))
+    return Pattern(torch.stack(rows), counts, grid)
+
+
+def _top(scores: Tensor, part: slice, keep: int) -> Tensor:
+    """Indices (int32, of the whole grid) of the `keep` highest scores inside one part, [..., keep]."""
+    order = scores[..., part].sort(dim=-1, descending=True, stable=True).indices
+    return (order[..., :keep] + part.start).int()
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, *, prompt_len: int, block_size: int, select: float, key_valid: Tensor | None = None
+) -> Tensor:
+    """The key blocks that SparseD keeps for each query block (arXiv 2509.24014, section 4).
+
+    Args:
+        q: [B, Hq, T, D] queries after rotary embedding, float32, bfloat16 or float16.
+        k: [B, Hkv, T, D] keys, Hkv dividing Hq: query head h reads key head h // (Hq // Hkv).
+        prompt_len: tokens before the generated region, 0 to T.
+        block_size: tokens a block; the last block may be shorter.
+        select: share of each part's blocks to keep, above 0, at most 1.
+        key_valid: bool [B, T], False where a token is padding.
+
+    Returns:
+        bool [B, Hq, nQ, nK], nQ = nK = ceil(T / block_size).
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a number outside its range.
+    """
+    _check_selection(q, k, prompt_len, block_size, select, key_valid)
+    scores = block_scores(q, k, block_size=block_size, key_valid=key_valid)
+    return isolated_top_k(scores, BlockGrid(q.shape[2], prompt_len, block_size, key_valid), select).as_mask()
+
+
+def _check_selection(q, k, prompt_len, block_size, select, key_valid) -> None:
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:])
+        or q.shape[1] % k.shape[1]
+    ):
+        raise ValueError(
+            f"q [B, Hq, T, D] and k [B, Hkv, T, D] do not fit each other: {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if not 0 <= prompt_len <= q.shape[2]:
+        raise ValueError(f"prompt_len must be between 0 and the sequence's {q.shape[2]} tokens, got {prompt_len}")
+    if block_size < 1:
+        raise ValueError(f"block_size must be positive, got {block_size}")
+    if not 0 < select <= 1:
+        raise ValueError(f"select must be above 0 and at most 1, got {select}")
+    if key_valid is not None and (key_valid.dtype != torch.bool or key_valid.shape != (q.shape[0], q.shape[2])):
+        raise ValueError(f"key_valid must be bool [B, T] = {[q.shape[0], q.shape[2]]}, got {list(key_valid.shape)}")
