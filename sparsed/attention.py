@@ -1,7 +1,7 @@
 """Attention over the kept key blocks, and the choice of the kernel that computes it.
 
 A backend turns a layer's `Pattern` into a function (q [B, Hq, T, D], k and v [B, Hkv, T, D]) -> [B, Hq, T, D].
-`flash` and `triton` are FlexAttention's two kernels (CUDA), `gather` is plain torch on any device; all compute the same.
+`flash` and `triton` are FlexAttention's two kernels (CUDA), `gather` is plain torch on any device; all agree.
 """
 
 import functools

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from .attention import BACKENDS, Problem, SparseAttention, choose_backend
 from .config import SparseDConfig
-from .kernels import block_scores
-from .selection import BlockGrid, isolated_top_k
+from .selection import BlockGrid, choose_blocks, compile_scores
 
 
 class Run:
@@ -47,6 +46,9 @@ class Run:
     def reset(self) -> None:
         """Drop the chosen blocks: the next forward is step 0 of a new generation."""
         self.step = 0
+        self._forget()
+
+    def _forget(self) -> None:
         self._grid: BlockGrid | None = None
         self._sparse: dict[int, SparseAttention] = {}
         self._densities: list[Tensor] = []
@@ -61,6 +63,8 @@ class Run:
             raise ValueError(f"sparsify: gen_length {self.gen_length} exceeds the forward's {shape[1]} tokens")
         if self.step >= self.steps or shape != self._shape:
             self.reset()
+        if self.chooses:
+            self._forget()  # what an earlier try at this step chose before it failed
         self._shape = shape
 
     def end(self) -> None:
@@ -94,8 +98,7 @@ class Run:
             length = q.shape[2]
             self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
             self._timed(lambda: self._prepare(q, k), q.device)
-        scores = block_scores(q, k, block_size=self._grid.block_size, key_valid=self._grid.key_valid)
-        pattern = isolated_top_k(scores, self._grid, self.config.select)
+        pattern = choose_blocks(q, k, self._grid, self.config.select)
         self._densities.append(pattern.density)
         self._sparse[layer] = BACKENDS[self.backend](pattern)
         if first:
@@ -108,9 +111,7 @@ class Run:
             q.device, q.dtype, *q.shape[:2], k.shape[1], q.shape[3], grid.block_size, grid.key_valid is not None
         )
         self.backend, self.backend_reason = choose_backend(self._wanted, problem)
-        piece = slice(0, grid.block_size)
-        valid = None if grid.key_valid is None else grid.key_valid[:, piece]
-        block_scores(q[:, :, piece], k[:, :, piece], block_size=grid.block_size, key_valid=valid)
+        compile_scores(q, k, grid)
 
     def _timed(self, work: Callable[[], Any], device: torch.device) -> None:
         """Run `work` and count its time, the device's included, as compile time."""
@@ -130,14 +131,14 @@ def valid_keys(mask: Any, k: Tensor) -> Tensor | None:
     """Which keys [B, T] an attention mask lets any query attend to; None if all of them.
 
     Args:
-        mask: None or a string such as "full" (no mask); or bool (True = attend) or additive float, broadcastable to
-            [B, H, T, T] or of shape [B, T].
+        mask: None or a string such as "full" (no mask); bool or integer (nonzero = attend) or additive float,
+            broadcastable to [B, H, T, T] or of shape [B, T].
         k: [B, Hkv, T, D].
     """
     if mask is None or isinstance(mask, str):
         return None
     batch, length = k.shape[0], k.shape[2]
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
     if allowed.shape != (batch, length):
         while allowed.ndim < 4:
             allowed = allowed[None]
@@ -152,7 +153,8 @@ def sparsify(
     """Patch the attention of any loaded Dream or LLaDA with SparseD while the context is open.
 
     It works on this package's classes and on the hub's remote code, and with any sampler that calls the model once a
-    denoising step. After `steps` forwards, or when batch or length changes, the next forward starts a new generation.
+    denoising step. After `steps` forwards, or when batch or length changes, the next forward starts a new generation; a
+    sampler that stops before calls `reset()`.
 
     Args:
         model: recognised by the structure of its attention modules.
@@ -239,12 +241,15 @@ def _patched_sdpa(run: Run, layer: int, module: nn.Module, original: Callable) -
 def _patched_dream(run: Run, layer: int, module: nn.Module, original: Callable) -> Callable:
     """The whole forward of the hub's DreamAttention, which has no inner method to replace."""
     signature = inspect.signature(original)
+    extra = next(
+        (name for name, parameter in signature.parameters.items() if parameter.kind == parameter.VAR_KEYWORD), ""
+    )
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None, Any]:
         if run.step < run.n_full and not run.chooses:
             return original(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+        given |= given.get(extra, {})
         q, k, v = _dream_heads(module, given)
         out = run.attend(layer, q, k, v, given.get("attention_mask"), lambda: original(*args, **kwargs))
         if not isinstance(out, Tensor):

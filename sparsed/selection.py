@@ -114,6 +114,19 @@ def _top(scores: Tensor, part: slice, keep: int) -> Tensor:
     return (order[..., :keep] + part.start).int()
 
 
+def choose_blocks(q: Tensor, k: Tensor, grid: BlockGrid, select: float) -> Pattern:
+    """Score the blocks of q [B, Hq, T, D] and k [B, Hkv, T, D] (after rotary embedding) and keep the best ones."""
+    scores = block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid)
+    return isolated_top_k(scores, grid, select)
+
+
+def compile_scores(q: Tensor, k: Tensor, grid: BlockGrid) -> None:
+    """Score a single block, so that `choose_blocks` finds its kernel compiled for these dtypes and sizes."""
+    piece = slice(0, grid.block_size)
+    valid = None if grid.key_valid is None else grid.key_valid[:, piece]
+    block_scores(q[:, :, piece], k[:, :, piece], block_size=grid.block_size, key_valid=valid)
+
+
 def select_blocks(
     q: Tensor, k: Tensor, *, prompt_len: int, block_size: int, select: float, key_valid: Tensor | None = None
 ) -> Tensor:
@@ -134,8 +147,7 @@ def select_blocks(
         ValueError: shapes that do not fit each other, or a number outside its range.
     """
     _check_selection(q, k, prompt_len, block_size, select, key_valid)
-    scores = block_scores(q, k, block_size=block_size, key_valid=key_valid)
-    return isolated_top_k(scores, BlockGrid(q.shape[2], prompt_len, block_size, key_valid), select).as_mask()
+    return choose_blocks(q, k, BlockGrid(q.shape[2], prompt_len, block_size, key_valid), select).as_mask()
 
 
 def _check_selection(q, k, prompt_len, block_size, select, key_valid) -> None:

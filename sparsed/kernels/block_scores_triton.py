@@ -14,7 +14,9 @@ def block_scores_triton(q: Tensor, k: Tensor, *, block_size: int, key_valid: Ten
     n_blocks = -(-length // block_size)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     scores = torch.empty(batch, heads, n_blocks, n_blocks, device=q.device, dtype=torch.float32)
-    tile = min(128 if q.dtype != torch.float32 else 64, triton.next_power_of_2(block_size))
+    # tiles that fit the 99 KiB of shared memory of a consumer GPU at head size 128, two stages deep
+    most_rows, most_keys = (64, 32) if q.dtype == torch.float32 else (128, 64)
+    tile = triton.next_power_of_2(block_size)
     valid = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
     _block_scores_kernel[(n_blocks, batch * heads)](
         q, k, valid, scores,
@@ -24,9 +26,11 @@ def block_scores_triton(q: Tensor, k: Tensor, *, block_size: int, key_valid: Ten
         D=head_dim,
         D_TILE=max(16, triton.next_power_of_2(head_dim)),
         BLOCK=block_size,
-        TILE=tile,
-        SWEEP=max(tile, 64),
-        num_warps=8 if tile == 128 else 4,
+        ROWS=min(tile, most_rows),
+        KEYS=min(tile, most_keys),
+        SWEEP=most_keys,
+        num_warps=8 if min(tile, most_rows) == 128 else 4,
+        num_stages=2,
     )  # fmt: skip
     return scores
 
@@ -63,7 +67,8 @@ def _block_scores_kernel(
     D: tl.constexpr,
     D_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
     SWEEP: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
@@ -75,8 +80,8 @@ def _block_scores_kernel(
     out_row = out_ptr + ((b * heads + h) * n_blocks + i) * n_blocks
     d = tl.arange(0, D_TILE)
 
-    for first in range(0, BLOCK, TILE):
-        inside = first + tl.arange(0, TILE)
+    for first in range(0, BLOCK, ROWS):
+        inside = first + tl.arange(0, ROWS)
         rows = i * BLOCK + inside
         row_ok = (inside < BLOCK) & (rows < length)
         pointers = q_base + rows[:, None].to(tl.int64) * q_row + d[None, :]
@@ -85,8 +90,8 @@ def _block_scores_kernel(
             row_ok = row_ok & (tl.load(valid_base + rows, mask=row_ok, other=0) != 0)
 
         # first sweep: the log-sum-exp of every row
-        peak = tl.full([TILE], float("-inf"), tl.float32)
-        total = tl.zeros([TILE], tl.float32)
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
         for start in range(0, length, SWEEP):
             columns = start + tl.arange(0, SWEEP)
             logits = _logits(q, k_base, k_row, valid_base, columns, columns < length, scale, PADDED, D, D_TILE)
@@ -99,9 +104,9 @@ def _block_scores_kernel(
 
         # second sweep: probabilities, summed block by block; later tiles of the same rows add to the first one's sum
         for j in range(n_blocks):
-            mass = tl.zeros([TILE], tl.float32)
-            for offset in range(0, BLOCK, TILE):
-                within = offset + tl.arange(0, TILE)
+            mass = tl.zeros([ROWS], tl.float32)
+            for offset in range(0, BLOCK, KEYS):
+                within = offset + tl.arange(0, KEYS)
                 columns = j * BLOCK + within
                 column_ok = (within < BLOCK) & (columns < length)
                 logits = _logits(q, k_base, k_row, valid_base, columns, column_ok, scale, PADDED, D, D_TILE)

@@ -117,7 +117,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def take_rows(hidden: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of hidden [B, T, width] whose logits are wanted: all, or the flat positions b * T + t [n] -> [n, width]."""
+    """The rows of hidden [B, T, width] whose logits are wanted: all, or flat positions b * T + t [n] -> [n, width]."""
     return hidden if rows is None else hidden.flatten(0, 1)[rows.to(hidden.device)]
 
 

@@ -1,4 +1,4 @@
-"""Dream (Dream-v0-7B, Dream-Coder): a Qwen2-shaped bidirectional transformer. Row t of the logits predicts token t + 1."""
+"""Dream (Dream-v0-7B, Dream-Coder): a bidirectional transformer shaped as Qwen2. Row t of its logits predicts t + 1."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -130,9 +130,10 @@ class LLaDABackbone(nn.Module):
             "wte": nn.Embedding(config.embedding_size, config.d_model),
             "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
             "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+            "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=False),
         }
-        if not config.weight_tying:
-            parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
+        if config.weight_tying:
+            parts["ff_out"].weight = parts["wte"].weight
         self.transformer = nn.ModuleDict(parts)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
@@ -143,10 +144,7 @@ class LLaDABackbone(nn.Module):
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         for block in self.transformer["blocks"]:
             x = block(x, rope, key_valid)
-        x = take_rows(self.transformer["ln_f"](x), logit_rows)
-        if self.config.weight_tying:
-            return F.linear(x, self.transformer["wte"].weight)
-        return self.transformer["ff_out"](x)
+        return self.transformer["ff_out"](take_rows(self.transformer["ln_f"](x), logit_rows))
 
 
 class LLaDAModel(DiffusionLM):

@@ -33,7 +33,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def make_canvas(
-    input_ids: Tensor, attention_mask: Tensor | None, gen_length: int, mask_id: int
+    input_ids: Tensor, attention_mask: Tensor | None, gen_length: int, mask_id: int, vocab_size: int
 ) -> tuple[Tensor, Tensor | None]:
     """The prompt followed by `gen_length` mask tokens, and the attention mask over all of it.
 
@@ -45,13 +45,18 @@ def make_canvas(
         ids [B, prompt + gen_length], and bool mask of the same shape, or None if nothing is padded.
 
     Raises:
-        ValueError: shapes or kinds that do not fit, a mask id inside the prompt (it would be generated over), padding
-            that is not on the left (generation would start after padding), or a row without a real token.
+        ValueError: shapes or kinds that do not fit, ids outside the vocabulary, a mask id inside the prompt (it would
+            be generated over), padding that is not on the left (generation would start after padding), or a row without
+            a real token.
     """
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
         raise ValueError(f"input_ids must be int64 [batch, prompt], got {input_ids.dtype} {list(input_ids.shape)}")
     if not input_ids.shape[0] or not input_ids.shape[1]:
         raise ValueError(f"input_ids must hold at least one row and one token, got {list(input_ids.shape)}")
+    if not 0 <= mask_id < vocab_size:
+        raise ValueError(f"mask_id must be one of the vocabulary's {vocab_size} ids, got {mask_id}")
+    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+        raise ValueError(f"input_ids must lie in the vocabulary's {vocab_size} ids, 0 to {vocab_size - 1}")
     if (input_ids == mask_id).any():
         raise ValueError(f"the prompt holds the mask token (id {mask_id}), which the sampler would overwrite")
     canvas = F.pad(input_ids, (0, gen_length), value=mask_id)

@@ -68,7 +68,9 @@ def dream_generate(
     check_temperature("alg_temp", alg_temp)
     _check_filters(top_p, top_k, eps)
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
-    canvas, mask = make_canvas(input_ids.to(model.device), attention_mask, gen_length, mask_id)
+    canvas, mask = make_canvas(
+        input_ids.to(model.device), attention_mask, gen_length, mask_id, model.config.vocab_size
+    )
     fractions = commit_fractions(steps, eps)
     with attention_of(model, config, steps, gen_length):
         for step in range(steps):

@@ -68,7 +68,9 @@ def llada_generate(
     check_temperature("cfg_scale", cfg_scale)
     steps_a_block = _steps_a_block(gen_length, steps, block_length)
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
-    canvas, mask = make_canvas(input_ids.to(model.device), attention_mask, gen_length, mask_id)
+    canvas, mask = make_canvas(
+        input_ids.to(model.device), attention_mask, gen_length, mask_id, model.config.vocab_size
+    )
     eos, eot = model.config.eos_token_id, model.config.eot_token_id
     prompt_len = input_ids.shape[1]
     with attention_of(model, config, steps, gen_length):

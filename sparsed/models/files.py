@@ -1,0 +1,61 @@
+"""Finding a checkpoint's files: a local folder in the hub's format, or a hub id downloaded into the hub's cache."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, tqdm
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def checkpoint_folder(path: str | os.PathLike, patterns: list[str]) -> Path:
+    """The local folder of a checkpoint; for a hub id, downloads the files that match `patterns` (nothing else).
+
+    Raises:
+        ValueError: neither a folder nor a hub id, or a hub id that cannot be downloaded and is not cached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{path} is a file; a model is a folder with config.json, or a hub id")
+    if not HUB_ID.fullmatch(str(path)):
+        raise ValueError(f"{path}: no such folder, and not a hub id of the form owner/name")
+    return _download(str(path), patterns)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; ValueError in one line if the file is missing, unreadable or holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file.parent} has no {file.name}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, found a {type(content).__name__}")
+    return content
+
+
+class _TerminalBar(tqdm):
+    """The hub's progress bar, silent where stderr is no terminal."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"disable": None, **kwargs})
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, tqdm_class=_TerminalBar))
+    except GatedRepoError:
+        advice = f"access is restricted; accept its terms on https://huggingface.co/{hub_id} and log in to the hub"
+    except RepositoryNotFoundError:
+        advice = "there is no such folder here and no such public model on the hub; check the spelling"
+    except Exception as error:  # network errors have no common base across the hub client's versions
+        reason = type(error.__cause__ or error).__name__
+        advice = f"no such folder here, and the download failed ({reason}); check the network, or pass a folder"
+    raise ValueError(f"{hub_id}: {advice}")

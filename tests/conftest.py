@@ -1,0 +1,71 @@
+"""Shared fixtures: tiny models, seeds, the gpu marker, poisoned buffers."""
+
+import pytest
+import torch
+from patch_cases import KINDS, build, family_of
+from standins import tiny_dream, tiny_llada
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The models are tiny: more threads only wait for each other, and change the order of sums."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dream():
+    return tiny_dream()
+
+
+@pytest.fixture(scope="session")
+def llada():
+    return tiny_llada()
+
+
+@pytest.fixture(scope="session")
+def weights(dream, llada):
+    """The state dicts of the two tiny models."""
+    return {"dream": dream.state_dict(), "llada": llada.state_dict()}
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind if isinstance(kind, str) else kind.__name__)
+def any_model(request, weights):
+    """(a fresh model, its family) of every kind that `sparsify` knows, in turn, all with the same weights."""
+    return build(request.param, weights), family_of(request.param)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Compiled FlexAttention starts without another test's recompilations, whose limit it silently works around."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def nan_empty(monkeypatch):
+    """`torch.empty` and `torch.empty_like` hand out NaN, so that an unwritten element cannot pass for a zero."""
+
+    def poisoned(make):
+        def empty(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
