@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .selection import BlockGrid, Pattern, isolated_top_k
+from .blocks import BlockGrid, Pattern
 
 SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# compiled variants of FlexAttention (dtypes, block sizes, heads; lengths share one) before dynamo gives up, by default 8
+RECOMPILES = 64
 # elements of the gathered keys of one chunk: in a CPU they stay in the cache, on a GPU they stay bounded
 CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
 
@@ -82,7 +84,10 @@ def flash_attention(pattern: Pattern) -> SparseAttention:
 
 def _flex(mask: BlockMask, options: dict) -> SparseAttention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
+            return _compiled_flex()(
+                q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
+            )
 
     return attention
 
@@ -258,11 +263,12 @@ def _check_pattern(problem: Problem) -> Pattern:
         key_valid = torch.ones(problem.batch, length, dtype=torch.bool, device=problem.device)
         key_valid[0, : block // 2 + 1] = False
     grid = BlockGrid(length, 3 * block, block, key_valid)
+    # half of the blocks by chance, and the last one
     generator = torch.Generator(problem.device).manual_seed(1)
-    shape = (problem.batch, problem.heads, grid.n_blocks, grid.n_blocks)
-    scores = torch.rand(shape, generator=generator, device=problem.device)
-    scores[..., -1] = 2.0
-    return isolated_top_k(scores, grid, 0.5)
+    shape = (problem.batch, problem.heads, grid.n_blocks, grid.n_blocks - 1)
+    order = torch.rand(shape, generator=generator, device=problem.device).argsort(dim=-1).int()
+    kept = torch.cat((order[..., :2].sort(dim=-1).values, order.new_full((*shape[:-1], 1), grid.n_blocks - 1)), dim=-1)
+    return Pattern(kept, (3,) * problem.batch, grid)
 
 
 def dense_masked_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention import BACKENDS, Problem, SparseAttention, choose_backend
+from .blocks import BlockGrid
 from .config import SparseDConfig
-from .selection import BlockGrid, choose_blocks, compile_scores
+from .selection import choose_blocks, compile_scores
 
 
 class Run:
@@ -98,7 +99,7 @@ class Run:
             length = q.shape[2]
             self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
             self._timed(lambda: self._prepare(q, k), q.device)
-        pattern = choose_blocks(q, k, self._grid, self.config.select)
+        pattern = choose_blocks(q, k, self._grid.to(q.device), self.config.select)
         self._densities.append(pattern.density)
         self._sparse[layer] = BACKENDS[self.backend](pattern)
         if first:

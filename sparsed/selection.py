@@ -4,86 +4,11 @@ The prompt and the generated region each have their own budget, because the gene
 otherwise win or lose as a whole.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .config import share
+from .blocks import BlockGrid, Pattern
 from .kernels import block_scores
-
-
-@dataclass(frozen=True)
-class BlockGrid:
-    """The blocks of one sequence: prompt, then generated region, cut every `block_size` tokens.
-
-    Args:
-        length: tokens in all.
-        prompt_len: tokens before the generated region.
-        key_valid: bool [B, length], False where a token is padding; None if every token is real.
-    """
-
-    length: int
-    prompt_len: int
-    block_size: int
-    key_valid: Tensor | None = None
-
-    @property
-    def n_blocks(self) -> int:
-        return -(-self.length // self.block_size)
-
-    @property
-    def parts(self) -> tuple[slice, slice]:
-        """Prompt blocks, generation blocks: the latter lie wholly inside the generated region, or are the last one."""
-        border = min(-(-self.prompt_len // self.block_size), self.n_blocks - 1)
-        return slice(0, border), slice(border, self.n_blocks)
-
-    @cached_property
-    def block_tokens(self) -> Tensor:
-        """Real tokens in each block, [B or 1, n_blocks]."""
-        valid = torch.ones(1, self.length, dtype=torch.bool) if self.key_valid is None else self.key_valid
-        return F.pad(valid, (0, -self.length % self.block_size)).unflatten(-1, (-1, self.block_size)).sum(-1)
-
-    def budgets(self, select: float) -> list[tuple[int, int]]:
-        """Key blocks to keep in (prompt, generation) for each batch row (one row stands for all without padding).
-
-        Each part keeps max(1, ceil(select * its blocks that hold a real token)), and none if there is no such block.
-        """
-        counts = [(self.block_tokens[:, part] > 0).sum(-1).tolist() for part in self.parts]
-        return [tuple(share(select, n) if n else 0 for n in row) for row in zip(*counts, strict=True)]
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """The kept key blocks of one layer.
-
-    Args:
-        indices: int32 [B, Hq, nQ, width], ascending; row b holds counts[b] blocks, then repeats its last one.
-        counts: kept key blocks of a query block, by batch row.
-        grid: the blocks that the indices count.
-    """
-
-    indices: Tensor
-    counts: tuple[int, ...]
-    grid: BlockGrid
-
-    @property
-    def density(self) -> Tensor:
-        """Attended over all pairs of real query and real key, mean over batch rows and heads; 0-dim float32."""
-        tokens = self.grid.block_tokens.to(self.indices.device).expand(self.indices.shape[0], -1)
-        shares = []
-        for row, kept, real in zip(self.indices.long(), self.counts, tokens.float(), strict=True):
-            attended = (real[row[..., :kept]].sum(-1) * real).sum(-1)  # [Hq]
-            shares.append(attended.mean() / real.sum().square())
-        return torch.stack(shares).mean()
-
-    def as_mask(self) -> Tensor:
-        """The kept blocks as bool [B, Hq, nQ, nK]."""
-        shape = *self.indices.shape[:-1], self.grid.n_blocks
-        mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
-        return mask.scatter_(-1, self.indices.long(), True)
 
 
 def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:

@@ -1,0 +1,309 @@
+"""Block-sparse attention: the kernels against float64 loops, the block mask token by token, the choice of a backend."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from sparsed import attention
+from sparsed.attention import BACKENDS, BackendError, Problem, block_mask, choose_backend
+from sparsed.blocks import BlockGrid, Pattern
+
+SHAPES = [
+    # length, prompt_len, block_size, heads, padding by row
+    (203, 150, 16, (4, 4), (0,)),
+    (203, 150, 32, (4, 2), (0,)),
+    (192, 128, 32, (6, 2), (0,)),  # no ragged end
+    (193, 130, 48, (4, 1), (0, 0)),
+    (250, 249, 64, (2, 2), (0,)),
+    (20, 11, 32, (2, 1), (0,)),  # less than one block
+    (210, 140, 16, (4, 2), (0, 5, 100)),
+    (210, 140, 48, (2, 2), (48, 139, 0)),
+    (300, 200, 128, (2, 1), (0, 130)),
+    (1090, 900, 256, (2, 1), (700, 0)),
+]
+
+
+def problem(length, prompt_len, block_size, heads, pads, *, select=0.4, width=16, seed=0):
+    """Random q, k, v and kept blocks: (q, k, v, valid [B, T], keep [B, Hq, nQ, nK], the Pattern that says the same)."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(len(pads), h, length, width, generator=generator) for h in (heads[0], heads[1], heads[1]))
+    valid = torch.tensor([[t >= pad for t in range(length)] for pad in pads])
+    n = reference.n_blocks(length, block_size)
+    keep = torch.zeros(len(pads), heads[0], n, n, dtype=torch.bool)
+    counts = [reference.exact_share(select, n - pad // block_size) for pad in pads]
+    indices = torch.zeros(*keep.shape[:3], max(counts), dtype=torch.int32)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(size) for size in keep.shape[:3])).tolist():
+        first = pads[b] // block_size
+        others = first + torch.randperm(n - 1 - first, generator=generator)[: counts[b] - 1]
+        kept = sorted([*others.tolist(), n - 1])  # the ragged end is where kernels read too far
+        keep[b, h, i, kept] = True
+        indices[b, h, i] = torch.tensor(kept + kept[-1:] * (max(counts) - len(kept)))
+    grid = BlockGrid(length, prompt_len, block_size, None if valid.all() else valid)
+    return q, k, v, valid, keep, Pattern(indices, tuple(counts), grid)
+
+
+def exact(q, k, v, valid, keep, block_size):
+    return reference.attention(q, k, v, valid, reference.expand(keep, block_size, q.shape[2]))
+
+
+# ------------------------------------------------------------------------------------------------------------- gather
+
+
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("select", [0.01, 0.4, 1])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gather_equals_the_loops(shape, select):
+    q, k, v, valid, keep, pattern = problem(*shape, select=select)
+    out = BACKENDS["gather"](pattern)(q, k, v)
+    expected = exact(q, k, v, valid, keep, shape[2])
+    real = valid[:, None, :, None].expand_as(out)
+    assert out.shape == q.shape and out.dtype == q.dtype
+    torch.testing.assert_close(out[real].double(), expected[real], atol=2e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("chunk", [1, 20_000])
+def test_gather_in_chunks(monkeypatch, chunk):
+    shape = SHAPES[6]
+    q, k, v, valid, keep, pattern = problem(*shape)
+    whole = BACKENDS["gather"](pattern)(q, k, v)
+    monkeypatch.setattr(attention, "CPU_CHUNK", chunk)
+    torch.testing.assert_close(BACKENDS["gather"](pattern)(q, k, v), whole, atol=1e-6, rtol=0)
+
+
+def test_gather_in_bfloat16_errs_no_more_than_dense_attention():
+    shape = SHAPES[1]
+    q, k, v, valid, keep, pattern = problem(*shape)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    check_error(BACKENDS["gather"](pattern)(q, k, v), q, k, v, valid, keep, shape[2])
+
+
+def check_error(out, q, k, v, valid, keep, block_size):
+    """At most twice the error of torch's dense attention under the same mask in the same dtype, plus one rounding."""
+    allowed = reference.expand(keep, block_size, q.shape[2]) & valid[:, None, None]
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
+    expected = exact(q, k, v, valid, keep, block_size)
+    real = valid.cpu()[:, None, :, None].expand_as(expected)
+    error, dense_error = ((x.cpu().double() - expected)[real].abs().max().item() for x in (out, dense))
+    assert error <= 2 * dense_error + torch.finfo(q.dtype).eps * expected[real].abs().max().item()
+
+
+# ------------------------------------------------------------------------------------------------------- block masks
+
+
+def listed(counts, indices, b, h, i):
+    """The blocks that one query block lists: ascending, none twice."""
+    blocks = indices[b, h, i, : counts[b, h, i]].tolist()
+    assert blocks == sorted(set(blocks)), "the indices must ascend"
+    return blocks
+
+
+def token_mask(mask, length):
+    """What a kernel may look at: full blocks whole (up to the end), partial blocks through mask_mod. [B, H, T, T]"""
+    batch, heads, n_query_blocks = mask.kv_num_blocks.shape
+    rows, columns = mask.BLOCK_SIZE
+    seen = torch.zeros(batch, heads, length, length, dtype=torch.bool)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in mask.kv_num_blocks.shape)).tolist():
+        queries = slice(i * rows, (i + 1) * rows)
+        full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, b, h, i)
+        partial = listed(mask.kv_num_blocks, mask.kv_indices, b, h, i)
+        assert not set(full) & set(partial)
+        for j in full:
+            seen[b, h, queries, j * columns : (j + 1) * columns] = True
+        for j in partial:
+            for key in range(j * columns, min((j + 1) * columns, length)):
+                index = [torch.tensor(n) for n in (b, h, i * rows, key)]
+                seen[b, h, queries, key] = bool(mask.mask_mod(*index))
+    return seen
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_block_mask_token_by_token(shape):
+    length, block_size = shape[0], shape[2]
+    *_, valid, keep, pattern = problem(*shape)
+    expected = reference.expand(keep, block_size, length) & valid[:, None, None]
+    for cut in {block_size, min(block_size, 128)}:
+        mask = block_mask(pattern, cut)
+        assert mask.seq_lengths == (length, length) and mask.BLOCK_SIZE == (cut, cut)
+        assert mask.full_kv_indices.dtype == mask.full_kv_num_blocks.dtype == torch.int32
+        assert mask.q_indices is None, "there is no backward pass to list query blocks for"
+        seen = token_mask(mask, length)
+        real = valid[:, None, :, None].expand_as(seen)
+        assert torch.equal(seen & real, expected & real)
+
+
+def test_block_mask_is_compact():
+    """Its width is the number of kept blocks, not of all blocks: at 64k tokens that is 3 times less memory."""
+    *_, pattern = problem(1600, 1500, 16, (1, 1), (0,), select=0.1)
+    assert block_mask(pattern, 16).full_kv_indices.shape[-1] == pattern.indices.shape[-1] < 16
+
+
+def test_density_of_a_pattern():
+    for shape in (SHAPES[0], SHAPES[1], SHAPES[5]):
+        *_, valid, keep, pattern = problem(*shape)
+        assert pattern.density == pytest.approx(reference.density([keep], shape[2], shape[0]), abs=1e-9)
+    padded = (210, 140, 48, (2, 2), (50,))
+    *_, valid, keep, pattern = problem(*padded)
+    assert pattern.density == pytest.approx(reference.density([keep], 48, 210, valid), abs=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------- choosing a backend
+
+CPU = Problem(torch.device("cpu"), torch.float32, 2, 4, 2, 16, 32, True)
+
+
+@pytest.fixture(autouse=True)
+def forget_self_checks():
+    attention.self_check.cache_clear()
+    yield
+    attention.self_check.cache_clear()
+
+
+def test_auto_takes_gather_on_the_cpu_and_says_why():
+    name, why = choose_backend("auto", CPU)
+    assert name == "gather" and why and "\n" not in why
+
+
+@pytest.mark.parametrize("name", ["flash", "triton", "sdpa", ""])
+def test_a_named_backend_that_cannot_run_is_an_error(name):
+    with pytest.raises(ValueError) as error:
+        choose_backend(name, CPU)
+    assert "\n" not in str(error.value) and "backend" in str(error.value)
+
+
+def full_attention(pattern):
+    """The trap of FlexAttention's FLASH backend: a trivial mask_mod makes it drop the block mask."""
+    valid = pattern.grid.key_valid
+    return lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if valid is None else valid[:, None, None], enable_gqa=True
+    )
+
+
+def past_the_end(pattern):
+    """Zero keys behind a ragged last block take part in the softmax."""
+
+    def run(q, k, v):
+        out = BACKENDS["gather"](pattern)(q, k, v)
+        spare = -q.shape[2] % pattern.grid.block_size
+        keys = reference.expand(pattern.as_mask(), pattern.grid.block_size, q.shape[2])
+        if pattern.grid.key_valid is not None:
+            keys = keys & pattern.grid.key_valid[:, None, None]
+        shared = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = (q @ shared.mT / q.shape[-1] ** 0.5).masked_fill(~keys, -torch.inf)
+        mass = scores.exp().sum(-1, keepdim=True)
+        return out * mass / (mass + spare)
+
+    return run
+
+
+def blind_to_padding(pattern):
+    grid = pattern.grid
+    bare = BlockGrid(grid.length, grid.prompt_len, grid.block_size)
+    return BACKENDS["gather"](Pattern(pattern.indices, pattern.counts, bare))
+
+
+def wrong_shared_heads(pattern):
+    return lambda q, k, v: BACKENDS["gather"](pattern)(q, k.flip(1), v.flip(1))
+
+
+def wrong_scale(pattern):
+    return lambda q, k, v: BACKENDS["gather"](pattern)(q * 1.1, k, v)
+
+
+def not_a_number(pattern):
+    return lambda q, k, v: torch.full_like(q, float("nan"))
+
+
+def crashing(pattern):
+    raise RuntimeError("LoweringException: tile too large\nwith a long trace")
+
+
+BROKEN = [full_attention, past_the_end, blind_to_padding, wrong_shared_heads, wrong_scale, not_a_number, crashing]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda function: function.__name__)
+def test_self_check_refuses_a_broken_backend(monkeypatch, broken):
+    working = BACKENDS["gather"]
+    monkeypatch.setitem(BACKENDS, "broken", broken)
+    monkeypatch.setattr(attention, "unavailable", lambda *_: None)
+    with pytest.raises(BackendError) as error:
+        choose_backend("broken", CPU)
+    assert "\n" not in str(error.value) and "broken" in str(error.value)
+
+    # and auto goes on to the next one, remembering why
+    monkeypatch.setattr(attention, "BACKENDS", {"broken": broken, "gather": working})
+    attention.self_check.cache_clear()
+    name, why = choose_backend("auto", CPU)
+    assert name == "gather" and "broken" in why
+
+
+def test_self_check_runs_once(monkeypatch):
+    calls, working = [], BACKENDS["gather"]
+
+    def counted(pattern):
+        calls.append(1)
+        return working(pattern)
+
+    monkeypatch.setitem(BACKENDS, "gather", counted)
+    for _ in range(3):
+        choose_backend("gather", CPU)
+    assert len(calls) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- GPU
+
+GPU_SHAPES = [
+    # length in blocks, heads, padding by row in blocks
+    (4.6, (4, 2), (0,)),
+    (6.4, (7, 1), (1.5, 0)),
+]
+
+
+def check_on_gpu(name, length, block_size, heads, pads, width=128, select=0.3):
+    q, k, v, valid, keep, pattern = problem(length, length // 2, block_size, heads, pads, width=width, select=select)
+    q, k, v, valid = q.cuda().bfloat16(), k.cuda().bfloat16(), v.cuda().bfloat16(), valid.cuda()
+    padded = pattern.grid.key_valid is not None
+    why = attention.unavailable(name, Problem(q.device, q.dtype, len(pads), *heads, width, block_size, padded))
+    if why and "package" in why:
+        pytest.skip(f"{name} {why}")
+    assert why is None
+    grid = BlockGrid(length, length // 2, block_size, valid if padded else None)
+    out = BACKENDS[name](Pattern(pattern.indices.cuda(), pattern.counts, grid))(q, k, v)
+    check_error(out, q, k, v, valid, keep.cuda(), block_size)
+
+
+RUNS = [("triton", block) for block in (16, 32, 48, 64, 128, 256)] + [("flash", block) for block in (64, 128, 256)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "block_size"), [*RUNS, ("gather", 48)])
+def test_kernels_on_the_gpu(name, block_size, shape):
+    length, heads, pads = shape
+    check_on_gpu(name, int(length * block_size), block_size, heads, tuple(int(pad * block_size) for pad in pads))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("length", [4096, 16001])
+@pytest.mark.parametrize("name", ["triton", "flash"])
+def test_kernels_on_the_gpu_at_length(name, length):
+    check_on_gpu(name, length, 128, (2, 1), (0,))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_small_heads_on_the_gpu():
+    check_on_gpu("triton", 333, 32, (4, 2), (0, 40), width=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_self_check_on_the_gpu_refuses_full_attention(monkeypatch):
+    where = Problem(torch.device("cuda"), torch.bfloat16, 1, 4, 2, 128, 128, False)
+    assert attention.self_check("triton", where) is None
+    monkeypatch.setitem(BACKENDS, "triton", full_attention)
+    attention.self_check.cache_clear()
+    assert "wrong" in attention.self_check("triton", where)

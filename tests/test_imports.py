@@ -1,0 +1,84 @@
+"""The layering of the package, read from its syntax trees: who imports whom, who prints, what is never called."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "sparsed").rglob("*.py"))
+
+# layer -> layers it may import; every layer may import itself and config, which imports nothing
+ALLOWED = {
+    "config": set(),
+    "kernels": set(),
+    "blocks": set(),
+    "selection": {"kernels", "blocks"},
+    "attention": {"kernels", "blocks"},
+    "patch": {"selection", "attention", "blocks"},
+    "models": set(),
+    "sampling": {"patch"},
+    "prompts": set(),
+    "cli": {"sampling", "patch", "attention", "models", "prompts"},
+    "__init__": {"sampling", "patch", "selection", "models"},
+}
+LEAVES = {"config", "models", "prompts"}  # not even config
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(ROOT / "sparsed").parts[0].removesuffix(".py")
+
+
+def imported_layers(path: Path, node: ast.AST) -> list[str]:
+    """The layers of this package that one import statement names; [] for anything else."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        package = ("sparsed", *path.relative_to(ROOT / "sparsed").parts[:-1])
+        base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+        module = ".".join(filter(None, (base, node.module)))
+        names = [f"{module}.{alias.name}" for alias in node.names] if module == "sparsed" else [module]
+    else:
+        return []
+    return [name.split(".")[1] for name in names if name.startswith("sparsed.")]
+
+
+def test_there_is_a_package_to_check():
+    assert {layer_of(path) for path in FILES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    layer = layer_of(path)
+    allowed = ALLOWED[layer] | {layer} | (set() if layer in LEAVES else {"config"})
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        for imported in imported_layers(path, node):
+            assert imported in allowed, f"line {node.lineno}: {layer} must not import {imported}"
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            lazy = [node.lineno for node in ast.walk(function) if imported_layers(path, node)]
+            assert not lazy, f"line {lazy[0]}: imports of the package stand at the top of the file"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_calls_that_the_package_does_not_make(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", None))
+            # tokens squared in time and memory; a device of the caller's choice
+            assert name not in {"create_block_mask", "cuda"}, f"line {node.lineno}: {name}()"
+            assert name != "print" or layer_of(path) == "cli", f"line {node.lineno}: only cli.py prints"
+        assert not isinstance(node, ast.Global), f"line {node.lineno}: global state"
+
+
+@pytest.mark.parametrize("script", ["dream_generation.py", "llada_generation.py"])
+def test_scripts_import_cli_alone(script):
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    imported = {
+        node.module if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert {name for name in imported if name.startswith("sparsed")} == {"sparsed.cli"}

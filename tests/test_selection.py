@@ -1,0 +1,240 @@
+"""Block scores and isolated selection against loops in float64."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+
+from sparsed.kernels import block_scores
+from sparsed.selection import select_blocks
+
+ROOT = Path(__file__).parents[1]
+BORDERS = [
+    # length, prompt_len, block_size
+    (200, 100, 16),  # the border inside a block, a ragged end
+    (192, 96, 32),  # the border between two blocks, no ragged end
+    (193, 130, 32),  # one token in the last block
+    (250, 10, 48),  # a prompt shorter than a block
+    (250, 249, 48),  # one generated token
+    (211, 0, 64),  # no prompt
+    (130, 128, 64),  # the generated region is the ragged last block
+    (140, 120, 64),  # no block lies wholly in the generated region
+    (20, 11, 32),  # less than one block in all
+    (64, 32, 64),  # exactly one block in all
+]
+
+
+def attention_inputs(length, heads=(4, 2), batch=1, width=16, seed=0):
+    """q and k whose softmax is peaked, so that blocks differ."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(batch, h, length, width, generator=generator) * 1.5 for h in heads)
+    return q, k
+
+
+def left_padding(length, pads):
+    return torch.tensor([[t >= pad for t in range(length)] for pad in pads])
+
+
+def check_selection(q, k, valid=None, **sizes):
+    """Equal to the loops, except that rows of queries that are all padding mean nothing."""
+    expected = reference.select(q, k, valid=valid, **sizes)
+    assert expected.gap > 1e-7, "a near-tie: choose another seed"
+    chosen = select_blocks(q, k, key_valid=valid, **sizes)
+    assert chosen.dtype == torch.bool and chosen.shape == expected.keep.shape
+    real = torch.ones(chosen.shape[0], chosen.shape[2], dtype=torch.bool)
+    if valid is not None:
+        blocks = torch.nn.functional.pad(valid, (0, -valid.shape[1] % sizes["block_size"]))
+        real = blocks.unflatten(1, (-1, sizes["block_size"])).any(-1)
+    rows = real[:, None].expand(chosen.shape[:3])
+    assert torch.equal(chosen[rows], expected.keep[rows])
+    return chosen
+
+
+@pytest.mark.parametrize("select", [0.01, 0.3, 0.5, 1])
+@pytest.mark.parametrize(("length", "prompt_len", "block_size"), BORDERS)
+def test_selection_equals_the_loops(length, prompt_len, block_size, select):
+    q, k = attention_inputs(length)
+    check_selection(q, k, prompt_len=prompt_len, block_size=block_size, select=select)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64])
+def test_every_query_head_has_its_own_pattern_over_shared_keys(heads, block_size):
+    q, k = attention_inputs(203, heads, batch=2)
+    chosen = check_selection(q, k, prompt_len=150, block_size=block_size, select=0.3)
+    assert not torch.equal(chosen[:, 0], chosen[:, 1]), "two heads that share keys must differ here"
+
+
+@pytest.mark.parametrize("pads", [(0, 64, 128), (0, 5, 40), (33, 100, 139)])
+@pytest.mark.parametrize(("block_size", "select"), [(16, 0.3), (32, 0.5), (64, 0.01), (48, 1)])
+def test_padding_adds_nothing(pads, block_size, select):
+    q, k = attention_inputs(210, batch=3)
+    valid = left_padding(210, pads)
+    sizes = {"prompt_len": 140, "block_size": block_size, "select": select}
+    chosen = check_selection(q, k, valid, **sizes)
+
+    scrambled = valid[:, None, :, None]
+    q, k = torch.where(scrambled, q, 50 * torch.randn_like(q)), torch.where(scrambled, k, 50 * torch.randn_like(k))
+    again = check_selection(q, k, valid, **sizes)
+    for b, pad in enumerate(pads):
+        assert torch.equal(chosen[b, :, -(-pad // block_size) :], again[b, :, -(-pad // block_size) :])
+        assert not chosen[b, :, :, : pad // block_size].any(), "a block of padding alone was kept"
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_padding_by_whole_blocks_selects_as_without_it(blocks):
+    q, k = attention_inputs(150)
+    pad = blocks * 16
+    padded_q, padded_k = (torch.cat([torch.randn(1, x.shape[1], pad, 16), x], 2) for x in (q, k))
+    chosen = select_blocks(q, k, prompt_len=100, block_size=16, select=0.3)
+    valid = left_padding(150 + pad, [pad])
+    padded = select_blocks(padded_q, padded_k, prompt_len=100 + pad, block_size=16, select=0.3, key_valid=valid)
+    assert torch.equal(padded[:, :, blocks:, blocks:], chosen)
+
+
+@pytest.mark.parametrize(
+    ("length", "prompt_len", "block_size", "select", "prompt_blocks", "prompt_kept", "generation_kept"),
+    [
+        (200, 100, 16, 0.3, 7, 3, 2),  # 7 prompt blocks (one straddles), 6 generation blocks
+        (200, 96, 16, 0.3, 6, 2, 3),  # on the border: 6 and 7
+        (200, 100, 16, 0.01, 7, 1, 1),
+        (200, 100, 16, 1, 7, 7, 6),
+        (200, 199, 16, 0.5, 12, 6, 1),  # the last block is the generation's, straddling or not
+        (160, 0, 16, 0.2, 0, 0, 2),  # 0.2 * 10 is 2, not 3
+        (320, 160, 16, 0.7, 10, 7, 7),  # 0.7 * 10 is 7
+        (30, 20, 32, 0.3, 0, 0, 1),
+        (4096, 3968, 128, 0.3, 31, 10, 1),
+    ],
+)
+def test_budget_of_each_part(length, prompt_len, block_size, select, prompt_blocks, prompt_kept, generation_kept):
+    q, k = attention_inputs(length, heads=(1, 1))
+    chosen = select_blocks(q, k, prompt_len=prompt_len, block_size=block_size, select=select)
+    assert (chosen[..., :prompt_blocks].sum(-1) == prompt_kept).all()
+    assert (chosen[..., prompt_blocks:].sum(-1) == generation_kept).all()
+
+
+def test_budget_counts_only_blocks_with_a_real_key():
+    q, k = attention_inputs(320, heads=(2, 2), batch=2)
+    valid = left_padding(320, [0, 90])  # row 1: 5 blocks of padding, a mixed one, 4 more of the prompt
+    chosen = select_blocks(q, k, prompt_len=160, block_size=16, select=0.5, key_valid=valid)
+    assert (chosen[0, :, :, :10].sum(-1) == 5).all() and (chosen[0, :, :, 10:].sum(-1) == 5).all()
+    assert (chosen[1, :, 5:, :10].sum(-1) == 3).all() and (chosen[1, :, 5:, 10:].sum(-1) == 5).all()
+
+
+def test_equal_scores_go_to_the_earliest_block():
+    q, k = torch.zeros(1, 2, 160, 16), torch.randn(1, 2, 160, 16)
+    chosen = select_blocks(q, k, prompt_len=96, block_size=16, select=0.3)
+    expected = torch.tensor([True] * 2 + [False] * 4 + [True] * 2 + [False] * 2)  # 2 of 6 and 2 of 4
+    assert torch.equal(chosen, expected.expand_as(chosen))
+
+
+def test_the_ragged_block_counts_what_it_has():
+    q, k = torch.zeros(1, 1, 72, 16), torch.randn(1, 1, 72, 16)
+    chosen = select_blocks(q, k, prompt_len=32, block_size=16, select=0.5)  # 8 keys in the last block, 16 in others
+    assert chosen[0, 0, 0].tolist() == [True, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"prompt_len": -1},
+        {"prompt_len": 65},
+        {"block_size": 0},
+        {"select": 0},
+        {"select": 1.2},
+        {"key_valid": torch.ones(1, 64)},
+        {"key_valid": torch.ones(1, 63, dtype=torch.bool)},
+        {"k": torch.zeros(1, 3, 64, 16)},
+        {"k": torch.zeros(1, 2, 63, 16)},
+        {"q": torch.zeros(64, 16)},
+    ],
+    ids=lambda bad: next(iter(bad)),
+)
+def test_bad_input(bad):
+    good = {"q": torch.zeros(1, 4, 64, 16), "k": torch.zeros(1, 2, 64, 16), "prompt_len": 32, "block_size": 16}
+    with pytest.raises(ValueError) as error:
+        select_blocks(**(good | {"select": 0.3} | bad))
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- block scores
+
+SCORE_CASES = [
+    # length, block_size, heads, padding of two rows
+    (96, 16, (2, 2), None),
+    (101, 32, (4, 2), None),
+    (77, 48, (3, 1), (0, 50)),
+    (70, 64, (2, 1), (7, 0)),
+    (20, 32, (2, 2), (19, 3)),
+]
+
+
+def check_scores(scores, q, k, block_size, valid, tolerance=2e-5):
+    expected = reference.block_scores(q, k, block_size, valid)
+    assert scores.dtype == torch.float32 and scores.shape == expected.shape
+    torch.testing.assert_close(scores.double(), expected, atol=tolerance * block_size, rtol=0)
+
+
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("chunk", [None, 100])
+@pytest.mark.parametrize(("length", "block_size", "heads", "pads"), SCORE_CASES)
+def test_block_scores(monkeypatch, length, block_size, heads, pads, chunk):
+    if chunk:
+        monkeypatch.setattr(importlib.import_module("sparsed.kernels.block_scores"), "CHUNK", chunk)
+    q, k = attention_inputs(length, heads, batch=2)
+    valid = None if pads is None else left_padding(length, pads)
+    check_scores(block_scores(q, k, block_size=block_size, key_valid=valid), q, k, block_size, valid)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_block_scores_of_half_precision_inputs(dtype):
+    q, k = (x.to(dtype) for x in attention_inputs(90))
+    check_scores(block_scores(q, k, block_size=16), q, k, 16, None)
+
+
+def test_block_scores_read_strided_inputs():
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in attention_inputs(90))
+    check_scores(block_scores(q, k, block_size=16), q, k, 16, None)
+
+
+INTERPRETED = """
+import torch
+empty = torch.empty
+torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
+from test_selection import SCORE_CASES, attention_inputs, check_scores, left_padding
+from sparsed.kernels.block_scores_triton import block_scores_triton
+for length, block_size, heads, pads in SCORE_CASES:
+    for width in (16, 32) if pads is None else (16,):
+        q, k = attention_inputs(length, heads, batch=2, width=width)
+        valid = None if pads is None else left_padding(length, pads)
+        check_scores(block_scores_triton(q, k, block_size=block_size, key_valid=valid), q, k, block_size, valid)
+print("equal")
+"""
+
+
+def test_triton_kernel_interpreted():
+    pytest.importorskip("triton")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    ("length", "block_size", "heads", "pads"),
+    [*SCORE_CASES, (700, 128, (4, 2), (0, 300)), (1000, 256, (7, 1), None), (600, 48, (4, 4), (256, 1))],
+)
+def test_triton_kernel(length, block_size, heads, pads, width, dtype):
+    q, k = (x.to(dtype).mul(0.5) for x in attention_inputs(length, heads, batch=2, width=width))
+    valid = None if pads is None else left_padding(length, pads)
+    on_gpu = block_scores(q.cuda(), k.cuda(), block_size=block_size, key_valid=None if valid is None else valid.cuda())
+    check_scores(on_gpu.cpu(), q, k, block_size, valid, tolerance=1e-4)
