@@ -1,0 +1,1 @@
+"""How the demo checkpoints are made: tokenizer, data, training, evaluation."""

@@ -1,0 +1,298 @@
+"""Prompts of our own: documents whose facts can be asked for, word problems, chat encoding, exact token lengths."""
+
+import functools
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PRESETS = ("short_context", "4k", "8k", "16k", "32k", "64k")
+LENGTHS = {name: 1024 * int(name[:-1]) for name in PRESETS[1:]}
+
+# one fixed text a preset; any other seed would do
+PRESET_SEED = 2512
+FACT_SHARE = 0.4
+PARAGRAPH = 8
+HELD_OUT_EVERY = 8
+# tokens kept free for the last sentence
+SPARE = 8
+# sentences of the shortest document
+SHORTEST = 3
+# sentences that tell a tokenizer's average
+SAMPLE = 64
+# what the last sentence of a document is stretched with, until the length is exact
+FILLERS = (" and", " so", " on", " the", " it", " a", ".", "a")
+PLACEHOLDER = "placeholder0of0the0user0text"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A user message and its chat-templated ids; `expected` is the answer's key phrase, None if nothing is to check."""
+
+    text: str
+    expected: str | None
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact of a document: its kind in facts.json, the person (first, last name), the values of the kind's slots."""
+
+    kind: str
+    person: tuple[str, str]
+    values: tuple[str, ...]
+
+    def fill(self, template: str) -> str:
+        """A template of facts.json with the name and the values in their places."""
+        return template.format(*self.values, name=" ".join(self.person))
+
+
+def data_dir() -> Path:
+    """The folder of the texts: `prompts/` beside the package in a checkout, else the installed package's own copy."""
+    return _bundled("prompts", "words.json")
+
+
+def demo_path(family: str) -> Path:
+    """The folder of the demo checkpoint of `family` (dream, llada), in a checkout or in the installed package.
+
+    Raises:
+        ValueError: there is no demo of that name.
+    """
+    return _bundled(f"demo/{family}", "config.json")
+
+
+def _bundled(name: str, file: str) -> Path:
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / name, package / "data" / name):
+        if (folder / file).is_file():
+            return folder
+    raise ValueError(f"this installation has no {name} folder with {file}")
+
+
+class Language:
+    """The plain English that documents and word problems are written in: the word lists and templates of `prompts/`."""
+
+    def __init__(self, folder: Path):
+        def read(name: str) -> dict[str, Any]:
+            return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+        self.words = {key: words.split() for key, words in read("words").items()}
+        self.kinds = read("facts")
+        self.filler = read("filler")
+        self.problems = read("problems")
+        self._first = {word: index for index, word in enumerate(self.words["first"])}
+        self._last = {word: index for index, word in enumerate(self.words["last"])}
+
+    def held_out(self, person: tuple[str, str]) -> bool:
+        """Whether this full name is kept out of the demo models' training, for questions that test them."""
+        return (self._first[person[0]] + 3 * self._last[person[1]]) % HELD_OUT_EVERY == 0
+
+    def numbers_held_out(self, a: int, b: int, c: int) -> bool:
+        """Whether this triple of numbers is kept out of the training's word problems."""
+        return (a + 3 * b + 5 * c) % HELD_OUT_EVERY == 0
+
+    def persons(self, rng: random.Random, *, held_out: bool | None = None) -> Iterable[tuple[str, str]]:
+        """Full names without end, never one twice, last names repeated as late as possible.
+
+        Args:
+            held_out: only names for which `held_out` has this value; None for all names.
+        """
+        lasts = rng.sample(self.words["last"], len(self.words["last"]))
+        seen = set()
+        while True:
+            for last in lasts:
+                person = (rng.choice(self.words["first"]), last)
+                if person not in seen and held_out in (None, self.held_out(person)):
+                    seen.add(person)
+                    yield person
+
+    def fact(self, rng: random.Random, person: tuple[str, str], kind: str) -> Fact:
+        return Fact(kind, person, tuple(rng.choice(self.words[slot]) for slot in self.kinds[kind]["slots"]))
+
+    def filler_sentence(self, rng: random.Random) -> str:
+        """A sentence without any name or value."""
+        template = rng.choice(self.filler["sentences"])
+        return re.sub(r"\{(\w+)\}", lambda slot: rng.choice(self.words[slot[1]]), template)
+
+    def problem(self, rng: random.Random, *, held_out: bool) -> tuple[str, str, str]:
+        """A word problem: its text, the answer sentence and the answer's key phrase."""
+        low, high = self.problems["range"]
+        while True:
+            problem = rng.choice(self.problems["problems"])
+            numbers = [rng.randint(low, high) for _ in "abc"]
+            steps = [factor * number for factor, number in zip(problem["result"], numbers, strict=True)]
+            result = sum(steps)
+            if result > 1 and steps[0] + steps[1] >= 0 and self.numbers_held_out(*numbers) == held_out:
+                break
+        slots = dict(zip("abc", numbers, strict=True), result=result)
+        slots |= {"name": rng.choice(self.words["first"]), "goods": rng.choice(self.words["goods"])}
+        texts = (problem["text"], self.problems["answer"], self.problems["expected"])
+        return tuple(text.format(**slots) for text in texts)
+
+
+@functools.cache
+def language() -> Language:
+    """The bundled language; read once, never changed."""
+    return Language(data_dir())
+
+
+def answer_key(kind: dict[str, Any]) -> str:
+    """The part of a kind's answer that holds its values: '{0} {1} in {2}' of 'A {0} {1} in {2}.'."""
+    answer = kind["answer"]
+    return answer[answer.index("{0}") : answer.rindex("}") + 1]
+
+
+class Document:
+    """Facts among filler, grown sentence by sentence, and one question about a fact in the middle.
+
+    The asked person's last name belongs to nobody else, one other fact is about the same person, many others are of the
+    same kind, and the asked values stand together nowhere else.
+    """
+
+    def __init__(self, rng: random.Random, words: Language):
+        self.rng, self.words = rng, words
+        self.target = words.fact(rng, next(iter(words.persons(rng, held_out=True))), rng.choice(list(words.kinds)))
+        kind = words.kinds[self.target.kind]
+        self.question = "Question: " + self.target.fill(rng.choice(kind["questions"]))
+        self.answer = self.target.fill(kind["answer"])
+        self.expected = self.target.fill(answer_key(kind))
+        # in the words of the answer, for other models may repeat the document's
+        self.asked = self.target.fill(rng.choice([text for text in kind["facts"] if answer_key(kind) in text]))
+        other = rng.choice([name for name in words.kinds if name != self.target.kind])
+        self.sibling = words.fact(rng, self.target.person, other).fill(rng.choice(words.kinds[other]["facts"]))
+        self._persons = (p for p in words.persons(rng) if p[1] != self.target.person[1])
+
+    def sentence(self, index: int) -> str:
+        """The next sentence; a paragraph starts with filler."""
+        if index % PARAGRAPH == 0 or self.rng.random() >= FACT_SHARE:
+            return self.words.filler_sentence(self.rng)
+        while True:
+            fact = self.words.fact(self.rng, next(self._persons), self.rng.choice(list(self.words.kinds)))
+            if fact.values != self.target.values:
+                return fact.fill(self.rng.choice(self.words.kinds[fact.kind]["facts"]))
+
+    def text(self, sentences: Sequence[str], ending: str = "") -> str:
+        """The user message: introduction, the sentences with the asked fact in their middle, `ending`, the question."""
+        body = list(sentences)
+        for place, fact in ((len(body) // 4, self.sibling), (len(body) // 2, self.asked)):
+            body[min(place + (place % PARAGRAPH == 0), len(body) - 1)] = fact
+        paragraphs = [" ".join(body[i : i + PARAGRAPH]) for i in range(0, len(body), PARAGRAPH)]
+        return "\n\n".join([self.words.filler["intro"], *paragraphs]) + ending + "\n\n" + self.question
+
+
+def build_document(tokenizer: Any, length: int, seed: int) -> tuple[Document, Prompt]:
+    """A document with a question, EXACTLY `length` tokens with the chat template under this tokenizer; deterministic.
+
+    Raises:
+        ValueError: this tokenizer cannot reach that length exactly, or the length is too short for a document.
+    """
+    document = Document(random.Random(f"{seed} {length}"), language())
+
+    def encode(sentences: Sequence[str], ending: str = "") -> list[int]:
+        return encode_chat(tokenizer, document.text(sentences, ending))
+
+    sentences, total = _grow(document, encode, length)
+    for ending in _endings(encode, sentences[-SHORTEST:], length - total):
+        ids = encode(sentences, ending)
+        if len(ids) == length:
+            return document, Prompt(document.text(sentences, ending), document.expected, ids)
+    raise ValueError(f"this tokenizer gives no prompt of exactly {length} tokens")
+
+
+def _grow(document: Document, encode: Callable[..., list[int]], length: int) -> tuple[list[str], int]:
+    """As many sentences as fit, with room left for an ending of at least `SPARE` tokens, and the tokens they take."""
+    sentences = [document.sentence(index) for index in range(SHORTEST)]
+    total = start = len(encode(sentences))
+    if start + SPARE > length:
+        raise ValueError(f"a prompt of {length} tokens is too short for a document: it takes at least {start + SPARE}")
+    average, more = 16.0, min(SAMPLE, (length - SPARE - start) // 16)
+    while more > 0:
+        sentences += [document.sentence(len(sentences) + i) for i in range(more)]
+        total = len(encode(sentences))
+        average = max(1, total - start) / (len(sentences) - SHORTEST)
+        more = int((length - SPARE - total) / average)
+    while (surplus := total + SPARE - length) > 0:
+        del sentences[-max(1, int(surplus / average)) :]
+        total = len(encode(sentences))
+    return sentences, total
+
+
+def _endings(encode: Callable[..., list[int]], tail: list[str], missing: int) -> Iterable[str]:
+    """Last sentences ' And and and.' that take `missing` tokens after `tail`, a document short enough to try many."""
+    bare = len(encode(tail))
+    for filler in FILLERS:
+        base = len(encode(tail, " And.")) - bare
+        each = max(1, (len(encode(tail, " And" + filler * 16 + ".")) - bare - base) // 16)
+        count = max(0, (missing - base) // each)
+        for ending in (" And" + filler * number + "." for number in (count, count + 1)):
+            if len(encode(tail, ending)) - bare == missing:
+                yield ending
+
+
+def build_prompt(preset: str, tokenizer: Any) -> Prompt:
+    """The preset's prompt under this tokenizer: a word problem, or a document of EXACTLY 4,096 ... 65,536 tokens.
+
+    Raises:
+        ValueError: an unknown preset, or a tokenizer that cannot reach the length exactly.
+    """
+    if preset == "short_context":
+        text, _, expected = language().problem(random.Random(PRESET_SEED), held_out=True)
+        return Prompt(text, expected, encode_chat(tokenizer, text))
+    if preset not in LENGTHS:
+        raise ValueError(f"unknown prompt {preset!r}: choose one of {', '.join(PRESETS)}")
+    return build_document(tokenizer, LENGTHS[preset], PRESET_SEED)[1]
+
+
+def answer_found(text: str, expected: str) -> bool:
+    """Whether the words of `expected` stand in `text` one after another; case, spaces and punctuation do not count."""
+
+    def words(string: str) -> str:
+        return " " + " ".join(re.findall(r"[^\W_]+", string.casefold())) + " "
+
+    return words(expected) in words(text)
+
+
+def encode_chat(tokenizer: Any, text: str) -> list[int]:
+    """Ids of one user message in the tokenizer's chat template, ready for the answer; plain ids without a template.
+
+    Control tokens come from the template alone: one that the user typed, such as '<|mask|>', is ordinary text.
+    """
+    before, message, after = _render(tokenizer, text)
+    control = re.compile("|".join(re.escape(token) for token in _control_tokens(tokenizer)) or r"(?!)")
+    # ordinary text touching the message is encoded with it, for tokens may join across the border
+    head = max((match.end() for match in control.finditer(before)), default=0)
+    match = control.search(after)
+    tail = match.start() if match else len(after)
+    return [
+        *_encode(tokenizer, before[:head], control=True),
+        *_encode(tokenizer, before[head:] + message + after[:tail], control=False),
+        *_encode(tokenizer, after[tail:], control=True),
+    ]
+
+
+def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:
+    """The template's text before the message, the message, and the template's text after it."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", text, ""
+    message = text.strip()
+    # the template sees the message's outer spaces, for some trim them
+    lead, _, trail = text.partition(message) if message else (text, "", "")
+    chat = [{"role": "user", "content": lead + PLACEHOLDER + trail}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    before, _, after = rendered.partition(PLACEHOLDER)
+    return before, message, after
+
+
+def _control_tokens(tokenizer: Any) -> list[str]:
+    """Longest first, so that no token hides a longer one."""
+    tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    return sorted(filter(None, tokens), key=len, reverse=True)
+
+
+def _encode(tokenizer: Any, text: str, *, control: bool) -> list[int]:
+    if not text:
+        return []
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
