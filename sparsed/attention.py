@@ -19,7 +19,7 @@ from .blocks import BlockGrid, Pattern
 
 SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# compiled variants of FlexAttention (dtypes, block sizes, heads; lengths share one) before dynamo gives up, by default 8
+# compiled variants of FlexAttention (dtypes, block sizes, heads; lengths share one); by default dynamo gives up at 8
 RECOMPILES = 64
 # elements of the gathered keys of one chunk: in a CPU they stay in the cache, on a GPU they stay bounded
 CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24

@@ -6,67 +6,25 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from checkpoints import write_checkpoint
 
+from benchmarks.shapes import DREAM_7B, LLADA_8B, meta_model, random_weight
 from sparsed.cli import main_dream, main_llada
-from sparsed.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModel
 from sparsed.prompts import demo_path
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-DREAM_7B = {
-    "model_type": "Dream",
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "mask_token_id": 151666,
-    "pad_token_id": 151643,
-    "eos_token_id": 151643,
-}
-LLADA_8B = {
-    "model_type": "llada",
-    "vocab_size": 126464,
-    "d_model": 4096,
-    "n_layers": 32,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "mlp_hidden_size": 12288,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 5e5,
-    "max_sequence_length": 4096,
-    "mask_token_id": 126336,
-    "pad_token_id": 126081,
-    "eos_token_id": 126081,
-}
 FAMILIES = {
-    "dream": (DREAM_7B, DreamConfig, DreamModel, main_dream, 7_615_616_512),
-    "llada": (LLADA_8B, LLaDAConfig, LLaDAModel, main_llada, 8_015_581_184),
+    "dream": (DREAM_7B, main_dream, 7_615_616_512),
+    "llada": (LLADA_8B, main_llada, 8_015_581_184),
 }
-
-
-def random_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Norm weights and biases one, matrices normal, made on the GPU; the spread keeps activations of order one."""
-    weights = {}
-    for name, parameter in model.state_dict().items():
-        shape = parameter.shape
-        is_matrix = len(shape) == 2
-        made = torch.randn(shape, device="cuda") * shape[-1] ** -0.5 if is_matrix else torch.ones(shape, device="cuda")
-        weights[name] = made.to(torch.bfloat16).cpu()
-    return weights
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
     """A folder with a checkpoint of the published shapes, in memory where the machine has a place for that."""
-    config, config_class, model_class, main, count = FAMILIES[request.param]
-    with torch.device("meta"):
-        model = model_class(config_class.from_dict(config))
+    config, main, count = FAMILIES[request.param]
+    model = meta_model(request.param)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     shared = Path("/dev/shm")
     base = shared if shared.is_dir() and shutil.disk_usage(shared).free > 3 * count else tmp_path_factory.getbasetemp()
@@ -74,7 +32,8 @@ def family(request, tmp_path_factory):
     if shutil.disk_usage(base).free < 2.5 * count:
         pytest.skip(f"needs {2.5 * count / 1e9:.0f} GB of disk")
     try:
-        write_checkpoint(folder, config, random_weights(model), shards=4)
+        weights = {name: random_weight(p.shape, "cuda").cpu() for name, p in model.state_dict().items()}
+        write_checkpoint(folder, config, weights, shards=4)
         for file in demo_path(request.param).iterdir():
             if "token" in file.name or file.name in ("vocab.json", "merges.txt", "chat_template.jinja"):
                 shutil.copy(file, folder)
