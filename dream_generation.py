@@ -1,0 +1,11 @@
+"""Generate text with Dream and SparseD; `python dream_generation.py --help` lists the flags."""
+
+import sys
+
+try:
+    from sparsed.cli import main_dream
+except KeyboardInterrupt:  # Ctrl-C in the seconds that importing PyTorch takes
+    sys.exit(130)
+
+if __name__ == "__main__":
+    sys.exit(main_dream())

@@ -1,0 +1,321 @@
+"""The flags of the two scripts, their help, and every check that needs no model.
+
+A wrong call ends in one line on stderr that names the option, and exit code 2.
+"""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from ..attention import BACKENDS, Problem, unavailable
+from ..config import SparseDConfig
+from ..models.loading import DTYPES, resolve_device, resolve_dtype
+from ..prompts import PRESETS
+from .families import DREAM, LLADA, Family
+from .readers import config_field, device, non_empty, number_in, shown, whole
+
+DEFAULT_PROMPT = "short_context"
+
+
+EXAMPLES = """\
+examples:
+  python {script} --demo --compare --prompt 4k --seq_len 32 --steps 32
+      the bundled demo checkpoint on a 4,096-token document, full attention against SparseD
+  python {script} --prompt 16k --warmup 1 --json run.json
+      the published checkpoint with SparseD; times and tokens go to run.json
+  python {script} --origin --prompt_text "What is a prime number?"
+      full attention in every step, on a prompt of your own
+
+exit codes: 0 done, 2 wrong call or input, 3 out of memory, 130 interrupted (Ctrl-C), 143 terminated
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parse(family: Family, argv: list[str] | None) -> argparse.Namespace:
+    """Read and check the flags of one family's script.
+
+    Args:
+        family: `DREAM` or `LLADA`.
+        argv: the words after the script's name; None takes them from the process.
+
+    Returns:
+        The values, with four more: `config` (a `SparseDConfig`, None with --origin), `text` (the user's own prompt,
+        None for a preset), `prompt_option` (the flag that gave the prompt) and `parser` (for later errors).
+
+    Raises:
+        SystemExit: code 2 after a wrong call, 0 after --help.
+    """
+    parser = build_parser(family)
+    args = parser.parse_args(argv)
+    _check_lengths(parser, args, family)
+    _check_backend(parser, args)
+    args.json = _check_json(parser, args.json)
+    given = [name for name in ("prompt_text", "prompt_file") if getattr(args, name) is not None]
+    args.prompt_option = f"--{given[0]}" if given else "--prompt"
+    args.text = _own_prompt(parser, args)
+    if args.text is None:
+        args.prompt = args.prompt or DEFAULT_PROMPT
+    args.config = None if args.origin else SparseDConfig(args.skip, args.select, args.block_size)
+    args.parser = parser
+    return args
+
+
+def build_parser(family: Family) -> Parser:
+    """The parser of one family's script, in groups: model, prompt, generation, SparseD, running, output."""
+    parser = Parser(
+        description=f"Generate text with {family.title}, a masked diffusion language model, using SparseD sparse "
+        "attention (arXiv 2509.24014): full attention in the first denoising steps, then, for every head, only the "
+        "blocks of keys that mattered there. The answer goes to stdout, everything else to stderr.",
+        epilog=EXAMPLES.format(script=family.script),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_model(parser.add_argument_group("model"), family)
+    _add_prompt(parser.add_argument_group("prompt (one of)"))
+    _add_generation(parser.add_argument_group("generation"), family)
+    _add_sparsed(parser.add_argument_group("SparseD"))
+    _add_running(parser.add_argument_group("running"))
+    _add_output(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_model(group, family: Family) -> None:
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model_path",
+        type=non_empty,
+        metavar="PATH",
+        help=f"hub id, or a local folder in the hub's format (default: {family.model_path})",
+    )
+    which.add_argument(
+        "--demo",
+        action="store_true",
+        help=f"the bundled small {family.title} demo checkpoint: no download, runs on a CPU",
+    )
+    group.add_argument(
+        "--device",
+        type=device,
+        default="auto",
+        help="auto, cuda, cuda:N, cpu or mps; auto takes a GPU if there is one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="number format of the weights; auto is bfloat16 on a GPU, float32 elsewhere (default: %(default)s)",
+    )
+
+
+def _add_prompt(group) -> None:
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--prompt",
+        choices=PRESETS,
+        help="a preset: short_context is a small word problem; 4k to 64k are a document and a question, exactly 4,096 "
+        f"to 65,536 tokens with the chat template (default: {DEFAULT_PROMPT})",
+    )
+    which.add_argument("--prompt_text", metavar="TEXT", help="a prompt of your own, put into the model's chat template")
+    which.add_argument("--prompt_file", metavar="FILE", help="the same, read from a UTF-8 text file")
+
+
+def _add_generation(group, family: Family) -> None:
+    group.add_argument(
+        "--seq_len", type=whole(1), default=128, metavar="N", help="new tokens to generate (default: %(default)s)"
+    )
+    group.add_argument(
+        "--steps",
+        type=whole(1),
+        default=128,
+        metavar="N",
+        help="denoising steps, each one forward pass over prompt and answer (default: %(default)s)",
+    )
+    if family is LLADA:
+        group.add_argument(
+            "--block_length",
+            type=whole(1),
+            default=32,
+            metavar="N",
+            help="tokens of a semi-autoregressive block; divides --seq_len, and the number of blocks divides --steps "
+            "(default: %(default)s)",
+        )
+    group.add_argument(
+        "--sampling-alg",
+        choices=family.algorithms,
+        default=family.algorithms[0],
+        help="which masked tokens a step commits (default: %(default)s)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=number_in(0, math.inf),
+        default=family.temperature,
+        metavar="T",
+        help="sampling temperature; 0 takes the likeliest token (default: %(default)s)",
+    )
+    if family is DREAM:
+        group.add_argument(
+            "--top_p",
+            type=number_in(0, 1, above=True),
+            default=0.95,
+            metavar="P",
+            help="sample from the likeliest tokens that together reach this probability; 1 switches it off "
+            "(default: %(default)s)",
+        )
+        group.add_argument(
+            "--top_k",
+            type=whole(0),
+            default=50,
+            metavar="K",
+            help="sample from the K likeliest tokens; 0 switches it off (default: %(default)s)",
+        )
+    else:
+        group.add_argument(
+            "--cfg_scale",
+            type=number_in(0, math.inf),
+            default=0.0,
+            metavar="W",
+            help="classifier-free guidance weight; 0 is off, anything else doubles the batch (default: %(default)s)",
+        )
+    group.add_argument(
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="random seed, set again before every run (default: %(default)s)",
+    )
+
+
+def _add_sparsed(group) -> None:
+    group.add_argument(
+        "--skip",
+        type=config_field("skip", float),
+        default=SparseDConfig.skip,
+        metavar="FRACTION",
+        help="share of the steps that use full attention first, 0 to 1 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--select",
+        type=config_field("select", float),
+        default=SparseDConfig.select,
+        metavar="FRACTION",
+        help="share of the key blocks that every query block keeps, above 0 to 1, taken apart for the prompt and for "
+        "the generated region (default: %(default)s)",
+    )
+    group.add_argument(
+        "--block_size",
+        type=config_field("block_size", int),
+        default=SparseDConfig.block_size,
+        metavar="N",
+        help="tokens of a block, a multiple of 16; smaller blocks select more finely (default: %(default)s)",
+    )
+    group.add_argument(
+        "--backend",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="kernel of the sparse steps: flash and triton need a GPU, gather runs anywhere; auto takes the fastest "
+        "that works here (default: %(default)s)",
+    )
+
+
+def _add_running(group) -> None:
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--origin", action="store_true", help="the original model: full attention in every step, no SparseD"
+    )
+    which.add_argument(
+        "--compare",
+        action="store_true",
+        help="run full attention, then SparseD, and say where the answers differ and how the times compare",
+    )
+    group.add_argument(
+        "--warmup",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="untimed whole runs first, of each mode; the first use of a GPU kernel compiles it (default: %(default)s)",
+    )
+
+
+def _add_output(group) -> None:
+    group.add_argument(
+        "--json", metavar="FILE", help="write the complete record (tokens, times, settings, versions) to this file"
+    )
+    group.add_argument("--quiet", action="store_true", help="only the answer: nothing on stderr but errors")
+
+
+def _check_lengths(parser: Parser, args: argparse.Namespace, family: Family) -> None:
+    if family is not LLADA:
+        return
+    if args.seq_len % args.block_length:
+        parser.error(f"argument --block_length: {args.block_length} must divide --seq_len, which is {args.seq_len}")
+    blocks = args.seq_len // args.block_length
+    if args.steps % blocks:
+        parser.error(
+            f"argument --steps: {args.steps} must be a multiple of the {blocks} blocks "
+            f"(--seq_len {args.seq_len} / --block_length {args.block_length})"
+        )
+
+
+def _check_backend(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse a named backend that the device, the number format or the block size rules out, whatever the model."""
+    if args.backend == "auto":
+        return
+    device = resolve_device(args.device)
+    problem = Problem(
+        device,
+        resolve_dtype(args.dtype, device),
+        batch=1,
+        heads=1,
+        kv_heads=1,
+        head_dim=128,
+        block_size=args.block_size,
+        padded=False,
+    )
+    fault = unavailable(args.backend, problem)
+    if fault is not None:
+        parser.error(f"argument --backend: {args.backend} {fault}")
+
+
+def _check_json(parser: Parser, name: str | None) -> Path | None:
+    """The real path of the record's file, if it can be written; a link is followed, so that it stays one."""
+    if name is None:
+        return None
+    if not name.strip():
+        parser.error("argument --json: the file name must not be empty")
+    path = Path(os.path.realpath(Path(name).expanduser()))
+    if not path.parent.is_dir():
+        parser.error(f"argument --json: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        parser.error(f"argument --json: {path} is not an ordinary file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        parser.error(f"argument --json: the folder {path.parent} is not writable")
+    return path
+
+
+def _own_prompt(parser: Parser, args: argparse.Namespace) -> str | None:
+    """The text of --prompt_text or --prompt_file, or None for a preset."""
+    text = args.prompt_text
+    if args.prompt_file is not None:
+        text = _read_prompt(parser, args.prompt_file)
+    if text is None:
+        return None
+    if not text.strip():
+        parser.error(f"argument {args.prompt_option}: the prompt is empty")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        parser.error(f"argument {args.prompt_option}: the prompt is not valid UTF-8 text")
+    return text
+
+
+def _read_prompt(parser: Parser, name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        parser.error(f"argument --prompt_file: {shown(name)} is not UTF-8 text (see byte {error.start})")
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.error(f"argument --prompt_file: cannot read {shown(name)}: {getattr(error, 'strerror', None) or error}")

@@ -1,0 +1,220 @@
+"""From the flags to the answer: load, run, report, and turn what goes wrong into one line and an exit code."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import huggingface_hub
+import torch
+import transformers
+
+from ..attention import BackendError
+from ..models import load_model, load_tokenizer
+from ..models.files import checkpoint_folder, read_json
+from ..prompts import Prompt, answer_found, build_prompt, demo_path, encode_chat
+from . import report
+from .arguments import parse
+from .families import DREAM, LLADA, Family
+from .running import Job, run_mode
+
+EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 3, 130, 141, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, to be handled as Ctrl-C is."""
+
+
+def main_dream(argv: list[str] | None = None) -> int:
+    """Run `dream_generation.py` with these words (None: the process's own); returns the exit code."""
+    return _main(DREAM, argv)
+
+
+def main_llada(argv: list[str] | None = None) -> int:
+    """Run `llada_generation.py` with these words (None: the process's own); returns the exit code."""
+    return _main(LLADA, argv)
+
+
+def _main(family: Family, argv: list[str] | None) -> int:
+    program = os.path.basename(sys.argv[0])
+    try:
+        with _terminable(), _quiet_libraries():
+            args = parse(family, argv)
+            _generate(family, args)
+    except SystemExit as stop:  # argparse's way to end
+        return int(stop.code or 0)
+    except KeyboardInterrupt as signalled:
+        terminated = isinstance(signalled, Terminated)
+        _say(f"{program}: {'terminated' if terminated else 'interrupted'}", sys.stderr)
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader of stdout has left; at exit Python flushes once more, which must not fail either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        advice = "try a shorter --prompt or --seq_len, --dtype bfloat16, or a device with more memory"
+        _say(f"{program}: error: out of memory; {advice}", sys.stderr)
+        return EXIT_OUT_OF_MEMORY
+    return 0
+
+
+def _generate(family: Family, args: argparse.Namespace) -> None:
+    """One call of a script: everything between the checked flags and the record."""
+    if args.quiet:
+        huggingface_hub.utils.disable_progress_bars()
+    path = _model_path(family, args)
+    source = "--demo" if args.demo else "--model_path"
+    with _blame(args, source):
+        tokenizer = load_tokenizer(path)
+    with _blame(args, args.prompt_option):
+        prompt = _prompt(tokenizer, args)
+    started = time.perf_counter()
+    with _blame(args, source):
+        model = load_model(path, device=args.device, dtype=args.dtype)
+    load_seconds = time.perf_counter() - started
+    beyond = len(prompt.input_ids) > model.config.max_length
+    if not args.quiet:
+        _say(_heading(family, args, prompt, model), sys.stderr)
+        if beyond:
+            _say(
+                f"warning: the prompt has {len(prompt.input_ids)} tokens, this model was trained on at most "
+                f"{model.config.max_length}",
+                sys.stderr,
+            )
+    runs = _runs(Job(family, model, prompt.input_ids, args), tokenizer, prompt)
+    record = {
+        "runs": runs,
+        **({"comparison": report.compare(*runs)} if args.compare else {}),
+        "trained_length": model.config.max_length,
+        "beyond_trained_length": beyond,
+        "load_seconds": load_seconds,
+        "environment": report.environment(model.device, model.dtype),
+        "arguments": _arguments(args, path),
+    }
+    if args.compare and not args.quiet:
+        _say("\n".join(_comparison(record, model, tokenizer)), sys.stderr)
+    if args.json is not None:
+        with _blame(args, "--json"):
+            report.write_json(args.json, record)
+
+
+def _model_path(family: Family, args: argparse.Namespace) -> str:
+    """The folder or hub id to load, refused early if it holds the other family."""
+    if args.demo:
+        with _blame(args, "--demo"):
+            return str(demo_path(family.name))
+    path = args.model_path or family.model_path
+    with _blame(args, "--model_path"):
+        found = read_json(checkpoint_folder(path, ["config.json"]) / "config.json").get("model_type")
+    other = LLADA if family is DREAM else DREAM
+    if str(found).lower() == other.name:
+        args.parser.error(f"argument --model_path: {path} is a {other.title} checkpoint; use {other.script}")
+    return path
+
+
+def _prompt(tokenizer: Any, args: argparse.Namespace) -> Prompt:
+    if args.text is None:
+        return build_prompt(args.prompt, tokenizer)
+    return Prompt(args.text, None, encode_chat(tokenizer, args.text))
+
+
+def _runs(job: Job, tokenizer: Any, prompt: Prompt) -> list[dict[str, Any]]:
+    """Run the modes that were asked for; each answer is printed as soon as it is there."""
+    args, stops = job.args, report.stop_ids(job.model.config, tokenizer)
+    runs = []
+    for mode in ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]:
+        with _blame(args, args.prompt_option), _blame(args, "--backend", (BackendError,)):
+            run = run_mode(job, mode)
+        ids = run["token_ids"]
+        run["text"] = report.decode(tokenizer, ids[: report.answer_length(ids, stops)]).strip()
+        run["expected"] = prompt.expected
+        run["answer_found"] = None if prompt.expected is None else answer_found(run["text"], prompt.expected)
+        if not args.quiet:
+            _say("\n".join(report.run_lines(run)), sys.stderr)
+        _say(run["text"], sys.stdout)
+        runs.append(run)
+    return runs
+
+
+def _comparison(record: dict[str, Any], model: torch.nn.Module, tokenizer: Any) -> list[str]:
+    runs, comparison = record["runs"], record["comparison"]
+    stops = report.stop_ids(model.config, tokenizer)
+    length = max(report.answer_length(run["token_ids"], stops) for run in runs)
+    marked = {
+        run["mode"]: report.mark(tokenizer, run["token_ids"], comparison["different_positions"], length) for run in runs
+    }
+    return report.comparison_lines(comparison, marked)
+
+
+def _heading(family: Family, args: argparse.Namespace, prompt: Prompt, model: torch.nn.Module) -> str:
+    source = "demo checkpoint" if args.demo else args.model_path or family.model_path
+    name = args.prompt or "of your own"
+    return (
+        f"{family.title} ({source}) on {model.device}, {str(model.dtype).removeprefix('torch.')}; prompt {name}: "
+        f"{len(prompt.input_ids)} tokens; {args.seq_len} new tokens in {args.steps} steps"
+    )
+
+
+def _arguments(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """The flags as they were used, defaults filled in."""
+    hidden = ("config", "parser", "text", "prompt_option")
+    values = {name: value for name, value in vars(args).items() if name not in hidden}
+    return {**values, "model_path": path, "json": None if args.json is None else str(args.json)}
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Print, with ? for what the stream's encoding does not have."""
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def _blame(
+    args: argparse.Namespace, option: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)
+) -> Iterator[None]:
+    """Turn these errors of the library into a wrong-call line about `option`."""
+    try:
+        yield
+    except errors as error:
+        args.parser.error(f"argument {option}: {error}")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that nothing half-written stays."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No advice and no warnings from the libraries: what the user should know, this module says."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)

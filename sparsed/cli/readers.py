@@ -1,0 +1,84 @@
+"""Readers of single flag values: they convert a word of the command line, or say in one line what would be right."""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+
+from ..config import SparseDConfig
+from ..models.loading import resolve_device
+
+LONGEST_SHOWN = 60  # characters of a wrong value that an error line repeats
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` to `high`."""
+
+    def read(word: str) -> int:
+        number = _convert(int, word)
+        if number < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, got {shown(word)}")
+        if high is not None and number > high:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at most {high}, got {shown(word)}")
+        return number
+
+    return read
+
+
+def number_in(low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """A reader of finite numbers from `low` (not itself, if `above`) to `high`."""
+
+    def read(word: str) -> float:
+        number = _convert(float, word)
+        if not math.isfinite(number) or number < low or number > high or (above and number == low):
+            lower = f"above {low}" if above else f"at least {low}"
+            upper = "" if math.isinf(high) else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be a number {lower}{upper}, got {shown(word)}")
+        return number
+
+    return read
+
+
+def config_field(name: str, kind: type) -> Callable[[str], float]:
+    """A reader of one field of `SparseDConfig`, which knows the field's range."""
+
+    def read(word: str) -> float:
+        number = _convert(kind, word)
+        try:
+            SparseDConfig(**{name: number})
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name} ")) from None
+        return number
+
+    return read
+
+
+def _convert(kind: type, word: str) -> float:
+    try:
+        return kind(word)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what}, got {shown(word)}") from None
+
+
+def shown(word: str) -> str:
+    """The word in quotes, cut if it is long."""
+    return repr(word if len(word) <= LONGEST_SHOWN else word[:LONGEST_SHOWN] + "...")
+
+
+def non_empty(word: str) -> str:
+    """A reader of words that are not blank."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return word
+
+
+def device(word: str) -> str:
+    """A reader of devices that this machine has."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", word):
+        raise argparse.ArgumentTypeError(f"must be auto, cuda, cuda:N, cpu or mps, got {shown(word)}")
+    try:
+        resolve_device(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return word

@@ -1,0 +1,161 @@
+"""Running one mode (full attention or SparseD) once, timed, with a progress bar that names the phase."""
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..patch import sparsify
+from ..sampling import dream_generate, llada_generate
+from .families import DREAM, Family
+from .report import selection_seconds
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every run of one call of a script shares."""
+
+    family: Family
+    model: nn.Module
+    input_ids: list[int]
+    args: argparse.Namespace
+
+
+class StepClock:
+    """Times the denoising steps and moves the progress bar; the device is waited for at step ends only.
+
+    The compile time that `run` reports is taken out of the step in which it was spent.
+    """
+
+    def __init__(self, device: torch.device, run: Any, bar: tqdm, phases: list[str]):
+        self.device, self.run, self.bar, self.phases = device, run, bar, phases
+        self.step_seconds: list[float] = []
+        self.compile_seconds = 0.0
+
+    def start(self) -> None:
+        """Begin to time the first step."""
+        synchronize(self.device)
+        self.bar.set_description(self.phases[0])
+        self.last = time.perf_counter()
+
+    def tick(self, step: int) -> None:
+        """Note the end of `step`."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        compiled = getattr(self.run, "compile_seconds", None) or 0.0
+        self.step_seconds.append(now - self.last - (compiled - self.compile_seconds))
+        self.compile_seconds = compiled
+        self.bar.update()
+        if step + 1 < len(self.phases):
+            self.bar.set_description(self.phases[step + 1])
+        self.last = time.perf_counter()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def run_mode(job: Job, mode: str) -> dict[str, Any]:
+    """The warm-up runs of one mode, then the one that counts.
+
+    Args:
+        mode: "origin" (full attention) or "sparsed".
+
+    Returns:
+        The run's part of the record, but for what needs the tokenizer.
+
+    Raises:
+        ValueError: a setting that the model or the device cannot do.
+    """
+    count = job.args.warmup
+    warmups = [run_once(job, mode, f"warm-up {number}/{count}, ") for number in range(1, count + 1)]
+    run = run_once(job, mode)
+    run["warmup_seconds"] = [warmup["seconds"] for warmup in warmups]
+    run["warmup_compile_seconds"] = sum(warmup["compile_seconds"] for warmup in warmups)
+    return run
+
+
+def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
+    """Generate once, seeded anew; seconds are without compilation, and cover forwards and sampling alone."""
+    args, device = job.args, job.model.device
+    n_full = args.steps if mode == "origin" else args.config.n_full(args.steps)
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(_sparsified(job)) if mode == "sparsed" else None
+        bar = stack.enter_context(_progress(args))
+        clock = StepClock(device, run, bar, [label + phase for phase in phase_names(args.steps, n_full)])
+        _reset_peak_memory(device)
+        clock.start()
+        output = generate(job, clock)
+        token_ids = output[0, len(job.input_ids) :].tolist()
+        return {
+            "mode": mode,
+            "token_ids": token_ids,
+            "prompt_tokens": len(job.input_ids),
+            "seconds": sum(clock.step_seconds),
+            "step_seconds": clock.step_seconds,
+            "compile_seconds": clock.compile_seconds,
+            "full_steps": n_full,
+            "selection_seconds": selection_seconds(clock.step_seconds, n_full),
+            "density": None if run is None or run.density is None else float(run.density),
+            "peak_memory_bytes": _peak_memory(device),
+            "backend": None if run is None else run.backend,
+            "backend_reason": None if run is None else run.backend_reason,
+        }
+
+
+def generate(job: Job, clock: StepClock) -> Tensor:
+    """One call of the family's sampler with the script's settings; returns [1, prompt + generated] ids."""
+    args, device = job.args, job.model.device
+    input_ids = torch.tensor([job.input_ids], device=device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    shared = {"gen_length": args.seq_len, "steps": args.steps, "temperature": args.temperature}
+    if job.family is DREAM:
+        chosen = {"alg": args.sampling_alg, "top_p": args.top_p, "top_k": args.top_k or None}
+        sampler = dream_generate
+    else:
+        chosen = {"remasking": args.sampling_alg, "block_length": args.block_length, "cfg_scale": args.cfg_scale}
+        sampler = llada_generate
+    return sampler(job.model, input_ids, generator=generator, on_step=clock.tick, **shared, **chosen)
+
+
+def phase_names(steps: int, n_full: int) -> list[str]:
+    """What each step does: full attention, full attention and the choice of the blocks, or sparse attention."""
+    if n_full == steps:
+        return ["full"] * steps
+    return ["full"] * (n_full - 1) + ["selecting"] + ["sparse"] * (steps - n_full)
+
+
+def _sparsified(job: Job) -> contextlib.AbstractContextManager:
+    args = job.args
+    return sparsify(job.model, args.config, steps=args.steps, gen_length=args.seq_len, backend=args.backend)
+
+
+def _progress(args: argparse.Namespace) -> tqdm:
+    # disable=None: silent where stderr is not a terminal
+    return tqdm(total=args.steps, unit="step", leave=False, disable=True if args.quiet else None)
+
+
+def _gpus(device: torch.device) -> Iterator[int]:
+    """All GPUs if the model is on one, for it may be spread over several."""
+    return iter(range(torch.cuda.device_count() if device.type == "cuda" else 0))
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    for index in _gpus(device):
+        torch.cuda.reset_peak_memory_stats(index)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes that PyTorch held at most on the GPUs during the run; None elsewhere, where nobody counts them."""
+    peaks = [torch.cuda.max_memory_allocated(index) for index in _gpus(device)]
+    return sum(peaks) if peaks else None

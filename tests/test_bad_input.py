@@ -1,0 +1,179 @@
+"""Wrong calls of the two scripts: exit code 2, one line on stderr that names the option, no traceback, no file left."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_folders import tiny_folder
+
+from sparsed.cli import main_dream, main_llada
+
+ROOT = Path(__file__).parents[1]
+MAIN = {"dream": main_dream, "llada": main_llada}
+
+# script, words after it, the option that the line must name, a word of what would be right
+# {dream} and {llada} are whole checkpoints; the other names in braces are made in `folder`
+CALLS = [
+    ("dream", "--select 1.5", "--select", "at most 1"),
+    ("llada", "--select 0", "--select", "above 0"),
+    ("dream", "--select nan", "--select", "nan"),
+    ("llada", "--skip -0.1", "--skip", "between 0 and 1"),
+    ("dream", "--skip 2", "--skip", "between 0 and 1"),
+    ("dream", "--skip half", "--skip", "a number"),
+    ("llada", "--block_size 20", "--block_size", "multiple of 16"),
+    ("dream", "--block_size 0", "--block_size", "multiple of 16"),
+    ("dream", "--block_size 32.5", "--block_size", "whole number"),
+    ("dream", "--seq_len 0", "--seq_len", "at least 1"),
+    ("llada", "--seq_len -32", "--seq_len", "at least 1"),
+    ("dream", "--seq_len many", "--seq_len", "whole number"),
+    ("dream", "--steps 0", "--steps", "at least 1"),
+    ("llada", "--steps 1e3", "--steps", "whole number"),
+    ("llada", "--steps", "--steps", "expected one argument"),
+    ("llada", "--block_length 0", "--block_length", "at least 1"),
+    ("llada", "--seq_len 40", "--block_length", "divide --seq_len"),
+    ("llada", "--seq_len 96 --steps 32", "--steps", "3 blocks"),
+    ("dream", "--block_length 32", "--block_length", "unrecognized"),
+    ("dream", "--sampling-alg best", "--sampling-alg", "maskgit_plus"),
+    ("llada", "--sampling-alg entropy", "--sampling-alg", "low_confidence"),
+    ("dream", "--temperature -1", "--temperature", "at least 0"),
+    ("llada", "--temperature inf", "--temperature", "inf"),
+    ("dream", "--top_p 0", "--top_p", "above 0"),
+    ("dream", "--top_p 1.2", "--top_p", "at most 1"),
+    ("dream", "--top_k -1", "--top_k", "at least 0"),
+    ("llada", "--top_k 5", "--top_k", "unrecognized"),
+    ("llada", "--cfg_scale -0.5", "--cfg_scale", "at least 0"),
+    ("dream", "--cfg_scale 1", "--cfg_scale", "unrecognized"),
+    ("dream", "--seed -1", "--seed", "at least 0"),
+    ("llada", "--seed 99999999999999999999", "--seed", "at most"),
+    ("dream", "--device tpu", "--device", "cpu"),
+    ("llada", "--device cuda:99", "--device", "CUDA"),
+    ("dream", "--dtype int8", "--dtype", "float32"),
+    ("dream", "--backend cudnn", "--backend", "gather"),
+    ("llada", "--backend triton --device cpu", "--backend", "CUDA"),
+    ("dream", "--backend flash --device cpu", "--backend", "CUDA"),
+    ("dream", "--warmup -1", "--warmup", "at least 0"),
+    ("llada", "--origin --compare", "--compare", "not allowed with argument --origin"),
+    ("dream", "--demo --model_path {dream}", "--model_path", "not allowed with argument --demo"),
+    ("dream", "--prompt 4k --prompt_text hello", "--prompt_text", "not allowed with argument --prompt"),
+    ("llada", "--prompt short_context --prompt_file {text}", "--prompt_file", "not allowed with argument --prompt"),
+    ("llada", "--prompt_text hello --prompt_file {text}", "--prompt_file", "not allowed with argument --prompt_text"),
+    ("dream", "--prompt 5k", "--prompt", "short_context"),
+    ("dream", ["--prompt_text", "  \n"], "--prompt_text", "empty"),
+    ("dream", ["--prompt_text", "broken \udcff"], "--prompt_text", "UTF-8"),
+    ("llada", "--prompt_file {missing}", "--prompt_file", "No such file"),
+    ("llada", "--prompt_file {folder}", "--prompt_file", "directory"),
+    ("llada", "--prompt_file {empty}", "--prompt_file", "empty"),
+    ("llada", "--prompt_file {latin1}", "--prompt_file", "UTF-8"),
+    ("dream", "--json {missing}/record.json", "--json", "no folder"),
+    ("dream", "--json {folder}", "--json", "not an ordinary file"),
+    ("dream", ["--json", ""], "--json", "empty"),
+    ("dream", ["--model_path", ""], "--model_path", "empty"),
+    ("dream", "--model_path {missing}", "--model_path", "no such folder"),
+    ("dream", "--model_path {text}", "--model_path", "is a file"),
+    ("dream", "--model_path {llada}", "--model_path", "llada_generation.py"),
+    ("llada", "--model_path {dream}", "--model_path", "dream_generation.py"),
+    ("llada", "--model_path {no_config}", "--model_path", "config.json"),
+    ("dream", "--model_path {broken_config}", "--model_path", "JSON"),
+    ("dream", "--model_path {other_type}", "--model_path", "gpt2"),
+    ("dream", "--model_path {no_weights}", "--model_path", "model.safetensors"),
+    ("dream", "--model_path {pickled}", "--model_path", "pytorch_model.bin"),
+    ("dream", "--model_path {cut_off}", "--model_path", "safetensors"),
+    ("dream", "--model_path {no_tokenizer}", "--model_path", "tokenizer"),
+    ("dream", "--model_path {wrong_width}", "--model_path", "shape"),
+    ("dream", "--speed 2", "--speed", "unrecognized"),
+    ("llada", "--seq 32", "--seq", "unrecognized"),
+    ("llada", "hello", "hello", "unrecognized"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Good and broken checkpoints and text files."""
+    root = tmp_path_factory.mktemp("inputs")
+    tiny_folder(root / "llada", "llada")
+    config = json.loads((tiny_folder(root / "dream", "dream") / "config.json").read_text())
+    for name, removed in {
+        "no_config": "config.json",
+        "no_weights": "model.safetensors",
+        "pickled": "model.safetensors",
+        "no_tokenizer": "tokenizer.json",
+    }.items():
+        (tiny_folder(root / name, "dream") / removed).unlink()
+    (root / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    for name, text in {
+        "broken_config": "{",
+        "other_type": json.dumps(config | {"model_type": "gpt2"}),
+        "wrong_width": json.dumps(config | {"hidden_size": 128}),
+    }.items():
+        (tiny_folder(root / name, "dream") / "config.json").write_text(text)
+    weights = tiny_folder(root / "cut_off", "dream") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    (root / "text").write_text("What is a prime number?\n")
+    (root / "empty").write_text(" \n")
+    (root / "latin1").write_bytes("caf\xe9".encode("latin-1"))
+    (root / "folder").mkdir()
+    return root
+
+
+def words_of(script, call, folder):
+    """The call's words with the folder's paths in them, and a good model and record where the call names none."""
+    paths = {path.name: path for path in folder.iterdir()} | {"missing": folder / "missing"}
+    words = [word.format(**paths) for word in (call.split() if isinstance(call, str) else call)]
+    if "--model_path" not in words and "--demo" not in words:
+        words += ["--model_path", str(paths[script])]
+    if "--json" not in words:
+        words += ["--json", str(folder / "folder" / "record.json")]
+    return words
+
+
+@pytest.mark.parametrize(("script", "call", "option", "right"), CALLS, ids=[f"{c[0]} {c[1]}" for c in CALLS])
+def test_a_wrong_call_is_one_line_and_exit_code_2(script, call, option, right, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert MAIN[script](words_of(script, call, folder)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert ": error: " in err and "Traceback" not in err
+    assert option in err and right in err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_mps_is_refused_where_there_is_none(folder, capsys):
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has an Apple GPU")
+    assert main_dream(words_of("dream", "--device mps", folder)) == 2
+    assert "--device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to(folder, capsys, tmp_path):
+    tmp_path.chmod(0o555)
+    assert main_dream(words_of("dream", f"--json {tmp_path}/record.json", folder)) == 2
+    assert "--json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "call", "line"),
+    [
+        (
+            "llada",
+            "--select 1.5",
+            "llada_generation.py: error: argument --select: must be above 0 and at most 1, got 1.5\n",
+        ),
+        (
+            "dream",
+            "--model_path {no_config}",
+            "dream_generation.py: error: argument --model_path: {no_config} has no config.json\n",
+        ),
+    ],
+)
+def test_the_scripts_print_that_line_and_nothing_else(script, call, line, folder):
+    command = [sys.executable, str(ROOT / f"{script}_generation.py"), *words_of(script, call, folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == line.format(no_config=folder / "no_config")

@@ -1,0 +1,315 @@
+"""The scripts' output: the record and its meanings, what goes to stdout and stderr, seeds, interruption."""
+
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from tiny_folders import tiny_folder
+
+from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer
+from sparsed.cli import arguments, main_dream, main_llada, report, running
+from sparsed.cli import main as main_module
+from sparsed.cli.families import DREAM, LLADA
+from sparsed.prompts import encode_chat
+
+ROOT = Path(__file__).parents[1]
+MAIN = {"dream": main_dream, "llada": main_llada}
+QUESTION = "Where does the old lighthouse keeper, who never learned to swim, keep the spare key of the boat house?"
+STEPS, LENGTH = 10, 32
+N_FULL = 2  # ceil(0.2 * 10)
+SHORT = ["--seq_len", str(LENGTH), "--steps", str(STEPS), "--block_size", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: tiny_folder(root / family, family) for family in MAIN}
+
+
+@pytest.fixture
+def call(checkpoints, tmp_path, capsys):
+    """Run a script's main in this process; returns (exit code, stdout, stderr, record)."""
+
+    def run(family, *words, own_prompt=True):
+        file = tmp_path / "record.json"
+        prompt = ["--prompt_text", QUESTION] if own_prompt else []
+        code = MAIN[family](
+            ["--model_path", str(checkpoints[family]), *prompt, *SHORT, *map(str, words), "--json", str(file)]
+        )
+        out, err = capsys.readouterr()
+        return code, out, err, json.loads(file.read_text()) if file.exists() else None
+
+    return run
+
+
+def prompt_ids(checkpoint):
+    return encode_chat(load_tokenizer(checkpoint), QUESTION)
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_the_record_of_a_sparse_run(family, call, checkpoints):
+    code, out, _, record = call(family)
+    assert code == 0
+    (run,) = record["runs"]
+    ids = prompt_ids(checkpoints[family])
+    assert run["mode"] == "sparsed"
+    assert run["prompt_tokens"] == len(ids)
+    assert len(run["token_ids"]) == LENGTH
+    assert out == run["text"] + "\n"
+    steps = run["step_seconds"]
+    assert len(steps) == STEPS and all(seconds > 0 for seconds in steps)
+    assert run["seconds"] == pytest.approx(sum(steps), rel=0.05)
+    assert run["full_steps"] == N_FULL
+    assert run["selection_seconds"] == pytest.approx(steps[N_FULL - 1] - median(steps[: N_FULL - 1]))
+    assert run["backend"] in {"gather", "dense"} and run["backend_reason"]
+    assert run["peak_memory_bytes"] is None
+    assert (run["expected"], run["answer_found"]) == (None, None)
+    assert (record["beyond_trained_length"], "comparison" in record) == (False, False)
+    assert record["arguments"]["select"] == 0.3 and record["arguments"]["block_size"] == 16
+    assert record["arguments"]["model_path"] == str(checkpoints[family])
+    environment = record["environment"]
+    assert environment["torch"] == torch.__version__ and environment["device"] == "cpu"
+    assert environment["dtype"] == "float32" and environment["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_density_counts_pairs_of_the_sparse_steps(family, call, checkpoints):
+    whole = [extra for extra in range(16) if (len(prompt_ids(checkpoints[family])) + extra) % 16 == 0][0]
+    text = QUESTION + "?" * whole  # one token each: all blocks are then of one size
+    _, _, _, record = call(family, "--select", 0.5, "--prompt_text", text)
+    (run,) = record["runs"]
+    prompt_blocks = run["prompt_tokens"] // 16
+    kept = -(-prompt_blocks // 2) + 1  # half of the prompt's blocks, one of the answer's two
+    assert run["density"] == pytest.approx(kept / (prompt_blocks + 2))
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_a_full_run_has_nothing_sparse(family, call):
+    _, _, _, record = call(family, "--origin", "--skip", 0.5)
+    (run,) = record["runs"]
+    assert run["mode"] == "origin" and run["full_steps"] == STEPS
+    assert [run[key] for key in ("selection_seconds", "density", "backend")] == [None] * 3
+
+
+@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("mode", ["origin", "sparsed"])
+def test_tokens_are_the_library_s(family, mode, call, checkpoints):
+    _, _, _, record = call(family, "--temperature", 0, *(["--origin"] if mode == "origin" else []))
+    ids = torch.tensor([prompt_ids(checkpoints[family])])
+    config = SparseDConfig(block_size=16) if mode == "sparsed" else None
+    model = load_model(checkpoints[family], device="cpu")
+    shared = {"gen_length": LENGTH, "steps": STEPS, "config": config}
+    if family == "dream":
+        expected = dream_generate(model, ids, top_p=0.95, top_k=50, **shared)
+    else:
+        expected = llada_generate(model, ids, block_length=32, **shared)
+    assert record["runs"][0]["token_ids"] == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_compare_runs_both_and_says_how_they_differ(family, call):
+    code, out, err, record = call(family, "--compare")
+    origin, sparsed = record["runs"]
+    assert code == 0 and [origin["mode"], sparsed["mode"]] == ["origin", "sparsed"]
+    assert out == f"{origin['text']}\n{sparsed['text']}\n"
+    comparison = record["comparison"]
+    different = [i for i in range(LENGTH) if origin["token_ids"][i] != sparsed["token_ids"][i]]
+    assert comparison["different_positions"] == different
+    assert comparison["tokens_equal"] == LENGTH - len(different) and comparison["tokens"] == LENGTH
+    assert comparison["first_difference"] == (different[0] if different else None)
+    assert comparison["density"] == sparsed["density"]
+    assert comparison["speedup"]["whole"] == pytest.approx(origin["seconds"] / sparsed["seconds"])
+    sparse = [sum(run["step_seconds"][N_FULL:]) for run in (origin, sparsed)]
+    assert comparison["speedup"]["sparse_steps"] == pytest.approx(sparse[0] / sparse[1])
+    assert f"the same tokens: {LENGTH - len(different)} of {LENGTH}" in err
+    for phase in ("full steps", "selection", "sparse steps", "whole"):
+        assert f"\n{phase} " in err
+
+
+def test_compare_with_every_block_kept_finds_no_difference(call):
+    _, _, err, record = call("llada", "--compare", "--select", 1)
+    assert record["comparison"]["tokens_equal"] == LENGTH
+    assert record["comparison"]["density"] == 1.0
+    assert "[[" not in err
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_quiet_leaves_the_answer_alone(family, call):
+    _, out, err, record = call(family, "--compare", "--quiet")
+    assert err == ""
+    assert out == "".join(run["text"] + "\n" for run in record["runs"])
+
+
+def test_skip_1_is_full_attention_to_the_end(call):
+    _, _, _, record = call("llada", "--compare", "--skip", 1)
+    origin, sparsed = record["runs"]
+    assert sparsed["token_ids"] == origin["token_ids"]
+    assert sparsed["full_steps"] == STEPS
+    assert sparsed["density"] is None and sparsed["selection_seconds"] is None
+    assert record["comparison"]["speedup"]["sparse_steps"] is None
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_the_seed_decides(family, call):
+    def tokens(*words):
+        return [run["token_ids"] for run in call(family, "--temperature", 1, *words)[3]["runs"]]
+
+    first = tokens("--seed", 3, "--compare", "--skip", 1, "--warmup", 1)
+    assert first[0] == first[1]
+    assert tokens("--seed", 3, "--skip", 1) == first[:1]
+    assert tokens("--seed", 4, "--skip", 1) != first[:1]
+
+
+def test_warm_up_runs_are_reported_apart(call):
+    _, _, _, record = call("llada", "--warmup", 2, "--compare")
+    for run in record["runs"]:
+        assert len(run["warmup_seconds"]) == 2
+        assert len(run["step_seconds"]) == STEPS
+
+
+def test_a_prompt_beyond_the_trained_length_is_a_warning(checkpoints, tmp_path, capsys):
+    short = tiny_folder(tmp_path / "short", "llada", max_sequence_length=64)
+    words = ["--model_path", str(short), "--prompt_text", QUESTION, *SHORT, "--json", str(tmp_path / "r.json")]
+    assert main_llada(words) == 0
+    err = capsys.readouterr().err
+    assert err.count("warning: ") == 1 and "64" in err
+    assert json.loads((tmp_path / "r.json").read_text())["beyond_trained_length"] is True
+
+
+def test_presets_know_their_answer(call):
+    _, _, err, record = call("dream", own_prompt=False)
+    (run,) = record["runs"]
+    assert record["arguments"]["prompt"] == "short_context"
+    assert run["expected"] and run["answer_found"] is (run["expected"].lower() in run["text"].lower())
+    assert f"expected answer {run['expected']!r}: {'found' if run['answer_found'] else 'not found'}" in err
+
+
+def test_prompt_file_and_prompt_text_are_the_same_prompt(call, tmp_path):
+    (tmp_path / "prompt.txt").write_text(QUESTION)
+    from_text = call("dream")[3]["runs"][0]["token_ids"]
+    assert call("dream", "--prompt_file", tmp_path / "prompt.txt", own_prompt=False)[3]["runs"][0][
+        "token_ids"
+    ] == from_text  # fmt: skip
+
+
+def test_demo_loads_the_bundled_checkpoint(checkpoints, monkeypatch, capsys):
+    monkeypatch.setattr(main_module, "demo_path", lambda family: checkpoints[family])
+    assert main_llada(["--demo", *SHORT]) == 0
+    assert "demo checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "expected"),
+    [
+        ("dream", "", {"alg": "maskgit_plus", "temperature": 0.05, "top_p": 0.95, "top_k": 50}),
+        ("dream", "--top_k 0 --sampling-alg origin", {"alg": "origin", "top_k": None}),
+        ("llada", "", {"remasking": "low_confidence", "temperature": 0, "cfg_scale": 0, "block_length": 32}),
+        ("llada", "--cfg_scale 1.5 --block_length 16", {"cfg_scale": 1.5, "block_length": 16}),
+    ],
+)
+def test_the_flags_reach_the_sampler(family, words, expected, call, monkeypatch):
+    given = {}
+    sampler = getattr(running, f"{family}_generate")
+
+    def watched(*args, **kwargs):
+        given.update(kwargs)
+        return sampler(*args, **kwargs)
+
+    monkeypatch.setattr(running, f"{family}_generate", watched)
+    assert call(family, *words.split())[0] == 0
+    expected = {"steps": STEPS, "gen_length": LENGTH, **expected}
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_a_named_backend_is_used_and_the_record_says_so(call):
+    reasons = [call("dream", *words)[3]["runs"][0]["backend_reason"] for words in ((), ("--backend", "gather"))]
+    assert "named" in reasons[1] and "named" not in reasons[0]
+
+
+@pytest.mark.parametrize(("quiet", "terminal"), [(False, True), (True, True), (False, False)])
+def test_the_progress_bar_names_the_phase_on_a_terminal(quiet, terminal, checkpoints, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", screen)
+    words = ["--model_path", str(checkpoints["dream"]), "--prompt_text", QUESTION, *SHORT]
+    assert main_dream(words + ["--quiet"] * quiet) == 0
+    shown = {phase for phase in ("full: ", "selecting: ", "sparse: ") if phase in screen.getvalue()}
+    assert len(shown) == (3 if terminal and not quiet else 0)
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(call, tmp_path, monkeypatch):
+    (tmp_path / "record.json").write_text('{"old": 1}')
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(report.os, "replace", full_disk)
+    code, _, err, record = call("llada")
+    assert code == 2 and record == {"old": 1}
+    assert err.splitlines()[-1].endswith("error: argument --json: No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_out_of_memory_is_one_line(call, monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore advice")
+
+    monkeypatch.setattr(main_module, "run_mode", too_much)
+    code, out, err, record = call("llada", "--quiet")
+    assert (code, out, record) == (3, "", None)
+    assert err.count("\n") == 1 and "out of memory" in err
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_help_is_complete(family, capsys):
+    assert MAIN[family](["--help"]) == 0
+    out, err = capsys.readouterr()
+    flags = "model_path demo device dtype prompt prompt_text prompt_file seq_len steps sampling-alg temperature seed"
+    flags += " skip select block_size backend origin compare warmup json quiet"
+    flags += " top_p top_k" if family == "dream" else " block_length cfg_scale"
+    assert all(f"--{flag}" in out for flag in flags.split())
+    assert all(f"\n{group}:\n" in out for group in ("model", "generation", "SparseD", "running", "output", "examples"))
+    assert err == ""
+
+
+@pytest.mark.parametrize("family", [DREAM, LLADA], ids=lambda family: family.name)
+def test_the_readme_and_the_help_show_calls_that_work(family):
+    texts = [(ROOT / "README.md").read_text(), arguments.EXAMPLES.format(script=family.script)]
+    for text in texts:
+        calls = re.findall(rf"python {family.script}( .*)?", text)
+        assert len(calls) >= 3
+        for words in calls:
+            arguments.parse(family, shlex.split(words, comments=True))  # SystemExit if a flag is wrong
+    for action in arguments.build_parser(family)._actions:
+        assert all(f"`{flag}" in texts[0] for flag in action.option_strings if flag not in ("-h", "--help"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_an_interrupted_run_leaves_nothing(sent, code, word, checkpoints, tmp_path):
+    command = [sys.executable, str(ROOT / "llada_generation.py"), "--model_path", str(checkpoints["llada"])]
+    command += ["--prompt_text", QUESTION, "--seq_len", "4096", "--steps", "4096", "--device", "cpu"]
+    command += ["--json", str(tmp_path / "record.json")]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # a shell's background job would hand its ignored SIGINT on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr.readline().startswith("LLaDA")  # the heading: generation begins
+    process.send_signal(getattr(signal, sent))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (code, "", f"llada_generation.py: {word}\n")
+    assert list(tmp_path.iterdir()) == []

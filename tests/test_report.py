@@ -1,0 +1,69 @@
+"""Pieces of the report, apart from a run: where a text ends, how differences are marked, how steps are timed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_folders import special_id, tiny_folder
+
+from sparsed import load_model, load_tokenizer
+from sparsed.cli import report, running
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: tiny_folder(root / family, family) for family in ("dream", "llada")}
+
+
+@pytest.mark.parametrize(("family", "end"), [("dream", "<|im_end|>"), ("dream", "<|endoftext|>")]
+                         + [("llada", "<|eot_id|>"), ("llada", "<|endoftext|>")])  # fmt: skip
+def test_text_ends_at_the_first_end_token(family, end, checkpoints):
+    tokenizer = load_tokenizer(checkpoints[family])
+    stops = report.stop_ids(load_model(checkpoints[family], device="cpu").config, tokenizer)
+    words = [tokenizer.encode(text, add_special_tokens=False) for text in ("under the mat", "noise")]
+    ids = [*words[0], special_id(family, end), *words[1]]
+    assert report.decode(tokenizer, ids[: report.answer_length(ids, stops)]) == "under the mat"
+    assert report.answer_length(words[0], stops) == len(words[0])
+
+
+def test_text_ends_at_the_model_s_own_end_ids_too(checkpoints):
+    config = SimpleNamespace(eos_token_id=65, pad_token_id=66)
+    stops = report.stop_ids(config, load_tokenizer(checkpoints["llada"]))
+    assert {65, 66, special_id("llada", "<|eot_id|>")} <= stops
+
+
+def test_ids_that_the_tokenizer_lacks_are_skipped(checkpoints):
+    tokenizer = load_tokenizer(checkpoints["dream"])
+    ids = tokenizer.encode("mat", add_special_tokens=False)
+    assert report.decode(tokenizer, [ids[0], 100_000, *ids[1:]]) == "mat"
+
+
+def test_differences_are_marked(checkpoints):
+    tokenizer = load_tokenizer(checkpoints["dream"])
+    ids = tokenizer.encode("under the mat and more", add_special_tokens=False)
+    assert report.mark(tokenizer, ids, [6, 7, 12], 13) == "under [[th]]e ma[[t]]"
+
+
+def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
+    times = iter([0.0, 1.0, 1.0, 12.0, 12.0, 13.0, 13.0])
+    monkeypatch.setattr(running.time, "perf_counter", lambda: next(times))
+
+    class Run:
+        compile_seconds = None
+
+    with running.tqdm(total=3, disable=True) as bar:
+        clock = running.StepClock(torch.device("cpu"), Run(), bar, ["full", "selecting", "sparse"])
+        clock.start()
+        clock.tick(0)
+        clock.run.compile_seconds = 10.0
+        clock.tick(1)
+        clock.tick(2)
+    assert clock.step_seconds == [1.0, 1.0, 1.0]
+    assert clock.compile_seconds == 10.0
+
+
+def test_phase_names():
+    assert running.phase_names(5, 3) == ["full", "full", "selecting", "sparse", "sparse"]
+    assert running.phase_names(2, 1) == ["selecting", "sparse"]
+    assert running.phase_names(2, 2) == ["full", "full"]
