@@ -1,6 +1,6 @@
 """Draw assets/idea.png, the idea of SparseD, from a real run of the LLaDA demo checkpoint.
 
-pip install matplotlib
+pip install -e ".[plots]"
 python -m assets.idea
 """
 

@@ -157,9 +157,19 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "device_name": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str:
+    """The processor's name; Linux keeps it in a file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version() -> str | None:
