@@ -87,6 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = random_model(args.family, torch.device("cuda", torch.cuda.current_device()))
     record = {

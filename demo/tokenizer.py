@@ -6,14 +6,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from sparsed.models.tokenizer import QWEN2_PIECES
 from sparsed.prompts import Language
 
 VOCABULARY = 2560
-# Qwen2's and Dream's way to cut text into pieces before the BPE
-PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SPECIALS = {
     "dream": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"),
     "llada": (
@@ -75,7 +71,7 @@ def train_bpe(language: Language, vocabulary: int = VOCABULARY) -> Tokenizer:
     """A byte-level BPE of at most `vocabulary` tokens, all 256 bytes among them, so that any text encodes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(QWEN2_PIECES), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()

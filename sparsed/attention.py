@@ -23,7 +23,8 @@ SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 RECOMPILES = 64
 # tokens of the largest block that the self-check runs with
 LARGEST_CHECKED = 512
-# elements of the gathered keys of one chunk: in a CPU they stay in the cache, on a GPU they stay bounded
+# elements of the gathered keys of one chunk, which holds at least one query block of one head: small ones stay in a
+# CPU's cache, large ones fill a GPU
 CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 24
 
 
@@ -32,37 +33,40 @@ def gather_attention(pattern: Pattern) -> SparseAttention:
     grid = pattern.grid
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
+        rows = []
         for b, count in enumerate(pattern.counts):
             valid = None if grid.key_valid is None else grid.key_valid[b]
-            _gather_row(q[b], k[b], v[b], pattern.indices[b, :, :, :count].long(), valid, grid.block_size, out[b])
-        return out
+            rows.append(_gather_row(q[b], k[b], v[b], pattern.indices[b, :, :, :count].long(), valid, grid.block_size))
+        return torch.stack(rows)
 
     return attention
 
 
-def _gather_row(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor | None, block_size: int, out: Tensor
-) -> None:
-    """Fill one batch row: q and out [Hq, T, D], k and v [Hkv, T, D], indices [Hq, nQ, kept], valid [T]."""
+def _gather_row(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor | None, block_size: int) -> Tensor:
+    """One batch row: q [Hq, T, D], k and v [Hkv, T, D], indices [Hq, nQ, kept], valid [T] -> [Hq, T, D]."""
     heads, length, head_dim = q.shape
+    block_size = min(block_size, length)
     pad = -length % block_size
+    queries, keys, values = (F.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, block_size)) for x in (q, k, v))
+    queries, kept = queries.flatten(0, 1)[:, None], indices.flatten(0, 1)  # [Hq * nQ, 1, block, D], [Hq * nQ, kept]
+    kv_head = (torch.arange(heads, device=q.device) * k.shape[0] // heads).repeat_interleave(indices.shape[1])[:, None]
     if pad and valid is None:
         valid = torch.ones(length, dtype=torch.bool, device=q.device)
-    queries, keys, values = (F.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, block_size)) for x in (q, k, v))
-    kv_head = torch.arange(heads, device=q.device)[:, None, None] * k.shape[0] // heads
+    valid = None if valid is None else _blocks(valid, block_size)
     budget = CPU_CHUNK if q.device.type == "cpu" else GPU_CHUNK
-    chunk = max(1, budget // (heads * indices.shape[-1] * block_size * head_dim))
-    for start in range(0, indices.shape[1], chunk):
-        kept = indices[:, start : start + chunk]
-        part = F.scaled_dot_product_attention(
-            queries[:, start : start + chunk],
-            keys[kv_head, kept].flatten(2, 3),
-            values[kv_head, kept].flatten(2, 3),
-            attn_mask=None if valid is None else _blocks(valid, block_size)[kept].flatten(2)[:, :, None],
+    chunk = max(1, budget // (kept.shape[1] * block_size * head_dim))
+    parts = []
+    for start in range(0, len(kept), chunk):
+        part = slice(start, start + chunk)
+        where = kv_head[part], kept[part]
+        out = F.scaled_dot_product_attention(
+            queries[part],
+            keys[where].flatten(1, 2)[:, None],
+            values[where].flatten(1, 2)[:, None],
+            attn_mask=None if valid is None else valid[kept[part]].flatten(1)[:, None, None],
         )
-        rows = slice(start * block_size, min((start + chunk) * block_size, length))
-        out[:, rows] = part.flatten(1, 2)[:, : rows.stop - rows.start]
+        parts.append(out)
+    return torch.cat(parts).view(heads, -1, head_dim)[:, :length]
 
 
 def _blocks(valid: Tensor, block_size: int) -> Tensor:
@@ -217,7 +221,11 @@ def unavailable(name: str, problem: Problem) -> str | None:
         return None if importlib.util.find_spec("triton") else "needs the package triton"
     if torch.cuda.get_device_capability(problem.device) < (9, 0):
         return "needs a GPU of compute capability 9.0 or newer"
-    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+    try:
+        found = importlib.util.find_spec("flash_attn.cute")  # imports flash_attn, which can be broken in any way
+    except Exception as error:
+        return f"needs the package flash-attn-4 (flash_attn does not import: {type(error).__name__})"
+    if found is None:
         return "needs the package flash-attn-4"
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {str(problem.dtype).removeprefix('torch.')}"
@@ -231,7 +239,7 @@ def self_check(name: str, problem: Problem) -> str | None:
     """Run the backend once on random data against dense float64 attention under the same mask; None if it agrees.
 
     The length is ragged and its last block is kept, where kernels have read past the end. The error may be twice that
-    of dense attention in the same dtype.
+    of dense attention in the same dtype. Two batch rows and the first and last key heads are compared.
     """
     pattern = _check_pattern(problem)
     generator = torch.Generator(problem.device).manual_seed(0)
@@ -243,14 +251,29 @@ def self_check(name: str, problem: Problem) -> str | None:
     )
     try:
         out = BACKENDS[name](pattern)(q, k, v)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
     except Exception as error:  # a compiler can fail in any way; the reason is reported, never hidden
         return f"failed with {type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
-    wide = torch.float32 if problem.device.type == "mps" else torch.float64
+    group = problem.heads // problem.kv_heads
+    for kv_head in {0, problem.kv_heads - 1}:
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        fault = _compare(
+            out[:2, heads], q[:2, heads], k[:2, kv_head, None], v[:2, kv_head, None], pattern.part(2, heads)
+        )
+        if fault is not None:
+            return fault
+    return None
+
+
+def _compare(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> str | None:
+    """What is wrong with `out` as sparse attention of q, k, v; None if it errs no more than dense attention may."""
+    wide = torch.float32 if q.device.type == "mps" else torch.float64
     exact = dense_masked_attention(q.to(wide), k.to(wide), v.to(wide), pattern)
     real = slice(None) if pattern.grid.key_valid is None else pattern.grid.key_valid[:, None, :, None].expand_as(exact)
     error = (out.to(wide) - exact)[real].abs().max().item()
-    allowed = (dense_masked_attention(q, k, v, pattern).to(wide) - exact)[real].abs().max().item()
-    allowed = 2 * allowed + torch.finfo(problem.dtype).eps * exact[real].abs().max().item()
+    dense = (dense_masked_attention(q, k, v, pattern).to(wide) - exact)[real].abs().max().item()
+    allowed = 2 * dense + torch.finfo(q.dtype).eps * exact[real].abs().max().item()
     if not error <= allowed:
         return f"is wrong on this machine: error {error:.1e} where {allowed:.1e} is allowed"
     return None

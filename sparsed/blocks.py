@@ -45,7 +45,8 @@ class BlockGrid:
     def block_tokens(self) -> Tensor:
         """Real tokens in each block, [B or 1, n_blocks]."""
         valid = torch.ones(1, self.length, dtype=torch.bool) if self.key_valid is None else self.key_valid
-        return F.pad(valid, (0, -self.length % self.block_size)).unflatten(-1, (-1, self.block_size)).sum(-1)
+        block_size = min(self.block_size, self.length)
+        return F.pad(valid, (0, -self.length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
 
     def budgets(self, select: float) -> list[tuple[int, int]]:
         """Key blocks to keep in (prompt, generation) for each batch row (one row stands for all without padding).
@@ -79,6 +80,11 @@ class Pattern:
             attended = (real[row[..., :kept]].sum(-1) * real).sum(-1)  # [Hq]
             shares.append(attended.mean() / real.sum().square())
         return torch.stack(shares).mean()
+
+    def part(self, rows: int, heads: slice) -> "Pattern":
+        """The pattern of the first `rows` batch rows and of some heads."""
+        valid = None if self.grid.key_valid is None else self.grid.key_valid[:rows]
+        return Pattern(self.indices[:rows, heads], self.counts[:rows], replace(self.grid, key_valid=valid))
 
     def as_mask(self) -> Tensor:
         """The kept blocks as bool [B, Hq, nQ, nK]."""

@@ -34,12 +34,9 @@ class SparseDConfig:
             raise ValueError(f"skip must be between 0 and 1, got {self.skip!r}")
         if not _is_number(self.select) or not 0 < self.select <= 1:
             raise ValueError(f"select must be above 0 and at most 1, got {self.select!r}")
-        if (
-            not isinstance(self.block_size, int)
-            or isinstance(self.block_size, bool)
-            or self.block_size < 16
-            or self.block_size % 16
-        ):
+        whole = isinstance(self.block_size, int) and not isinstance(self.block_size, bool)
+        # block indices are int32
+        if not whole or not 16 <= self.block_size < 2**31 or self.block_size % 16:
             raise ValueError(f"block_size must be a positive multiple of 16, got {self.block_size!r}")
 
     def n_full(self, steps: int) -> int:

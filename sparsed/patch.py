@@ -18,6 +18,9 @@ from .blocks import BlockGrid
 from .config import SparseDConfig
 from .selection import choose_blocks, compile_scores
 
+# an additive mask at or below this hides a key: libraries use -1e4, -1e9, the dtype's lowest number or -inf
+NEVER = -1e4
+
 
 class Run:
     """State of the generations inside one `sparsify`, all of it: nothing stays on the model.
@@ -52,6 +55,7 @@ class Run:
     def _forget(self) -> None:
         self._grid: BlockGrid | None = None
         self._sparse: dict[int, SparseAttention] = {}
+        self._devices: set[torch.device] = set()
         self._densities: list[Tensor] = []
 
     def release(self) -> None:
@@ -94,36 +98,42 @@ class Run:
         return self.step == self.n_full - 1 and self.n_full < self.steps
 
     def _choose(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
-        first = self._grid is None
-        if first:
-            length = q.shape[2]
+        length = q.shape[2]
+        if k.shape[2] != length:
+            raise ValueError(f"sparsify needs all tokens in every forward, got {length} queries and {k.shape[2]} keys")
+        if self._grid is None:
             self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
-            self._timed(lambda: self._prepare(q, k), q.device)
-        pattern = choose_blocks(q, k, self._grid.to(q.device), self.config.select)
+        grid = self._grid.to(q.device)
+        first = q.device not in self._devices
+        if first:
+            self._devices.add(q.device)
+            self._timed(lambda: self._prepare(q, k, grid), q.device)
+        pattern = choose_blocks(q, k, grid, self.config.select, compiled=self.backend != "gather")
         self._densities.append(pattern.density)
         self._sparse[layer] = BACKENDS[self.backend](pattern)
         if first:
             self._timed(lambda: self._sparse[layer](q, k, v), q.device)
 
-    def _prepare(self, q: Tensor, k: Tensor) -> None:
+    def _prepare(self, q: Tensor, k: Tensor, grid: BlockGrid) -> None:
         """Choose the backend, and compile the score kernel on a short piece."""
-        grid = self._grid
         problem = Problem(
             q.device, q.dtype, *q.shape[:2], k.shape[1], q.shape[3], grid.block_size, grid.key_valid is not None
         )
         self.backend, self.backend_reason = choose_backend(self._wanted, problem)
-        compile_scores(q, k, grid)
+        if self.backend != "gather":
+            compile_scores(q, k, grid)
 
     def _timed(self, work: Callable[[], Any], device: torch.device) -> None:
         """Run `work` and count its time, the device's included, as compile time."""
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         work()
-        _synchronize(device)
+        synchronize(device)
         self.compile_seconds += time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -132,14 +142,14 @@ def valid_keys(mask: Any, k: Tensor) -> Tensor | None:
     """Which keys [B, T] an attention mask lets any query attend to; None if all of them.
 
     Args:
-        mask: None or a string such as "full" (no mask); bool or integer (nonzero = attend) or additive float,
-            broadcastable to [B, H, T, T] or of shape [B, T].
+        mask: None or a string such as "full" (no mask); bool or integer (nonzero = attend) or additive float
+            (-1e4 and below = never attend), broadcastable to [B, H, T, T] or of shape [B, T].
         k: [B, Hkv, T, D].
     """
     if mask is None or isinstance(mask, str):
         return None
     batch, length = k.shape[0], k.shape[2]
-    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    allowed = mask > NEVER if mask.is_floating_point() else mask.bool()
     if allowed.shape != (batch, length):
         while allowed.ndim < 4:
             allowed = allowed[None]
@@ -172,8 +182,10 @@ def sparsify(
         RuntimeError: the model is inside another `sparsify`.
         BackendError: (in the step that chooses the blocks) the named backend cannot run.
     """
+    if not isinstance(config, SparseDConfig):
+        raise ValueError(f"config must be a SparseDConfig, got {config!r}")
     for name, value in (("steps", steps), ("gen_length", gen_length)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive whole number, got {value!r}")
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")

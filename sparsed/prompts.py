@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 PRESETS = ("short_context", "4k", "8k", "16k", "32k", "64k")
 LENGTHS = {name: 1024 * int(name[:-1]) for name in PRESETS[1:]}
 
@@ -26,6 +28,10 @@ SAMPLE = 64
 # what the last sentence of a document is stretched with, until the length is exact
 FILLERS = (" and", " so", " on", " the", " it", " a", ".", "a")
 PLACEHOLDER = "placeholder0of0the0user0text"
+
+
+class ChatTemplateError(ValueError):
+    """The tokenizer's chat template cannot render a user message."""
 
 
 @dataclass(frozen=True)
@@ -281,8 +287,13 @@ def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:
     # the template sees the message's outer spaces, for some trim them
     lead, _, trail = text.partition(message) if message else (text, "", "")
     chat = [{"role": "user", "content": lead + PLACEHOLDER + trail}]
-    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    before, _, after = rendered.partition(PLACEHOLDER)
+    try:
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ChatTemplateError(f"the tokenizer's chat template fails: {error}") from None
+    before, found, after = rendered.partition(PLACEHOLDER)
+    if not found:
+        raise ChatTemplateError("the tokenizer's chat template leaves the user's message out")
     return before, message, after
 
 

@@ -39,9 +39,13 @@ def _top(scores: Tensor, part: slice, keep: int) -> Tensor:
     return (order[..., :keep] + part.start).int()
 
 
-def choose_blocks(q: Tensor, k: Tensor, grid: BlockGrid, select: float) -> Pattern:
-    """Score the blocks of q [B, Hq, T, D] and k [B, Hkv, T, D] (after rotary embedding) and keep the best ones."""
-    scores = block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid)
+def choose_blocks(q: Tensor, k: Tensor, grid: BlockGrid, select: float, *, compiled: bool = True) -> Pattern:
+    """Score the blocks of q [B, Hq, T, D] and k [B, Hkv, T, D] (after rotary embedding) and keep the best ones.
+
+    Args:
+        compiled: whether the scores may come from a compiled kernel.
+    """
+    scores = block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid, compiled=compiled)
     return isolated_top_k(scores, grid, select)
 
 
@@ -80,16 +84,19 @@ def _check_selection(q, k, prompt_len, block_size, select, key_valid) -> None:
         q.ndim != 4
         or k.ndim != 4
         or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:])
+        or not q.numel()
+        or not k.numel()
         or q.shape[1] % k.shape[1]
     ):
-        raise ValueError(
-            f"q [B, Hq, T, D] and k [B, Hkv, T, D] do not fit each other: {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if not 0 <= prompt_len <= q.shape[2]:
+        shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+        raise ValueError(f"q [B, Hq, T, D] and k [B, Hkv, T, D] are empty or do not fit each other: {shapes}")
+    if not isinstance(prompt_len, int) or not 0 <= prompt_len <= q.shape[2]:
         raise ValueError(f"prompt_len must be between 0 and the sequence's {q.shape[2]} tokens, got {prompt_len}")
-    if block_size < 1:
+    if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be positive, got {block_size}")
     if not 0 < select <= 1:
         raise ValueError(f"select must be above 0 and at most 1, got {select}")
     if key_valid is not None and (key_valid.dtype != torch.bool or key_valid.shape != (q.shape[0], q.shape[2])):
         raise ValueError(f"key_valid must be bool [B, T] = {[q.shape[0], q.shape[2]]}, got {list(key_valid.shape)}")
+    if key_valid is not None and not key_valid.any(-1).all():
+        raise ValueError("key_valid must have a real token in every row")

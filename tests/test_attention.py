@@ -238,6 +238,38 @@ def test_self_check_refuses_a_broken_backend(monkeypatch, broken):
     assert name == "gather" and "broken" in why
 
 
+def test_a_broken_flash_package_is_passed_over(monkeypatch):
+    """An installed flash_attn that does not fit torch fails on import, in a way of its own."""
+
+    def broken(name):
+        raise OSError("undefined symbol")
+
+    monkeypatch.setattr(attention.importlib.util, "find_spec", broken)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fault = attention.unavailable("flash", Problem(torch.device("cuda"), torch.bfloat16, 1, 2, 2, 64, 128, False))
+    assert "does not import" in fault and "\n" not in fault
+
+
+def test_out_of_memory_in_the_self_check_says_nothing_about_the_backend(monkeypatch):
+    def starved(pattern):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setitem(BACKENDS, "gather", starved)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_backend("gather", CPU)
+
+
+def test_a_block_far_longer_than_the_sequence_costs_no_more_than_the_sequence():
+    """2 ** 30 tokens of padding would not fit any memory."""
+    q, k, v, valid, keep, _ = problem(203, 150, 208, (4, 2), (0, 60))
+    huge = BlockGrid(203, 150, 2**30, valid)
+    assert huge.block_tokens.tolist() == [[203], [143]]
+    pattern = Pattern(torch.zeros(2, 4, 1, 1, dtype=torch.int32), (1, 1), huge)
+    out = BACKENDS["gather"](pattern)(q, k, v)
+    real = valid[:, None, :, None].expand_as(out)
+    torch.testing.assert_close(out[real].double(), exact(q, k, v, valid, keep, 208)[real], atol=2e-6, rtol=0)
+
+
 def test_self_check_runs_once(monkeypatch):
     calls, working = [], BACKENDS["gather"]
 

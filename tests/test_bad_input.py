@@ -26,10 +26,12 @@ CALLS = [
     ("dream", "--skip half", "--skip", "a number"),
     ("llada", "--block_size 20", "--block_size", "multiple of 16"),
     ("dream", "--block_size 0", "--block_size", "multiple of 16"),
+    ("dream", f"--block_size {2**31}", "--block_size", "multiple of 16"),
     ("dream", "--block_size 32.5", "--block_size", "whole number"),
     ("dream", "--seq_len 0", "--seq_len", "at least 1"),
     ("llada", "--seq_len -32", "--seq_len", "at least 1"),
     ("dream", "--seq_len many", "--seq_len", "whole number"),
+    ("llada", f"--seq_len {10**20} --block_length {10**20}", "--seq_len", "at most"),
     ("dream", "--steps 0", "--steps", "at least 1"),
     ("llada", "--steps 1e3", "--steps", "whole number"),
     ("llada", "--steps", "--steps", "expected one argument"),
@@ -70,9 +72,18 @@ CALLS = [
     ("llada", "--prompt_file {latin1}", "--prompt_file", "UTF-8"),
     ("dream", "--json {missing}/record.json", "--json", "no folder"),
     ("dream", "--json {folder}", "--json", "not an ordinary file"),
+    ("dream", "--json ~nobody-of-that-name/record.json", "--json", "cannot write"),
+    ("dream", f"--json {'a' * 300}.json", "--json", "too long"),
+    ("llada", "--json /proc/record.json", "--json", "cannot write"),
+    ("llada", "--json /dev/stdout", "--json", "not an ordinary file"),
     ("dream", ["--json", ""], "--json", "empty"),
     ("dream", ["--model_path", ""], "--model_path", "empty"),
     ("dream", "--model_path {missing}", "--model_path", "no such folder"),
+    ("dream", "--model_path ~nobody-of-that-name/x", "--model_path", "no folder"),
+    ("dream", "--model_path {deep_config}", "--model_path", "JSON"),
+    ("dream", "--model_path {huge_width}", "--model_path", "hidden_size"),
+    ("dream", "--model_path {broken_template}", "--model_path", "chat template"),
+    ("dream", "--model_path {mute_template}", "--model_path", "chat template"),
     ("dream", "--model_path {text}", "--model_path", "is a file"),
     ("dream", "--model_path {llada}", "--model_path", "llada_generation.py"),
     ("llada", "--model_path {dream}", "--model_path", "dream_generation.py"),
@@ -107,9 +118,14 @@ def folder(tmp_path_factory):
     for name, text in {
         "broken_config": "{",
         "other_type": json.dumps(config | {"model_type": "gpt2"}),
+        "deep_config": "[" * 100_000,
+        "huge_width": json.dumps(config | {"hidden_size": 10**30}),
         "wrong_width": json.dumps(config | {"hidden_size": 128}),
     }.items():
         (tiny_folder(root / name, "dream") / "config.json").write_text(text)
+    for name, template in {"broken_template": "{{ broken", "mute_template": "hello"}.items():
+        settings = tiny_folder(root / name, "dream") / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
     weights = tiny_folder(root / "cut_off", "dream") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     (root / "text").write_text("What is a prime number?\n")

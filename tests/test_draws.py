@@ -215,6 +215,8 @@ BOTH = [
     {"steps": -1},
     {"temperature": -0.1},
     {"temperature": float("nan")},
+    {"config": {"skip": 0.2}},
+    {"config": True},
     {"mask_id": -1},
     {"mask_id": 10**6},
 ]
@@ -252,3 +254,19 @@ def test_bad_input_is_one_clear_line(request, family, bad):
     assert message and "\n" not in message
     assert any(word in message for word in [*bad, "mask", "prompt"]), message
     assert not forwards, "bad input is found before the first forward"
+
+
+@pytest.mark.parametrize(("family", "other"), [("dream", "llada"), ("llada", "dream")])
+def test_a_model_of_the_other_family_is_refused(request, family, other):
+    options = options_of(family, {"gen_length": 8, "steps": 4})
+    with pytest.raises(ValueError, match=f"{family}_generate needs a {family} model"):
+        GENERATE[family](request.getfixturevalue(other), PROMPT, **options)
+
+
+@pytest.mark.parametrize("family", ["dream", "llada"])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-20])
+def test_a_tiny_temperature_is_greedy(request, family, temperature):
+    model = request.getfixturevalue(family)
+    options = options_of(family, {"gen_length": 8, "steps": 4})
+    greedy = GENERATE[family](model, PROMPT, **options)
+    assert torch.equal(GENERATE[family](model, PROMPT, **options, temperature=temperature), greedy)

@@ -127,6 +127,8 @@ PAIRS = MASKED[:, None, :, None] & MASKED[:, None, None, :]  # rows of padded qu
         PAIRS,
         PAIRS.expand(2, 4, 5, 5),
         torch.zeros(2, 1, 1, 5).masked_fill(~MASKED[:, None, None], -torch.inf),
+        torch.zeros(2, 1, 1, 5).masked_fill(~MASKED[:, None, None], -1e9),
+        torch.zeros(2, 1, 1, 5).masked_fill(~MASKED[:, None, None], -1e4),
         torch.zeros(2, 1, 5, 5).masked_fill(~PAIRS, torch.finfo(torch.float32).min),
         torch.zeros(2, 1, 1, 5, dtype=torch.bfloat16).masked_fill(~MASKED[:, None, None], LOWEST),
     ],

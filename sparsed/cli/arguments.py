@@ -14,6 +14,7 @@ from ..models.loading import DTYPES, resolve_device, resolve_dtype
 from ..prompts import PRESETS
 from .families import DREAM, LLADA, Family
 from .readers import config_field, device, non_empty, number_in, shown, whole
+from .report import temporary_beside
 
 DEFAULT_PROMPT = "short_context"
 
@@ -288,13 +289,16 @@ def _check_json(parser: Parser, name: str | None) -> Path | None:
         return None
     if not name.strip():
         parser.error("argument --json: the file name must not be empty")
-    path = Path(os.path.realpath(Path(name).expanduser()))
-    if not path.parent.is_dir():
-        parser.error(f"argument --json: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
-        parser.error(f"argument --json: {path} is not an ordinary file")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        parser.error(f"argument --json: the folder {path.parent} is not writable")
+    try:
+        path = Path(os.path.realpath(Path(name).expanduser()))
+        if not path.parent.is_dir():
+            parser.error(f"argument --json: there is no folder {path.parent}")
+        if name.startswith("/dev/") or (path.exists() and not path.is_file()):
+            parser.error(f"argument --json: {shown(name)} is not an ordinary file")
+        temporary_beside(path).touch()
+        temporary_beside(path).unlink()
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.error(f"argument --json: cannot write {shown(name)}: {getattr(error, 'strerror', None) or error}")
     return path
 
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from ..sampling.dream import ALGORITHMS
+from ..sampling.llada import REMASKING
+
 
 @dataclass(frozen=True)
 class Family:
@@ -28,8 +31,8 @@ DREAM = Family(
     "dream",
     "Dream",
     "Dream-org/Dream-v0-Instruct-7B",
-    ("maskgit_plus", "entropy", "topk_margin", "origin"),
+    ALGORITHMS,
     0.05,
     "dream_generation.py",
 )
-LLADA = Family("llada", "LLaDA", "GSAI-ML/LLaDA-1.5", ("low_confidence", "random"), 0.0, "llada_generation.py")
+LLADA = Family("llada", "LLaDA", "GSAI-ML/LLaDA-1.5", REMASKING, 0.0, "llada_generation.py")

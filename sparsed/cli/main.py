@@ -18,11 +18,12 @@ import transformers
 from ..attention import BackendError
 from ..models import load_model, load_tokenizer
 from ..models.files import checkpoint_folder, read_json
-from ..prompts import Prompt, answer_found, build_prompt, demo_path, encode_chat
+from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, demo_path, encode_chat
+from ..sampling.common import PromptError, check_prompt
 from . import report
 from .arguments import parse
 from .families import DREAM, LLADA, Family
-from .running import Job, run_mode
+from .running import Job, first_forward, run_mode
 
 EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 3, 130, 141, 143
 
@@ -74,7 +75,7 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
     source = "--demo" if args.demo else "--model_path"
     with _blame(args, source):
         tokenizer = load_tokenizer(path)
-    with _blame(args, args.prompt_option):
+    with _blame(args, args.prompt_option), _blame(args, source, (ChatTemplateError,)):
         prompt = _prompt(tokenizer, args)
     started = time.perf_counter()
     with _blame(args, source):
@@ -89,13 +90,18 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
                 f"{model.config.max_length}",
                 sys.stderr,
             )
-    runs = _runs(Job(family, model, prompt.input_ids, args), tokenizer, prompt)
+    job = Job(family, model, prompt.input_ids, args)
+    with _blame(args, args.prompt_option, (PromptError,)):
+        check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
+    first_forward_seconds = first_forward(job)
+    runs = _runs(job, tokenizer, prompt)
     record = {
         "runs": runs,
         **({"comparison": report.compare(*runs)} if args.compare else {}),
         "trained_length": model.config.max_length,
         "beyond_trained_length": beyond,
         "load_seconds": load_seconds,
+        "first_forward_seconds": first_forward_seconds,
         "environment": report.environment(model.device, model.dtype),
         "arguments": _arguments(args, path),
     }
@@ -131,7 +137,7 @@ def _runs(job: Job, tokenizer: Any, prompt: Prompt) -> list[dict[str, Any]]:
     args, stops = job.args, report.stop_ids(job.model.config, tokenizer)
     runs = []
     for mode in ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]:
-        with _blame(args, args.prompt_option), _blame(args, "--backend", (BackendError,)):
+        with _blame(args, "--backend", (BackendError,)):
             run = run_mode(job, mode)
         ids = run["token_ids"]
         run["text"] = report.decode(tokenizer, ids[: report.answer_length(ids, stops)]).strip()
@@ -171,7 +177,9 @@ def _arguments(args: argparse.Namespace, path: str) -> dict[str, Any]:
 
 
 def _say(text: str, stream: TextIO) -> None:
-    """Print, with ? for what the stream's encoding does not have."""
+    """Print, with ? for what the stream's encoding does not have; a closed stream is None and takes nothing."""
+    if stream is None:
+        return
     encoding = stream.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
 

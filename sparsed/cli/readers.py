@@ -8,17 +8,18 @@ from collections.abc import Callable
 from ..config import SparseDConfig
 from ..models.loading import resolve_device
 
+LARGEST = 2**31 - 1  # what a tensor's int32 index holds
 LONGEST_SHOWN = 60  # characters of a wrong value that an error line repeats
 
 
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
     """A reader of whole numbers from `low` to `high`."""
 
     def read(word: str) -> int:
         number = _convert(int, word)
         if number < low:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, got {shown(word)}")
-        if high is not None and number > high:
+        if number > high:
             raise argparse.ArgumentTypeError(f"must be a whole number of at most {high}, got {shown(word)}")
         return number
 

@@ -192,13 +192,18 @@ def _commit() -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
+def temporary_beside(path: Path) -> Path:
+    """Where this process writes a file before it gets its name, on the same disk."""
+    return path.with_name(f".sparsed-{os.getpid()}.tmp")
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write the record, whole or not at all.
 
     Raises:
         OSError: the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)

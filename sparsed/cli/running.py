@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..patch import sparsify
+from ..patch import sparsify, synchronize
 from ..sampling import dream_generate, llada_generate
 from .families import DREAM, Family
 from .report import selection_seconds
@@ -57,12 +56,14 @@ class StepClock:
         self.last = time.perf_counter()
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+@torch.no_grad()
+def first_forward(job: Job) -> float:
+    """Seconds of one untimed forward, so that the first timed run does not pay for the libraries' start."""
+    started = time.perf_counter()
+    ids = torch.tensor([job.input_ids], device=job.model.device)
+    job.model(ids, logit_rows=torch.zeros(1, dtype=torch.int64, device=ids.device))
+    synchronize(ids.device)
+    return time.perf_counter() - started
 
 
 def run_mode(job: Job, mode: str) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
             "compile_seconds": clock.compile_seconds,
             "full_steps": n_full,
             "selection_seconds": selection_seconds(clock.step_seconds, n_full),
-            "density": None if run is None or run.density is None else float(run.density),
+            "density": None if run is None else run.density,
             "peak_memory_bytes": _peak_memory(device),
             "backend": None if run is None else run.backend,
             "backend_reason": None if run is None else run.backend_reason,
@@ -145,9 +146,9 @@ def _progress(args: argparse.Namespace) -> tqdm:
     return tqdm(total=args.steps, unit="step", leave=False, disable=True if args.quiet else None)
 
 
-def _gpus(device: torch.device) -> Iterator[int]:
+def _gpus(device: torch.device) -> range:
     """All GPUs if the model is on one, for it may be spread over several."""
-    return iter(range(torch.cuda.device_count() if device.type == "cuda" else 0))
+    return range(torch.cuda.device_count() if device.type == "cuda" else 0)
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -15,7 +15,9 @@ else:
     block_scores_triton = None
 
 
-def block_scores(q: Tensor, k: Tensor, *, block_size: int, key_valid: Tensor | None = None) -> Tensor:
+def block_scores(
+    q: Tensor, k: Tensor, *, block_size: int, key_valid: Tensor | None = None, compiled: bool = True
+) -> Tensor:
     """Sum softmax(q k^T / sqrt(D)) over the queries of block i and the keys of block j (arXiv 2509.24014, section 4).
 
     Args:
@@ -23,11 +25,14 @@ def block_scores(q: Tensor, k: Tensor, *, block_size: int, key_valid: Tensor | N
         k: [B, Hkv, T, D]; query head h reads key head h // (Hq // Hkv).
         block_size: tokens a block; the last block may be shorter.
         key_valid: bool [B, T], False where a token is padding: it then adds nothing, as key or as query.
+        compiled: use the Triton kernel on a CUDA device that has Triton; without, plain torch, which needs no compiler.
 
     Returns:
         [B, Hq, nQ, nK] float32, nQ = nK = ceil(T / block_size).
     """
-    if q.is_cuda and block_scores_triton is not None:
+    # a block longer than the sequence is the sequence; in 16s, for the kernel is compiled for its block size
+    block_size = min(block_size, -(-q.shape[2] // 16) * 16)
+    if compiled and q.is_cuda and block_scores_triton is not None:
         return block_scores_triton(q, k, block_size=block_size, key_valid=key_valid)
     return block_scores_torch(q, k, block_size=block_size, key_valid=key_valid)
 

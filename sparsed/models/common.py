@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Config = TypeVar("Config")
+# far above any model: a larger number in a config.json is a mistake, and would overflow
+LARGEST = 10**9
 
 
 def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
@@ -34,8 +36,8 @@ def _checked(name: str, value: Any, kind: type) -> Any:
             raise ValueError(f"config.json: '{name}' must be true or false, got {value!r}")
     elif kind is int:
         lowest = 0 if name.endswith("token_id") else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            raise ValueError(f"config.json: '{name}' must be a whole number of at least {lowest}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= LARGEST:
+            raise ValueError(f"config.json: '{name}' must be a whole number from {lowest} to {LARGEST}, got {value!r}")
     elif kind is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"config.json: '{name}' must be a positive number, got {value!r}")
@@ -102,8 +104,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = None) -> 
     Args:
         key_valid: bool [B, T], False where a key is padding; None if every key is real.
     """
-    mask = None if key_valid is None else key_valid[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    if key_valid is None:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    # with a mask and shared key heads together, torch could fall back to its T x T kernel
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=key_valid[:, None, None, :])
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -50,6 +50,12 @@ class DreamConfig:
         """From config.json's dict; ValueError names a missing, invalid or unsupported key."""
         if values.get("rope_scaling") is not None:
             raise ValueError("config.json: 'rope_scaling' must be null, other rotary embeddings are not supported")
+        # where transformers 5 puts them when it saves a model
+        rope = values.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"config.json: 'rope_type' must be default, got {rope['rope_type']!r}")
+        if "rope_theta" in rope:
+            values = {"rope_theta": rope["rope_theta"], **values}
         if values.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json: 'hidden_act' must be silu, got {values['hidden_act']!r}")
         return config_from_dict(cls, values)

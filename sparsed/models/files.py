@@ -18,10 +18,14 @@ def checkpoint_folder(path: str | os.PathLike, patterns: list[str]) -> Path:
     Raises:
         ValueError: neither a folder nor a hub id, or a hub id that cannot be downloaded and is not cached.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder
+        is_file = folder.exists()
+    except (OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is no folder that can be read: {getattr(error, 'strerror', None) or error}") from None
+    if is_file:
         raise ValueError(f"{path} is a file; a model is a folder with config.json, or a hub id")
     if not HUB_ID.fullmatch(str(path)):
         raise ValueError(f"{path}: no such folder, and not a hub id of the form owner/name")
@@ -34,7 +38,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file.parent} has no {file.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, found a {type(content).__name__}")

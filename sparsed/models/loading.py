@@ -101,7 +101,7 @@ def _empty_model(folder: Path) -> DiffusionLM:
     """The model that config.json describes, its parameters on the meta device: shapes without memory."""
     values = read_json(folder / "config.json")
     model_type = values.get("model_type")
-    if model_type not in list(FAMILIES):
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{folder}: config.json has model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
     config_class, model_class = FAMILIES[model_type]
     try:

@@ -13,6 +13,17 @@ from ..patch import sparsify
 OnStep = Callable[[int], None]
 
 
+class PromptError(ValueError):
+    """The prompt's tokens cannot be generated from."""
+
+
+def check_family(model: nn.Module, family: str) -> None:
+    """Raise ValueError if the model says that it is of the other family."""
+    found = getattr(model, "family", family)
+    if found != family:
+        raise ValueError(f"{family}_generate needs a {family} model, got one of {found}")
+
+
 def check_numbers(**numbers: int) -> None:
     """Raise ValueError unless every number is a positive whole one."""
     for name, value in numbers.items():
@@ -32,6 +43,20 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_prompt(input_ids: Tensor, mask_id: int, vocab_size: int) -> None:
+    """Raise ValueError unless a sampler can continue input_ids [B, prompt]; PromptError for the ids themselves."""
+    if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+        raise ValueError(f"input_ids must be int64 [batch, prompt], got {input_ids.dtype} {list(input_ids.shape)}")
+    if not input_ids.shape[0] or not input_ids.shape[1]:
+        raise ValueError(f"input_ids must hold at least one row and one token, got {list(input_ids.shape)}")
+    if not 0 <= mask_id < vocab_size:
+        raise ValueError(f"mask_id must be one of the vocabulary's {vocab_size} ids, got {mask_id}")
+    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+        raise PromptError(f"input_ids must lie in the vocabulary's {vocab_size} ids, 0 to {vocab_size - 1}")
+    if (input_ids == mask_id).any():
+        raise PromptError(f"the prompt holds the mask token (id {mask_id}), which the sampler would overwrite")
+
+
 def make_canvas(
     input_ids: Tensor, attention_mask: Tensor | None, gen_length: int, mask_id: int, vocab_size: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -49,16 +74,7 @@ def make_canvas(
             be generated over), padding that is not on the left (generation would start after padding), or a row without
             a real token.
     """
-    if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
-        raise ValueError(f"input_ids must be int64 [batch, prompt], got {input_ids.dtype} {list(input_ids.shape)}")
-    if not input_ids.shape[0] or not input_ids.shape[1]:
-        raise ValueError(f"input_ids must hold at least one row and one token, got {list(input_ids.shape)}")
-    if not 0 <= mask_id < vocab_size:
-        raise ValueError(f"mask_id must be one of the vocabulary's {vocab_size} ids, got {mask_id}")
-    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-        raise ValueError(f"input_ids must lie in the vocabulary's {vocab_size} ids, 0 to {vocab_size - 1}")
-    if (input_ids == mask_id).any():
-        raise ValueError(f"the prompt holds the mask token (id {mask_id}), which the sampler would overwrite")
+    check_prompt(input_ids, mask_id, vocab_size)
     canvas = F.pad(input_ids, (0, gen_length), value=mask_id)
     if attention_mask is None:
         return canvas, None
@@ -75,6 +91,12 @@ def make_canvas(
 def attention_of(model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int) -> AbstractContextManager:
     """SparseD around the whole generation, or full attention without a config."""
     return nullcontext() if config is None else sparsify(model, config, steps=steps, gen_length=gen_length)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """float32 logits [n, V] divided by a temperature above 0, the highest moved to 0 so that none overflows."""
+    peak = logits.amax(dim=-1, keepdim=True)
+    return (logits - peak) / max(temperature, torch.finfo(logits.dtype).tiny)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -8,11 +8,13 @@ from .common import (
     OnStep,
     attention_of,
     check_choice,
+    check_family,
     check_numbers,
     check_temperature,
     commit,
     draw,
     make_canvas,
+    tempered,
 )
 
 ALGORITHMS = ("maskgit_plus", "entropy", "topk_margin", "origin")
@@ -27,7 +29,7 @@ def dream_generate(
     gen_length: int,
     steps: int,
     alg: str = "maskgit_plus",
-    alg_temp: float = 0.0,
+    alg_temp: float | None = 0.0,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -62,15 +64,15 @@ def dream_generate(
         ValueError: a number, shape or name outside its range, or a mask token inside the prompt.
         RuntimeError: `config` given inside `sparsify`.
     """
+    check_family(model, "dream")
     check_numbers(gen_length=gen_length, steps=steps)
     check_choice("alg", alg, ALGORITHMS)
     check_temperature("temperature", temperature)
+    alg_temp = alg_temp or 0.0
     check_temperature("alg_temp", alg_temp)
     _check_filters(top_p, top_k, eps)
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
-    canvas, mask = make_canvas(
-        input_ids.to(model.device), attention_mask, gen_length, mask_id, model.config.vocab_size
-    )
+    canvas, mask = make_canvas(input_ids.to(model.device), attention_mask, gen_length, mask_id, model.config.vocab_size)
     fractions = commit_fractions(steps, eps)
     with attention_of(model, config, steps, gen_length):
         for step in range(steps):
@@ -110,7 +112,7 @@ def filtered_probabilities(logits: Tensor, temperature: float, top_p: float | No
     """softmax of logits [n, V] after temperature, nucleus and top-k filters, float32 [n, V]."""
     logits = logits.float()
     if temperature > 0:
-        logits = logits / temperature
+        logits = tempered(logits, temperature)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)

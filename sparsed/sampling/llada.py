@@ -8,11 +8,13 @@ from .common import (
     OnStep,
     attention_of,
     check_choice,
+    check_family,
     check_numbers,
     check_temperature,
     commit,
     draw,
     make_canvas,
+    tempered,
 )
 
 REMASKING = ("low_confidence", "random")
@@ -62,15 +64,14 @@ def llada_generate(
         ValueError: a number, shape or name outside its range, or a mask token inside the prompt.
         RuntimeError: `config` given inside `sparsify`.
     """
+    check_family(model, "llada")
     check_numbers(gen_length=gen_length, steps=steps, block_length=block_length)
     check_choice("remasking", remasking, REMASKING)
     check_temperature("temperature", temperature)
     check_temperature("cfg_scale", cfg_scale)
     steps_a_block = _steps_a_block(gen_length, steps, block_length)
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
-    canvas, mask = make_canvas(
-        input_ids.to(model.device), attention_mask, gen_length, mask_id, model.config.vocab_size
-    )
+    canvas, mask = make_canvas(input_ids.to(model.device), attention_mask, gen_length, mask_id, model.config.vocab_size)
     eos, eot = model.config.eos_token_id, model.config.eot_token_id
     prompt_len = input_ids.shape[1]
     with attention_of(model, config, steps, gen_length):
@@ -83,7 +84,9 @@ def llada_generate(
             logits = guided_logits(model, canvas, mask, rows, cfg_scale, prompt_len, mask_id)
             if logits_eos_inf:
                 logits[:, eos] = -torch.inf
-            tokens = logits.argmax(-1) if temperature == 0 else draw((logits / temperature).softmax(-1), generator)
+            tokens = (
+                logits.argmax(-1) if temperature == 0 else draw(tempered(logits, temperature).softmax(-1), generator)
+            )
             if confidence_eos_eot_inf:
                 logits[:, eot] = -torch.inf
                 if temperature == 0:  # as published: with noise, only the end of the turn is held back
