@@ -25,7 +25,7 @@ RECOMPILES = 64
 LARGEST_CHECKED = 512
 # elements of the gathered keys of one chunk, which holds at least one query block of one head: small ones stay in a
 # CPU's cache, large ones fill a GPU
-CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 24
+CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
 
 
 def gather_attention(pattern: Pattern) -> SparseAttention:
@@ -47,9 +47,13 @@ def _gather_row(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor 
     heads, length, head_dim = q.shape
     block_size = min(block_size, length)
     pad = -length % block_size
-    queries, keys, values = (F.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, block_size)) for x in (q, k, v))
-    queries, kept = queries.flatten(0, 1)[:, None], indices.flatten(0, 1)  # [Hq * nQ, 1, block, D], [Hq * nQ, kept]
-    kv_head = (torch.arange(heads, device=q.device) * k.shape[0] // heads).repeat_interleave(indices.shape[1])[:, None]
+    queries, keys, values = (
+        F.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, block_size)).flatten(0, 1) for x in (q, k, v)
+    )  # [heads * blocks, block, D]
+    n_blocks = indices.shape[1]
+    kept = indices.flatten(0, 1)  # [Hq * nQ, kept]
+    kv_head = (torch.arange(heads, device=q.device) * k.shape[0] // heads).repeat_interleave(n_blocks)
+    source = kept + kv_head[:, None] * n_blocks  # the kept blocks' rows in keys and values
     if pad and valid is None:
         valid = torch.ones(length, dtype=torch.bool, device=q.device)
     valid = None if valid is None else _blocks(valid, block_size)
@@ -58,11 +62,11 @@ def _gather_row(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor 
     parts = []
     for start in range(0, len(kept), chunk):
         part = slice(start, start + chunk)
-        where = kv_head[part], kept[part]
+        shape = (len(kept[part]), 1, -1, head_dim)
         out = F.scaled_dot_product_attention(
-            queries[part],
-            keys[where].flatten(1, 2)[:, None],
-            values[where].flatten(1, 2)[:, None],
+            queries[part, None],
+            keys.index_select(0, source[part].flatten()).view(shape),
+            values.index_select(0, source[part].flatten()).view(shape),
             attn_mask=None if valid is None else valid[kept[part]].flatten(1)[:, None, None],
         )
         parts.append(out)
