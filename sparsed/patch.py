@@ -76,7 +76,7 @@ class Run:
         """The forward is done."""
         self.step += 1
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any] | None) -> Any:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
         """One layer's attention in this step: `full()` in the full steps, else over the layer's kept blocks.
 
         Args:
