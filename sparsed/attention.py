@@ -197,14 +197,19 @@ class BackendError(ValueError):
     """The backend that the user named cannot run here."""
 
 
+def check_backend(name: str) -> None:
+    """Raise BackendError unless there is a backend of that name, or it is "auto"."""
+    if name not in ("auto", *BACKENDS):
+        raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+
+
 def choose_backend(name: str, problem: Problem) -> tuple[str, str]:
     """The backend to use, and why in a few words: the named one, or for "auto" the fastest that is available and right.
 
     Raises:
         BackendError: the named backend is unknown, cannot run here, or fails its numeric self-check.
     """
-    if name not in ("auto", *BACKENDS):
-        raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    check_backend(name)
     passed_over = []
     for candidate in BACKENDS if name == "auto" else (name,):
         fault = unavailable(candidate, problem) or self_check(candidate, problem)

@@ -12,6 +12,13 @@ def share(fraction: float, total: int) -> int:
     return max(1, math.ceil(round(fraction * total, 9)))
 
 
+def check_numbers(**numbers: int) -> None:
+    """Raise ValueError unless every number is a positive whole one."""
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+
+
 @dataclass(frozen=True)
 class SparseDConfig:
     """The three numbers of SparseD.

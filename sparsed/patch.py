@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import BACKENDS, Problem, SparseAttention, choose_backend
+from .attention import BACKENDS, Problem, SparseAttention, check_backend, choose_backend
 from .blocks import BlockGrid
-from .config import SparseDConfig
+from .config import SparseDConfig, check_numbers
 from .selection import choose_blocks, compile_scores
 
 # an additive mask at or below this hides a key: libraries use -1e4, -1e9, the dtype's lowest number or -inf
@@ -184,11 +184,8 @@ def sparsify(
     """
     if not isinstance(config, SparseDConfig):
         raise ValueError(f"config must be a SparseDConfig, got {config!r}")
-    for name, value in (("steps", steps), ("gen_length", gen_length)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    check_numbers(steps=steps, gen_length=gen_length)
+    check_backend(backend)
     seams = [(module, *seam) for module in model.modules() if (seam := _seam(module))]
     if not seams:
         raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoints import FAMILIES, tiny_checkpoint
 from patch_cases import KINDS, build, family_of
 from standins import tiny_dream, tiny_llada
 
@@ -46,6 +47,22 @@ def weights(dream, llada):
 def any_model(request, weights):
     """(a fresh model, its family) of every kind that `sparsify` knows, in turn, all with the same weights."""
     return build(request.param, weights), family_of(request.param)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """Both families, in turn, for what is said of a checkpoint folder."""
+    return request.param
+
+
+@pytest.fixture
+def folder(tmp_path, family):
+    return tiny_checkpoint(tmp_path / "model", family, shards=3)
+
+
+@pytest.fixture
+def dream_folder(tmp_path):
+    return tiny_checkpoint(tmp_path / "dream", "dream")
 
 
 @pytest.fixture

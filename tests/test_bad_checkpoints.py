@@ -7,25 +7,10 @@ import sys
 
 import pytest
 import torch
-from checkpoints import FAMILIES, refused, tiny_checkpoint
+from checkpoints import refused
 from safetensors.torch import load_file, save_file
 
 from sparsed.models import load_model
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def folder(tmp_path, family):
-    return tiny_checkpoint(tmp_path / "model", family, shards=3)
-
-
-@pytest.fixture
-def dream_folder(tmp_path):
-    return tiny_checkpoint(tmp_path / "dream", "dream")
 
 
 def edit_json(file, **changes):

@@ -6,28 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FAMILIES, published_weights, refused, tiny_checkpoint, write_checkpoint
+from checkpoints import FAMILIES, published_weights, refused, write_checkpoint
 from standins import DREAM, LLADA, tiny_llada
 
 from sparsed.models import DreamConfig, DreamModel, files, load_model, load_tokenizer
 from sparsed.models.loading import resolve_device, resolve_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def folder(tmp_path, family):
-    return tiny_checkpoint(tmp_path / "model", family, shards=3)
-
-
-@pytest.fixture
-def dream_folder(tmp_path):
-    return tiny_checkpoint(tmp_path / "dream", "dream")
 
 
 # ------------------------------------------------------------------------------------------------- loading

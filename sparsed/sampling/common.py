@@ -24,13 +24,6 @@ def check_family(model: nn.Module, family: str) -> None:
         raise ValueError(f"{family}_generate needs a {family} model, got one of {found}")
 
 
-def check_numbers(**numbers: int) -> None:
-    """Raise ValueError unless every number is a positive whole one."""
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-
-
 def check_temperature(name: str, value: float) -> None:
     """Raise ValueError unless the temperature is zero or above."""
     if not value >= 0:

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from ..config import SparseDConfig
+from ..config import SparseDConfig, check_numbers
 from .common import (
     OnStep,
     attention_of,
     check_choice,
     check_family,
-    check_numbers,
     check_temperature,
     commit,
     draw,
