@@ -53,7 +53,7 @@ def take_heads(model: nn.Module, input_ids: Tensor) -> dict[int, list[tuple[Tens
 
         return attention
 
-    def next_step(done: int) -> None:
+    def next_step(done: int, ran: bool) -> None:
         nonlocal step
         step = done + 1
 

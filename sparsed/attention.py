@@ -1,7 +1,8 @@
 """Attention over the kept key blocks, and the choice of the kernel that computes it.
 
-A backend turns a layer's `Pattern` into a function (q [B, Hq, T, D], k and v [B, Hkv, T, D]) -> [B, Hq, T, D].
-`flash` and `triton` are FlexAttention's two kernels (CUDA), `gather` is plain torch on any device; all agree.
+A backend turns a layer's `Pattern` into a function (q [B, Hq, n, D], k and v [B, Hkv, T, D]) -> [B, Hq, n, D]; the n
+queries are the LAST of the T tokens. `flash` is FlashAttention-4, `triton` this package's own kernel, `gather` plain
+torch on any device; all agree.
 """
 
 import functools
@@ -13,19 +14,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .blocks import BlockGrid, Pattern
+from .kernels import block_sparse_triton, flash_block_sparse, flash_fault
 
 SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# compiled variants of FlexAttention (dtypes, block sizes, heads; lengths share one); by default dynamo gives up at 8
-RECOMPILES = 64
 # tokens of the largest block that the self-check runs with
 LARGEST_CHECKED = 512
 # elements of the gathered keys of one chunk, which holds at least one query block of one head: small ones stay in a
 # CPU's cache, large ones fill a GPU
 CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
+# query rows of a tile of the Triton kernel that several small blocks share
+SHARED_TILE = 64
 
 
 def gather_attention(pattern: Pattern) -> SparseAttention:
@@ -33,30 +34,39 @@ def gather_attention(pattern: Pattern) -> SparseAttention:
     grid = pattern.grid
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, first, lead = _from_block_start(q, grid)
         rows = []
         for b, count in enumerate(pattern.counts):
             valid = None if grid.key_valid is None else grid.key_valid[b]
-            rows.append(_gather_row(q[b], k[b], v[b], pattern.indices[b, :, :, :count].long(), valid, grid.block_size))
-        return torch.stack(rows)
+            kept = pattern.indices[b, :, first:, :count].long()
+            rows.append(_gather_row(q[b], k[b], v[b], kept, valid, grid.block_size))
+        return torch.stack(rows)[:, :, lead:]
 
     return attention
 
 
+def _from_block_start(q: Tensor, grid: BlockGrid) -> tuple[Tensor, int, int]:
+    """q [B, Hq, n, D], the last n tokens, led by zeros from its first block's start on; that block; how many zeros."""
+    first, lead = divmod(grid.length - q.shape[2], grid.block_size)
+    return (F.pad(q, (0, 0, lead, 0)) if lead else q), first, lead
+
+
 def _gather_row(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor | None, block_size: int) -> Tensor:
-    """One batch row: q [Hq, T, D], k and v [Hkv, T, D], indices [Hq, nQ, kept], valid [T] -> [Hq, T, D]."""
-    heads, length, head_dim = q.shape
+    """One batch row: q [Hq, n, D], k and v [Hkv, T, D], indices [Hq, nQ, kept], valid [T] -> [Hq, n, D]."""
+    heads, n_queries, head_dim = q.shape
+    length = k.shape[1]
     block_size = min(block_size, length)
     pad = -length % block_size
     queries, keys, values = (
         F.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, block_size)).flatten(0, 1) for x in (q, k, v)
     )  # [heads * blocks, block, D]
-    n_blocks = indices.shape[1]
     kept = indices.flatten(0, 1)  # [Hq * nQ, kept]
-    kv_head = (torch.arange(heads, device=q.device) * k.shape[0] // heads).repeat_interleave(n_blocks)
-    source = kept + kv_head[:, None] * n_blocks  # the kept blocks' rows in keys and values
+    kv_head = (torch.arange(heads, device=q.device) * k.shape[0] // heads).repeat_interleave(indices.shape[1])
+    source = kept + kv_head[:, None] * ((length + pad) // block_size)  # the kept blocks' rows in keys and values
     if pad and valid is None:
         valid = torch.ones(length, dtype=torch.bool, device=q.device)
-    valid = None if valid is None else _blocks(valid, block_size)
+    if valid is not None:
+        valid = F.pad(valid, (0, pad)).unflatten(-1, (-1, block_size))
     budget = CPU_CHUNK if q.device.type == "cpu" else GPU_CHUNK
     chunk = max(1, budget // (kept.shape[1] * block_size * head_dim))
     parts = []
@@ -70,106 +80,58 @@ def _gather_row(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor 
             attn_mask=None if valid is None else valid[kept[part]].flatten(1)[:, None, None],
         )
         parts.append(out)
-    return torch.cat(parts).view(heads, -1, head_dim)[:, :length]
-
-
-def _blocks(valid: Tensor, block_size: int) -> Tensor:
-    """bool [..., T] -> [..., n_blocks, block_size], False past the end."""
-    return F.pad(valid, (0, -valid.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
+    return torch.cat(parts).view(heads, -1, head_dim)[:, :n_queries]
 
 
 def triton_attention(pattern: Pattern) -> SparseAttention:
-    """FlexAttention's Triton kernel; below 128, its tile is the largest power of two that divides the block."""
-    options = {"BACKEND": "TRITON"}
-    tile = math.gcd(pattern.grid.block_size, 128)
-    if tile < 128:
-        options |= {"BLOCK_M": tile, "BLOCK_N": tile}
-    return _flex(block_mask(pattern, pattern.grid.block_size), options)
+    """The package's Triton kernel; query blocks below its tile are taken together, on the union of what they keep."""
+    grid = pattern.grid
+    group = max(1, SHARED_TILE // grid.block_size) if SHARED_TILE % grid.block_size == 0 else 1
+    lists, counts = united_lists(pattern, group)
 
-
-def flash_attention(pattern: Pattern) -> SparseAttention:
-    """FlexAttention's FlashAttention-4 kernel, whose blocks are 64 or 128 wide: larger ones are cut into 128s."""
-    return _flex(block_mask(pattern, min(pattern.grid.block_size, 128)), {"BACKEND": "FLASH"})
-
-
-def _flex(mask: BlockMask, options: dict) -> SparseAttention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
-            return _compiled_flex()(
-                q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
-            )
+        return block_sparse_triton(
+            q, k, v, lists, counts, block_size=grid.block_size, group=group, key_valid=grid.key_valid
+        )
 
     return attention
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    # fullgraph: past dynamo's recompile limit FlexAttention would otherwise turn, in silence, into a dense T x T one
-    return torch.compile(flex_attention, fullgraph=True)
+def united_lists(pattern: Pattern, group: int) -> tuple[Tensor, Tensor]:
+    """The key blocks that any of each `group` query blocks in a row keeps, ascending.
 
-
-def block_mask(pattern: Pattern, block_size: int) -> BlockMask:
-    """The kept blocks, cut into blocks of `block_size`, as a BlockMask made from their indices alone.
-
-    Blocks without padding are FULL blocks, whose tokens the kernels do not look at; the mask_mod speaks for the others.
+    Returns:
+        int32 [B, Hq, ceil(nQ / group), width], entries as `block_sparse_triton` takes them, and how many of them count.
     """
-    grid, indices = pattern.grid, pattern.indices
-    if grid.key_valid is None and grid.block_size == block_size:
-        full = indices.new_full(indices.shape[:-1], indices.shape[-1])
-        mask_mod = _inside(indices.new_full(indices.shape[:1], grid.length))
-        # the partial list is empty, yet the Triton kernel walks the full list with the partial list's strides
-        partial, partial_indices, full_indices = torch.zeros_like(full), indices, indices
-    else:
-        indices, kept = _cut(pattern, block_size)
-        valid = grid.key_valid
-        if valid is None:
-            valid = torch.ones(len(indices), grid.length, dtype=torch.bool, device=indices.device)
-        filled = _blocks(valid, block_size).sum(-1)  # [B, nK]
-        ends = torch.arange(filled.shape[1], device=filled.device) * block_size
-        whole = filled == (grid.length - ends).clamp(max=block_size)
-        whole = whole[:, None, None].expand(*indices.shape[:3], -1).gather(-1, indices.long())
-        full, full_indices = _compress(indices, kept & whole)
-        partial, partial_indices = _compress(indices, kept & ~whole)
-        mask_mod = _valid(valid)
-    return BlockMask.from_kv_blocks(
-        partial,
-        partial_indices,
-        full,
-        full_indices,
-        BLOCK_SIZE=block_size,
-        mask_mod=mask_mod,
-        seq_lengths=(grid.length, grid.length),
-        compute_q_blocks=False,
-    )
+    if group == 1:
+        counts = torch.tensor(pattern.counts, dtype=torch.int32, device=pattern.indices.device)
+        return pattern.indices, counts[:, None, None].expand(pattern.indices.shape[:3]).contiguous()
+    kept = pattern.as_mask()  # [B, Hq, nQ, nK]
+    runs = F.pad(kept, (0, 0, 0, -kept.shape[2] % group)).unflatten(2, (-1, group))
+    bits = sum(runs[:, :, :, member].int() << member for member in range(group))  # [B, Hq, nL, nK]
+    wanted = bits != 0
+    width = min(kept.shape[-1], group * pattern.indices.shape[-1])
+    # every wanted block to its rank in the list, all others to a place behind, cut off
+    place = (wanted.cumsum(-1) - 1).masked_fill_(~wanted, width)
+    entries = (torch.arange(kept.shape[-1], dtype=torch.int32, device=bits.device) << group) | bits
+    lists = bits.new_zeros(*bits.shape[:-1], width + 1).scatter_(-1, place, entries)
+    return lists[..., :width], wanted.sum(-1, dtype=torch.int32)
 
 
-def _inside(length: Tensor) -> Callable[..., Tensor]:
-    """mask_mod: the key lies before `length` [B]. Always true, but not constant: a constant one makes the FLASH kernel
-    drop the block mask, and a Python number would be compiled in."""
-    return lambda b, h, q_index, kv_index: kv_index < length[b]
+def flash_attention(pattern: Pattern) -> SparseAttention:
+    """FlashAttention-4, whose key blocks are 64 or 128 wide: larger ones are cut into 128s."""
+    grid = pattern.grid
+    piece = min(grid.block_size, 128)
+    parts = torch.arange(grid.block_size // piece, dtype=torch.int32, device=pattern.indices.device)
+    indices = (pattern.indices[..., None] * len(parts) + parts).flatten(3)
+    counts = (indices * piece < grid.length).sum(-1, dtype=torch.int32)  # a ragged last block has fewer pieces
 
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, first, lead = _from_block_start(q, grid)
+        out = flash_block_sparse(q, k, v, counts[:, :, first:], indices[:, :, first:], (grid.block_size, piece))
+        return out[:, :, lead:]
 
-def _valid(valid: Tensor) -> Callable[..., Tensor]:
-    """mask_mod: the key is a real token of `valid` [B, T]."""
-    return lambda b, h, q_index, kv_index: valid[b, kv_index]
-
-
-def _cut(pattern: Pattern, block_size: int) -> tuple[Tensor, Tensor]:
-    """Cut the kept blocks into blocks of `block_size`: indices int32 [B, Hq, nQ', width'], and which of them exist."""
-    parts = pattern.grid.block_size // block_size
-    n_blocks = -(-pattern.grid.length // block_size)
-    counts = torch.tensor(pattern.counts, device=pattern.indices.device)
-    kept = torch.arange(pattern.indices.shape[-1], device=counts.device) < counts[:, None, None, None]
-    fine = pattern.indices[..., None] * parts + torch.arange(parts, device=counts.device, dtype=torch.int32)
-    kept = (kept[..., None] & (fine < n_blocks)).flatten(3).repeat_interleave(parts, 2)[:, :, :n_blocks]
-    fine = fine.clamp(max=n_blocks - 1).flatten(3).repeat_interleave(parts, 2)[:, :, :n_blocks]
-    return fine, kept
-
-
-def _compress(indices: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many indices are chosen (int32) and the indices with the chosen ones first, in their order."""
-    order = chosen.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices
-    return chosen.sum(-1, dtype=torch.int32), indices.gather(-1, order)
+    return attention
 
 
 BACKENDS: dict[str, Callable[[Pattern], SparseAttention]] = {
@@ -224,23 +186,15 @@ def unavailable(name: str, problem: Problem) -> str | None:
     """Why the backend cannot run this problem, or None if nothing speaks against it."""
     if name == "gather":
         return None
-    if problem.device.type != "cuda":
-        return f"needs a CUDA device, not {problem.device.type}"
     if name == "triton":
+        if problem.device.type != "cuda":
+            return f"needs a CUDA device, not {problem.device.type}"
         return None if importlib.util.find_spec("triton") else "needs the package triton"
-    if torch.cuda.get_device_capability(problem.device) < (9, 0):
-        return "needs a GPU of compute capability 9.0 or newer"
-    try:
-        found = importlib.util.find_spec("flash_attn.cute")  # imports flash_attn, which can be broken in any way
-    except Exception as error:
-        return f"needs the package flash-attn-4 (flash_attn does not import: {type(error).__name__})"
-    if found is None:
-        return "needs the package flash-attn-4"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, not {str(problem.dtype).removeprefix('torch.')}"
     if problem.block_size != 64 and problem.block_size % 128:
         return f"needs block_size 64, 128 or a multiple of 128, not {problem.block_size}"
-    return None
+    if problem.padded:
+        return "needs prompts without padding"
+    return flash_fault(problem.device, problem.dtype)
 
 
 @functools.cache
@@ -259,7 +213,9 @@ def self_check(name: str, problem: Problem) -> str | None:
         for s in (shape, kv_shape, kv_shape)
     )
     try:
-        out = BACKENDS[name](pattern)(q, k, v)
+        backend = BACKENDS[name](pattern)
+        tail = pattern.grid.block_size + 5  # queries of the last tokens alone, from inside a block on
+        out = torch.cat((backend(q, k, v)[:, :, :-tail], backend(q[:, :, -tail:], k, v)), dim=2)
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel
     except Exception as error:  # a compiler can fail in any way; the reason is reported, never hidden

@@ -56,6 +56,10 @@ class BlockGrid:
         counts = [(self.block_tokens[:, part] > 0).sum(-1).tolist() for part in self.parts]
         return [tuple(share(select, n) if n else 0 for n in row) for row in zip(*counts, strict=True)]
 
+    def keeps_all(self, select: float) -> bool:
+        """Whether the budgets hold every block, so that sparse attention would be full attention."""
+        return self.key_valid is None and sum(self.budgets(select)[0]) == self.n_blocks
+
 
 @dataclass(frozen=True)
 class Pattern:

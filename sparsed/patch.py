@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from .attention import BACKENDS, Problem, SparseAttention, check_backend, choose_backend
 from .blocks import BlockGrid
 from .config import SparseDConfig, check_numbers
+from .kernels import full_attention
 from .selection import choose_blocks, compile_scores
 
+# what a step computes
+FULL, SELECTING, SPARSE = "full", "selecting", "sparse"
 # an additive mask at or below this hides a key: libraries use -1e4, -1e9, the dtype's lowest number or -inf
 NEVER = -1e4
 
@@ -30,6 +33,7 @@ class Run:
         n_full: number of leading steps with full attention.
         backend, backend_reason: the kernel of the sparse steps and why it was taken; None until blocks are chosen.
         compile_seconds: time spent choosing and compiling kernels, part of step n_full - 1's time.
+        phase: what the next step (inside a forward: the current one) computes: FULL, SELECTING or SPARSE.
     """
 
     def __init__(self, config: SparseDConfig, steps: int, gen_length: int, backend: str):
@@ -40,11 +44,14 @@ class Run:
         self.compile_seconds = 0.0
         self._wanted = backend
         self._shape: tuple[int, ...] | None = None
+        self._open = False
         self.reset()
 
     @property
     def density(self) -> float | None:
         """Attended over all valid (query, key) pairs in the sparse steps, mean over layers and heads."""
+        if self._keeps_all:
+            return 1.0
         return torch.stack([d.cpu() for d in self._densities]).mean().item() if self._densities else None
 
     def reset(self) -> None:
@@ -57,71 +64,84 @@ class Run:
         self._sparse: dict[int, SparseAttention] = {}
         self._devices: set[torch.device] = set()
         self._densities: list[Tensor] = []
+        self._keeps_all = False
 
     def release(self) -> None:
         """Free the chosen blocks and keep what was measured."""
         self._grid, self._sparse = None, {}
 
     def begin(self, shape: tuple[int, ...]) -> None:
-        """A forward over [batch, length] tokens starts; a finished run or another shape starts a new generation."""
+        """A step over [batch, length] tokens starts; a finished run or another shape starts a new generation."""
         if shape[1] < self.gen_length:
             raise ValueError(f"sparsify: gen_length {self.gen_length} exceeds the forward's {shape[1]} tokens")
         if self.step >= self.steps or shape != self._shape:
             self.reset()
-        if self.chooses:
+        if self.phase == SELECTING:
             self._forget()  # what an earlier try at this step chose before it failed
         self._shape = shape
+        self._open = True
 
-    def end(self) -> None:
-        """The forward is done."""
-        self.step += 1
+    def end(self, done: bool = True) -> None:
+        """The step is over; one that is not `done` failed and does not count."""
+        self._open = False
+        self.step += done
+
+    @property
+    def phase(self) -> str:
+        """The last full step selects, unless no sparse step follows; a run that keeps every block stays full."""
+        if self.step == self.n_full - 1 and self.n_full < self.steps:
+            return SELECTING
+        return FULL if self.step < self.n_full or self._keeps_all else SPARSE
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
         """One layer's attention in this step: `full()` in the full steps, else over the layer's kept blocks.
 
         Args:
             layer: index of the attention module.
-            q, k, v: [B, Hq, T, D] and [B, Hkv, T, D], after rotary embedding.
+            q: [B, Hq, n, D] after rotary embedding, the LAST n tokens of the sequence; all of them where blocks are
+                selected.
+            k, v: [B, Hkv, T, D].
             mask: the mask that the model gave its attention, in any of the forms of `valid_keys`.
             full: computes the model's own full attention.
         """
-        if self.step >= self.n_full:
+        if not self._open:
+            raise RuntimeError("sparsify: attention ran outside a forward of the model that was given to sparsify")
+        if self.phase == FULL:
+            return full()
+        if self.phase == SPARSE:
             return self._sparse[layer](q, k, v)
-        out = full()
-        if self.chooses:
-            self._choose(layer, q, k, v, mask)
-        return out
+        return self._select(layer, q, k, v, mask, full)
 
-    @property
-    def chooses(self) -> bool:
-        """Whether this step chooses the blocks: the last full one, unless no sparse step follows."""
-        return self.step == self.n_full - 1 and self.n_full < self.steps
-
-    def _choose(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> None:
+    def _select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
+        """Full attention, and the blocks that the sparse steps will attend to."""
         length = q.shape[2]
         if k.shape[2] != length:
             raise ValueError(f"sparsify needs all tokens in every forward, got {length} queries and {k.shape[2]} keys")
         if self._grid is None:
             self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
         grid = self._grid.to(q.device)
+        if self._wanted == "auto" and grid.keeps_all(self.config.select):
+            self._keeps_all, self.backend, self.backend_reason = True, FULL, "every block is kept"
+            return full()
+        # without a mask this is the model's own full attention, and it can give the log-sum-exp along with it
+        out, lse = (full(), None) if grid.key_valid is not None else full_attention(q, k, v)
         first = q.device not in self._devices
         if first:
             self._devices.add(q.device)
-            self._timed(lambda: self._prepare(q, k, grid), q.device)
-        pattern = choose_blocks(q, k, grid, self.config.select, compiled=self.backend != "gather")
+            self._timed(lambda: self._prepare(q, k, lse, grid), q.device)
+        pattern = choose_blocks(q, k, grid, self.config.select, lse=lse, compiled=self.backend != "gather")
         self._densities.append(pattern.density)
         self._sparse[layer] = BACKENDS[self.backend](pattern)
-        if first:
-            self._timed(lambda: self._sparse[layer](q, k, v), q.device)
+        return out
 
-    def _prepare(self, q: Tensor, k: Tensor, grid: BlockGrid) -> None:
-        """Choose the backend, and compile the score kernel on a short piece."""
+    def _prepare(self, q: Tensor, k: Tensor, lse: Tensor | None, grid: BlockGrid) -> None:
+        """Choose the backend, whose self-check compiles it, and have the scores' kernel compiled."""
         problem = Problem(
             q.device, q.dtype, *q.shape[:2], k.shape[1], q.shape[3], grid.block_size, grid.key_valid is not None
         )
         self.backend, self.backend_reason = choose_backend(self._wanted, problem)
         if self.backend != "gather":
-            compile_scores(q, k, grid)
+            compile_scores(q, k, grid, lse)
 
     def _timed(self, work: Callable[[], Any], device: torch.device) -> None:
         """Run `work` and count its time, the device's included, as compile time."""
@@ -189,7 +209,7 @@ def sparsify(
     seams = [(module, *seam) for module in model.modules() if (seam := _seam(module))]
     if not seams:
         raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
-    if any(hasattr(getattr(module, name), "sparsed_run") for module, name, _ in seams):
+    if run_of(model) is not None:
         raise RuntimeError("the model is inside another sparsify already: leave it, or generate without config=")
     run = Run(config, steps, gen_length, backend)
     with ExitStack() as undo:
@@ -198,6 +218,12 @@ def sparsify(
         _replace(undo, model, "forward", _counted(run, model.forward), run)
         undo.callback(run.release)
         yield run
+
+
+def run_of(model: nn.Module) -> Run | None:
+    """The run of the `sparsify` that the model, or a part of it, is inside of; None outside."""
+    functions = (function for module in model.modules() for function in module.__dict__.values())
+    return next((function.sparsed_run for function in functions if hasattr(function, "sparsed_run")), None)
 
 
 def _replace(undo: ExitStack, module: nn.Module, name: str, function: Callable, run: Run) -> None:
@@ -219,8 +245,12 @@ def _counted(run: Run, forward: Callable) -> Callable:
         if tokens is None:
             raise ValueError("sparsify: the model was called without input_ids or inputs_embeds")
         run.begin(tuple(tokens.shape[:2]))
-        out = forward(*args, **kwargs)
-        run.end()
+        done = False
+        try:
+            out = forward(*args, **kwargs)
+            done = True
+        finally:
+            run.end(done)
         return out
 
     return counted
@@ -256,7 +286,7 @@ def _patched_dream(run: Run, layer: int, module: nn.Module, original: Callable) 
     )
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None, Any]:
-        if run.step < run.n_full and not run.chooses:
+        if run.phase == FULL:
             return original(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         given |= given.get(extra, {})

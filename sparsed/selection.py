@@ -39,21 +39,25 @@ def _top(scores: Tensor, part: slice, keep: int) -> Tensor:
     return (order[..., :keep] + part.start).int()
 
 
-def choose_blocks(q: Tensor, k: Tensor, grid: BlockGrid, select: float, *, compiled: bool = True) -> Pattern:
+def choose_blocks(
+    q: Tensor, k: Tensor, grid: BlockGrid, select: float, *, lse: Tensor | None = None, compiled: bool = True
+) -> Pattern:
     """Score the blocks of q [B, Hq, T, D] and k [B, Hkv, T, D] (after rotary embedding) and keep the best ones.
 
     Args:
+        lse: [B, Hq, T] float32, the log-sum-exp of every query's scaled logits, if full attention gave it.
         compiled: whether the scores may come from a compiled kernel.
     """
-    scores = block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid, compiled=compiled)
+    scores = block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid, lse=lse, compiled=compiled)
     return isolated_top_k(scores, grid, select)
 
 
-def compile_scores(q: Tensor, k: Tensor, grid: BlockGrid) -> None:
+def compile_scores(q: Tensor, k: Tensor, grid: BlockGrid, lse: Tensor | None) -> None:
     """Score a single block, so that `choose_blocks` finds its kernel compiled for these dtypes and sizes."""
     piece = slice(0, grid.block_size)
     valid = None if grid.key_valid is None else grid.key_valid[:, piece]
-    block_scores(q[:, :, piece], k[:, :, piece], block_size=grid.block_size, key_valid=valid)
+    lse = None if lse is None else lse[:, :, piece]
+    block_scores(q[:, :, piece], k[:, :, piece], block_size=grid.block_size, key_valid=valid, lse=lse)
 
 
 def select_blocks(

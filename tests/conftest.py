@@ -66,14 +66,6 @@ def dream_folder(tmp_path):
 
 
 @pytest.fixture
-def fresh_dynamo():
-    """Compiled FlexAttention starts without another test's recompilations, whose limit it silently works around."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
 def nan_empty(monkeypatch):
     """`torch.empty` and `torch.empty_like` hand out NaN, so that an unwritten element cannot pass for a zero."""
 

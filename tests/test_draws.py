@@ -1,5 +1,7 @@
 """The samplers' randomness, what they run through the head, and their input checks."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from reference import forward
@@ -8,6 +10,7 @@ from sampling_cases import CONFIG, GENERATE, head_of, inputs_of, options_of
 from standins import MASK
 
 from sparsed import SparseDConfig, dream_generate, llada_generate
+from sparsed.patch import Run
 
 # ------------------------------------------------------------------------------------------------- randomness
 
@@ -151,8 +154,55 @@ def test_a_generator_decides_every_draw(request, family, options):
 def test_on_step_follows_every_step(request, family, config):
     model, steps = request.getfixturevalue(family), []
     options = options_of(family, {"gen_length": 16, "steps": 8})
-    GENERATE[family](model, torch.randint(0, 90, (1, 40)), config=config, on_step=steps.append, **options)
-    assert steps == list(range(8))
+    GENERATE[family](
+        model, torch.randint(0, 90, (1, 40)), config=config, on_step=lambda *told: steps.append(told), **options
+    )
+    assert steps == [(step, True) for step in range(8)]
+
+
+IDLE = [  # case, the steps that run no forward with full attention
+    ("dream", {"gen_length": 32, "steps": 64}, range(33)),
+    ("dream", {"gen_length": 16, "steps": 16}, range(1)),
+    ("dream", {"gen_length": 16, "steps": 24, "alg": "entropy", "alg_temp": 0.5}, range(9)),
+    ("dream", {"gen_length": 32, "steps": 64, "temperature": 1.0}, ()),
+    ("dream", {"gen_length": 32, "steps": 64, "alg": "origin"}, ()),
+    ("llada", {"gen_length": 8, "steps": 12, "block_length": 4}, (4, 5, 10, 11)),
+    ("llada", {"gen_length": 8, "steps": 12, "block_length": 4, "cfg_scale": 1.0}, (4, 5, 10, 11)),
+    ("llada", {"gen_length": 8, "steps": 12, "block_length": 4, "temperature": 1.0}, ()),
+]
+
+
+@pytest.mark.parametrize(("family", "options", "idle"), IDLE, ids=str)
+@pytest.mark.parametrize("skip", [None, 0.0, 0.1, 0.5])
+def test_steps_that_commit_nothing_run_no_forward_but_count(request, family, options, idle, skip):
+    """The step that selects blocks always runs, and the sparse steps begin where the schedule says."""
+    model, told, steps = request.getfixturevalue(family), [], options["steps"]
+    options = options_of(family, options)
+    prompts = torch.randint(0, 90, (2, 40))
+    config = None if skip is None else SparseDConfig(skip, 0.3, 16)
+    selecting = None if skip is None else config.n_full(steps) - 1
+    with inputs_of(model) as forwards, looking_at_runs() as runs:
+        GENERATE[family](model, prompts, config=config, on_step=lambda *step: told.append(step), **options)
+    ran = [step for step, ran in told if ran]
+    assert [step for step, _ in told] == list(range(steps))
+    assert ran == [step for step in range(steps) if step not in idle or step == selecting]
+    assert len(forwards) == len(ran)
+    if skip is not None:
+        assert runs[0].step == steps and runs[0].density is not None
+
+
+@contextmanager
+def looking_at_runs():
+    """The runs that the samplers open meanwhile."""
+    runs, make = [], Run.__init__
+
+    def noting(run, *args):
+        runs.append(run)
+        make(run, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "__init__", noting)
+        yield runs
 
 
 @pytest.mark.parametrize("family", ["dream", "llada"])

@@ -46,7 +46,7 @@ def test_differences_are_marked(checkpoints):
 
 
 def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
-    times = iter([0.0, 1.0, 1.0, 12.0, 12.0, 13.0, 13.0])
+    times = iter([0.0, 1.0, 1.0, 12.0, 12.0, 13.0, 13.0, 13.1, 13.1])
     monkeypatch.setattr(running.time, "perf_counter", lambda: next(times))
 
     class Run:
@@ -55,12 +55,18 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
     with running.tqdm(total=3, disable=True) as bar:
         clock = running.StepClock(torch.device("cpu"), Run(), bar, ["full", "selecting", "sparse"])
         clock.start()
-        clock.tick(0)
+        clock.tick(0, True)
         clock.run.compile_seconds = 10.0
-        clock.tick(1)
-        clock.tick(2)
-    assert clock.step_seconds == [1.0, 1.0, 1.0]
+        clock.tick(1, True)
+        clock.tick(2, True)
+        clock.tick(3, False)
+    assert clock.step_seconds == [1.0, 1.0, 1.0, 0.0], "a step that ran no model takes no time"
     assert clock.compile_seconds == 10.0
+
+
+def test_steps_without_a_forward_are_left_out_of_the_selections_time():
+    assert report.selection_seconds([0.0, 2.0, 2.0, 5.0, 1.0], 4) == 3.0
+    assert report.selection_seconds([0.0, 5.0, 1.0], 2) is None, "no full step to compare with"
 
 
 def test_phase_names():

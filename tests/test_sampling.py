@@ -93,7 +93,9 @@ def test_dream_schedule_as_published(dream, masks_and_steps):
         tokens = dream_generate(dream, torch.arange(4)[None], gen_length=masks, steps=steps)
     left = [int((ids == MASK).sum()) for ids in [*seen, tokens]]
     assert left[-1] == 0, "the mask token was drawn: choose another prompt"
-    assert [before - after for before, after in zip(left, left[1:], strict=False)] == PUBLISHED_COUNTS[masks_and_steps]
+    # a step that commits nothing runs no forward
+    counts = [count for count in PUBLISHED_COUNTS[masks_and_steps] if count]
+    assert [before - after for before, after in zip(left, left[1:], strict=False)] == counts
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def _runs(job: Job, tokenizer: Any, prompt: Prompt) -> list[dict[str, Any]]:
     args, stops = job.args, report.stop_ids(job.model.config, tokenizer)
     runs = []
     for mode in ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]:
-        with _blame(args, "--backend", (BackendError,)):
+        with _blame(args, "--backend", (BackendError,)), _blame(args, "--dtype", (FloatingPointError,)):
             run = run_mode(job, mode)
         ids = run["token_ids"]
         run["text"] = report.decode(tokenizer, ids[: report.answer_length(ids, stops)]).strip()

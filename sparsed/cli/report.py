@@ -54,9 +54,10 @@ def phases(run: dict[str, Any]) -> dict[str, float | None]:
 
 def selection_seconds(step_seconds: list[float], n_full: int) -> float | None:
     """How much longer the step that selects took than the median of the other full steps; None if there is no such."""
-    if n_full < 2 or n_full == len(step_seconds):
+    others = [seconds for seconds in step_seconds[: n_full - 1] if seconds > 0]  # a step that ran no model took 0.0
+    if not others or n_full == len(step_seconds):
         return None
-    return step_seconds[n_full - 1] - median(step_seconds[: n_full - 1])
+    return step_seconds[n_full - 1] - median(others)
 
 
 def compare(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, Any]:

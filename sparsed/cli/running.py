@@ -43,12 +43,12 @@ class StepClock:
         self.bar.set_description(self.phases[0])
         self.last = time.perf_counter()
 
-    def tick(self, step: int) -> None:
-        """Note the end of `step`."""
+    def tick(self, step: int, ran: bool) -> None:
+        """Note the end of `step`, which takes no time if it did not run the model."""
         synchronize(self.device)
         now = time.perf_counter()
         compiled = getattr(self.run, "compile_seconds", None) or 0.0
-        self.step_seconds.append(now - self.last - (compiled - self.compile_seconds))
+        self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if ran else 0.0)
         self.compile_seconds = compiled
         self.bar.update()
         if step + 1 < len(self.phases):
@@ -61,7 +61,7 @@ def first_forward(job: Job) -> float:
     """Seconds of one untimed forward, so that the first timed run does not pay for the libraries' start."""
     started = time.perf_counter()
     ids = torch.tensor([job.input_ids], device=job.model.device)
-    job.model(ids, logit_rows=torch.zeros(1, dtype=torch.int64, device=ids.device))
+    job.model(ids, first_row=ids.shape[1] - 1)
     synchronize(ids.device)
     return time.perf_counter() - started
 

@@ -1,5 +1,20 @@
 """Compute kernels, each beside its plain-torch twin."""
 
 from .block_scores import block_scores, block_scores_torch
+from .compiled import block_sparse_triton
+from .elementwise import add_rms_norm, rms_norm, rotate, silu_product
+from .flash import flash_block_sparse, flash_fault
+from .full_attention import full_attention
 
-__all__ = ["block_scores", "block_scores_torch"]
+__all__ = [
+    "add_rms_norm",
+    "block_scores",
+    "block_scores_torch",
+    "block_sparse_triton",
+    "flash_block_sparse",
+    "flash_fault",
+    "full_attention",
+    "rms_norm",
+    "rotate",
+    "silu_product",
+]

@@ -1,22 +1,23 @@
 """Block scores: how much attention probability the queries of one block give to the keys of another."""
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiled import block_scores_triton, usable
+
 # float32 elements of one chunk of attention probabilities in the torch twin: 64 MiB
 CHUNK = 1 << 24
 
-if importlib.util.find_spec("triton"):
-    from .block_scores_triton import block_scores_triton
-else:
-    block_scores_triton = None
-
 
 def block_scores(
-    q: Tensor, k: Tensor, *, block_size: int, key_valid: Tensor | None = None, compiled: bool = True
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    key_valid: Tensor | None = None,
+    lse: Tensor | None = None,
+    compiled: bool = True,
 ) -> Tensor:
     """Sum softmax(q k^T / sqrt(D)) over the queries of block i and the keys of block j (arXiv 2509.24014, section 4).
 
@@ -25,6 +26,7 @@ def block_scores(
         k: [B, Hkv, T, D]; query head h reads key head h // (Hq // Hkv).
         block_size: tokens a block; the last block may be shorter.
         key_valid: bool [B, T], False where a token is padding: it then adds nothing, as key or as query.
+        lse: [B, Hq, T] float32, the log-sum-exp of every query's scaled logits over the valid keys, if it is known.
         compiled: use the Triton kernel on a CUDA device that has Triton; without, plain torch, which needs no compiler.
 
     Returns:
@@ -32,8 +34,8 @@ def block_scores(
     """
     # a block longer than the sequence is the sequence; in 16s, for the kernel is compiled for its block size
     block_size = min(block_size, -(-q.shape[2] // 16) * 16)
-    if compiled and q.is_cuda and block_scores_triton is not None:
-        return block_scores_triton(q, k, block_size=block_size, key_valid=key_valid)
+    if compiled and usable(q):
+        return block_scores_triton(q, k, block_size=block_size, key_valid=key_valid, lse=lse)
     return block_scores_torch(q, k, block_size=block_size, key_valid=key_valid)
 
 

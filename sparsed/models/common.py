@@ -5,8 +5,9 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..kernels import full_attention, rms_norm
 
 Config = TypeVar("Config")
 # far above any model: a larger number in a config.json is a mistake, and would overflow
@@ -63,7 +64,7 @@ def check_special_ids(config: Any, *names: str) -> None:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32, cast back to the input's dtype BEFORE the weight, as published."""
+    """Root-mean-square norm with a weight, `kernels.rms_norm`."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -71,9 +72,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -92,23 +91,9 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads x [B, H, T, D] by tables broadcastable to [B, 1, T, D], in the dtype both promote to."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = None) -> Tensor:
-    """Full bidirectional attention, scale 1/sqrt(D): q [B, Hq, T, D] over k, v [B, Hkv, T, D], Hkv dividing Hq.
-
-    Args:
-        key_valid: bool [B, T], False where a key is padding; None if every key is real.
-    """
-    if key_valid is None:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
-    # with a mask and shared key heads together, torch could fall back to its T x T kernel
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=key_valid[:, None, None, :])
+    """Full bidirectional attention, `kernels.full_attention` without its log-sum-exp."""
+    return full_attention(q, k, v, key_valid)[0]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -121,9 +106,20 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def take_rows(hidden: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of hidden [B, T, width] whose logits are wanted: all, or flat positions b * T + t [n] -> [n, width]."""
-    return hidden if rows is None else hidden.flatten(0, 1)[rows.to(hidden.device)]
+def take_rows(hidden: Tensor, rows: Tensor | None, length: int) -> Tensor:
+    """The rows whose logits are wanted, of hidden [B, n, width], the last n of `length` tokens.
+
+    Args:
+        rows: [m] int64 flat positions b * length + t, none before the last n tokens; None for all.
+
+    Returns:
+        [B, n, width], or [m, width].
+    """
+    if rows is None:
+        return hidden
+    rows = rows.to(hidden.device)
+    first = length - hidden.shape[1]
+    return hidden.flatten(0, 1)[rows - (rows // length + 1) * first]
 
 
 class DiffusionLM(nn.Module):

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import add_rms_norm, rotate, silu_product
 from .common import (
     DiffusionLM,
     RMSNorm,
@@ -15,7 +15,6 @@ from .common import (
     config_from_dict,
     merge_heads,
     rope_tables,
-    rotate,
     split_heads,
     take_rows,
 )
@@ -85,8 +84,10 @@ class DreamAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
         return attend(q, k, v, key_valid)
 
-    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None) -> Tensor:
-        q = rotate(split_heads(self.q_proj(x), self.heads), *rope)
+    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None, first: int) -> Tensor:
+        """Attention of the tokens from `first` on over all tokens of x [B, T, width] -> [B, T - first, width]."""
+        turn = (table[..., first:, :] for table in rope)
+        q = rotate(split_heads(self.q_proj(x[:, first:]), self.heads), *turn)
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), *rope)
         v = split_heads(self.v_proj(x), self.kv_heads)
         return self.o_proj(merge_heads(self.attend(q, k, v, key_valid)))
@@ -100,7 +101,7 @@ class DreamMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
 
 
 class DreamLayer(nn.Module):
@@ -111,9 +112,12 @@ class DreamLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DreamMLP(config)
 
-    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, key_valid)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None, first: int = 0) -> Tensor:
+        """One layer: x [B, T, width] -> [B, T - first, width], the tokens before `first` serving as keys alone."""
+        attended = self.self_attn(self.input_layernorm(x), rope, key_valid, first)
+        norm = self.post_attention_layernorm
+        x, normed = add_rms_norm(x[:, first:], attended, norm.weight, norm.eps)
+        return x + self.mlp(normed)
 
 
 class DreamBackbone(nn.Module):
@@ -124,13 +128,18 @@ class DreamBackbone(nn.Module):
         self.layers = nn.ModuleList(DreamLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None, first_row: int
+    ) -> Tensor:
+        """Hidden rows for the head."""
         x = self.embed_tokens(input_ids)
         key_valid = None if attention_mask is None else attention_mask.bool()
         rope = self._rope(input_ids, key_valid, x)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, rope, key_valid)
-        return self.norm(x)
+        x = last(x, rope, key_valid, first_row)
+        return self.norm(take_rows(x, logit_rows, input_ids.shape[1]))
 
     def _rope(self, input_ids: Tensor, key_valid: Tensor | None, x: Tensor) -> Rope:
         """Tables [B, 1, T, D] in the model's dtype: Dream rotates in that dtype, positions counted over real tokens."""
@@ -154,16 +163,22 @@ class DreamModel(DiffusionLM):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, logit_rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        logit_rows: Tensor | None = None,
+        first_row: int = 0,
     ) -> Tensor:
         """Logits in the model's dtype; row t predicts token t + 1.
 
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], 1 = real, 0 = left padding; None if every token is real.
-            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted; None for all.
+            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted; None for all from first_row on.
+            first_row: no logits are wanted of the tokens before it: the last layer computes only their keys and values.
 
         Returns:
-            [B, T, vocab_size], or [n, vocab_size] with `logit_rows`.
+            [B, T - first_row, vocab_size], or [n, vocab_size] with `logit_rows`.
         """
-        return self.lm_head(take_rows(self.model(input_ids, attention_mask), logit_rows))
+        return self.lm_head(self.model(input_ids, attention_mask, logit_rows, first_row))

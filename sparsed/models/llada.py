@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import add_rms_norm, rotate, silu_product
 from .common import (
     DiffusionLM,
     RMSNorm,
@@ -16,7 +16,6 @@ from .common import (
     config_from_dict,
     merge_heads,
     rope_tables,
-    rotate,
     split_heads,
     take_rows,
 )
@@ -109,15 +108,16 @@ class LLaDABlock(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
         return attend(q, k, v, key_valid)
 
-    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None, first: int = 0) -> Tensor:
+        """One layer: x [B, T, width] -> [B, T - first, width], the tokens before `first` serving as keys alone."""
         normed = self.attn_norm(x)
-        # LLaDA rotates in float32 (the tables' dtype) and casts back
-        q = rotate(split_heads(self.q_proj(normed), self.heads), *rope).to(x.dtype)
-        k = rotate(split_heads(self.k_proj(normed), self.kv_heads), *rope).to(x.dtype)
+        turn = (table[..., first:, :] for table in rope)
+        q = rotate(split_heads(self.q_proj(normed[:, first:]), self.heads), *turn)
+        k = rotate(split_heads(self.k_proj(normed), self.kv_heads), *rope)
         v = split_heads(self.v_proj(normed), self.kv_heads)
-        x = x + self.attn_out(merge_heads(self.attend(q, k, v, key_valid)))
-        normed = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
+        attended = self.attn_out(merge_heads(self.attend(q, k, v, key_valid)))
+        x, normed = add_rms_norm(x[:, first:], attended, self.ff_norm.weight, self.ff_norm.eps)
+        return x + self.ff_out(silu_product(self.ff_proj(normed), self.up_proj(normed)))
 
 
 class LLaDABackbone(nn.Module):
@@ -136,15 +136,20 @@ class LLaDABackbone(nn.Module):
             parts["ff_out"].weight = parts["wte"].weight
         self.transformer = nn.ModuleDict(parts)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None, first_row: int
+    ) -> Tensor:
         x = self.transformer["wte"](input_ids)
         key_valid = None if attention_mask is None else attention_mask.bool()
-        # positions count every token of the tensor, padding included
-        positions = torch.arange(input_ids.shape[1], device=x.device)
+        # positions count every token of the tensor, padding included; the tables stay float32, in which LLaDA rotates
+        positions = torch.arange(input_ids.shape[1], device=x.device)[None, None]
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        for block in self.transformer["blocks"]:
+        *blocks, last = self.transformer["blocks"]
+        for block in blocks:
             x = block(x, rope, key_valid)
-        return self.transformer["ff_out"](take_rows(self.transformer["ln_f"](x), logit_rows))
+        x = last(x, rope, key_valid, first_row)
+        x = self.transformer["ln_f"](take_rows(x, logit_rows, input_ids.shape[1]))
+        return self.transformer["ff_out"](x)
 
 
 class LLaDAModel(DiffusionLM):
@@ -158,16 +163,22 @@ class LLaDAModel(DiffusionLM):
         self.model = LLaDABackbone(config)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, logit_rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        logit_rows: Tensor | None = None,
+        first_row: int = 0,
     ) -> Tensor:
         """Logits in the model's dtype; row t predicts token t.
 
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], 1 = real, 0 = padding; None if every token is real.
-            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted; None for all.
+            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted; None for all from first_row on.
+            first_row: no logits are wanted of the tokens before it: the last layer computes only their keys and values.
 
         Returns:
-            [B, T, embedding_size], or [n, embedding_size] with `logit_rows`.
+            [B, T - first_row, embedding_size], or [n, embedding_size] with `logit_rows`.
         """
-        return self.model(input_ids, attention_mask, logit_rows)
+        return self.model(input_ids, attention_mask, logit_rows, first_row)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..config import SparseDConfig
 from ..patch import sparsify
 
-OnStep = Callable[[int], None]
+# called after each step with its index and whether it ran the model
+OnStep = Callable[[int, bool], None]
 
 
 class PromptError(ValueError):
@@ -26,7 +27,7 @@ def check_family(model: nn.Module, family: str) -> None:
 
 def check_temperature(name: str, value: float) -> None:
     """Raise ValueError unless the temperature is zero or above."""
-    if not value >= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"{name} must be 0 or above, got {value!r}")
 
 
@@ -42,7 +43,7 @@ def check_prompt(input_ids: Tensor, mask_id: int, vocab_size: int) -> None:
         raise ValueError(f"input_ids must be int64 [batch, prompt], got {input_ids.dtype} {list(input_ids.shape)}")
     if not input_ids.shape[0] or not input_ids.shape[1]:
         raise ValueError(f"input_ids must hold at least one row and one token, got {list(input_ids.shape)}")
-    if not 0 <= mask_id < vocab_size:
+    if not isinstance(mask_id, int) or not 0 <= mask_id < vocab_size:
         raise ValueError(f"mask_id must be one of the vocabulary's {vocab_size} ids, got {mask_id}")
     if input_ids.min() < 0 or input_ids.max() >= vocab_size:
         raise PromptError(f"input_ids must lie in the vocabulary's {vocab_size} ids, 0 to {vocab_size - 1}")
@@ -86,6 +87,12 @@ def attention_of(model: nn.Module, config: SparseDConfig | None, steps: int, gen
     return nullcontext() if config is None else sparsify(model, config, steps=steps, gen_length=gen_length)
 
 
+def tell(on_step: OnStep | None, step: int, ran: bool) -> None:
+    """Call back after a step."""
+    if on_step is not None:
+        on_step(step, ran)
+
+
 def tempered(logits: Tensor, temperature: float) -> Tensor:
     """float32 logits [n, V] divided by a temperature above 0, the highest moved to 0 so that none overflows."""
     peak = logits.amax(dim=-1, keepdim=True)
@@ -93,7 +100,13 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token of each row of probabilities [n, V] -> [n] int64."""
+    """One token of each row of probabilities [n, V] -> [n] int64.
+
+    Raises:
+        FloatingPointError: a row has nothing finite to draw from.
+    """
+    if probabilities.device.type == "cpu" and not torch.isfinite(probabilities).all():
+        raise FloatingPointError("the model's logits are not finite; float32 or bfloat16 may hold what float16 cannot")
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 

@@ -13,8 +13,10 @@ from .common import (
     commit,
     draw,
     make_canvas,
+    tell,
     tempered,
 )
+from .denoiser import Denoiser
 
 ALGORITHMS = ("maskgit_plus", "entropy", "topk_margin", "origin")
 
@@ -44,7 +46,8 @@ def dream_generate(
         model: a DreamModel.
         input_ids: [B, prompt] int64, without mask tokens.
         attention_mask: [B, prompt], 1 = real, 0 = left padding.
-        gen_length, steps: new tokens, and denoising steps (one forward each).
+        gen_length, steps: new tokens, and denoising steps: one forward each, but a step that would commit nothing runs
+            none at temperature 0, unless it selects blocks.
         alg: what ranks the positions: maskgit_plus (probability of the drawn token), topk_margin (its lead over the
             second), entropy (negative entropy), or origin (no ranking: each position by chance).
         alg_temp: above 0, positions are drawn from softmax(confidence / alg_temp) instead of taken from the top.
@@ -54,7 +57,7 @@ def dream_generate(
         mask_id: the mask token, by default the model's.
         generator: source of randomness, on the model's device.
         config: SparseD; None means full attention.
-        on_step: called with the step's index after each step.
+        on_step: called after each step with its index and whether it ran the model.
 
     Returns:
         int64 [B, prompt + gen_length].
@@ -73,10 +76,15 @@ def dream_generate(
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
     canvas, mask = make_canvas(input_ids.to(model.device), attention_mask, gen_length, mask_id, model.config.vocab_size)
     fractions = commit_fractions(steps, eps)
+    idle = idle_steps(gen_length, fractions) if temperature == 0 and alg != "origin" else 0
     with attention_of(model, config, steps, gen_length):
+        denoiser = Denoiser(model, mask, input_ids.shape[1] - 1)
         for step in range(steps):
+            if step < idle and denoiser.skip(canvas):
+                tell(on_step, step, False)
+                continue
             rows = (canvas == mask_id).view(-1).nonzero().squeeze(-1)
-            logits = model(canvas, mask, logit_rows=shifted(rows, canvas.shape[1]))
+            logits = denoiser(canvas, shifted(rows, canvas.shape[1]))
             probabilities = filtered_probabilities(logits, temperature, top_p, top_k)
             tokens = probabilities.argmax(-1) if temperature == 0 else draw(probabilities, generator)
             if alg == "origin":
@@ -89,8 +97,7 @@ def dream_generate(
                 if alg_temp > 0:
                     ranking = draw_order(ranking / alg_temp, generator)
                 commit(canvas, rows, tokens, ranking, counts)
-            if on_step is not None:
-                on_step(step)
+            tell(on_step, step, True)
     return canvas
 
 
@@ -102,26 +109,36 @@ def commit_fractions(steps: int, eps: float) -> Tensor:
     return fractions
 
 
+def idle_steps(masks: int, fractions: Tensor) -> int:
+    """How many steps at the start commit none of `masks` positions."""
+    counts = (torch.tensor(float(masks)) * fractions).long()
+    return int((counts.cumsum(0) == 0).sum())
+
+
 def shifted(rows: Tensor, length: int) -> Tensor:
     """The flat rows whose logits predict the flat positions `rows`: one to the left, but position 0 reads its own."""
     return rows - (rows % length != 0).long()
 
 
 def filtered_probabilities(logits: Tensor, temperature: float, top_p: float | None, top_k: int | None) -> Tensor:
-    """softmax of logits [n, V] after temperature, nucleus and top-k filters, float32 [n, V]."""
+    """softmax of logits [n, V] after temperature, nucleus and top-k filters, float32 [n, V].
+
+    A token stays if the likelier ones leave it room: fewer than top_k, with at most top_p of the probability. Tokens as
+    likely as the last one that stays do, too.
+    """
     logits = logits.float()
     if temperature > 0:
         logits = tempered(logits, temperature)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
-        before[:, 0] = 0  # the likeliest token always stays
-        beyond = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, before > top_p)
-        logits = logits.masked_fill(beyond, torch.finfo(logits.dtype).min)
-    if top_k:
-        lowest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, torch.finfo(logits.dtype).min)
-    return logits.softmax(-1)
+    nucleus = top_p is not None and top_p < 1
+    if not nucleus and not top_k:
+        return logits.softmax(-1)
+    # with top_k, the nucleus need not be looked for beyond the top_k likeliest: no sort of the vocabulary
+    ordered = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1).values
+    if nucleus:
+        shares = (ordered - logits.logsumexp(-1, keepdim=True)).exp()
+        ordered = ordered.masked_fill(shares.cumsum(-1) - shares > top_p, torch.inf)
+    lowest = ordered.amin(-1, keepdim=True)
+    return logits.masked_fill(logits < lowest, torch.finfo(logits.dtype).min).softmax(-1)
 
 
 def confidence(probabilities: Tensor, tokens: Tensor, alg: str) -> Tensor:
@@ -143,7 +160,7 @@ def draw_order(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 def _check_filters(top_p: float | None, top_k: int | None, eps: float) -> None:
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive whole number or None, got {top_k!r}")
-    if not 0 < eps < 1:
+    if not isinstance(eps, float) or not 0 < eps < 1:
         raise ValueError(f"eps must lie between 0 and 1, got {eps!r}")

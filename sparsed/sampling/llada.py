@@ -13,8 +13,10 @@ from .common import (
     commit,
     draw,
     make_canvas,
+    tell,
     tempered,
 )
+from .denoiser import Denoiser
 
 REMASKING = ("low_confidence", "random")
 
@@ -44,8 +46,9 @@ def llada_generate(
         model: a LLaDAModel.
         input_ids: [B, prompt] int64, without mask tokens.
         attention_mask: [B, prompt], 1 = real, 0 = left padding.
-        gen_length, steps, block_length: new tokens, denoising steps (one forward each) and tokens a block; block_length
-            must divide gen_length, and the number of blocks must divide steps.
+        gen_length, steps, block_length: new tokens, denoising steps and tokens a block; block_length must divide
+            gen_length, and the number of blocks must divide steps. A step is one forward, but one that would commit
+            nothing runs none at temperature 0, unless it selects blocks.
         temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
         cfg_scale: classifier-free guidance: logits = unconditional + (cfg_scale + 1) * (conditional - unconditional).
         remasking: low_confidence commits the likeliest tokens first, random any.
@@ -54,7 +57,7 @@ def llada_generate(
         mask_id: the mask token, by default the model's.
         generator: source of randomness, on the model's device.
         config: SparseD, in both halves of a guided batch; None means full attention.
-        on_step: called with the step's index after each step.
+        on_step: called after each step with its index and whether it ran the model.
 
     Returns:
         int64 [B, prompt + gen_length].
@@ -74,13 +77,19 @@ def llada_generate(
     eos, eot = model.config.eos_token_id, model.config.eot_token_id
     prompt_len = input_ids.shape[1]
     with attention_of(model, config, steps, gen_length):
+        denoiser = Denoiser(model, mask if cfg_scale == 0 or mask is None else torch.cat((mask, mask)), prompt_len)
         for step in range(steps):
             block, inner = divmod(step, steps_a_block)
             end = prompt_len + (block + 1) * block_length
             if inner == 0:
                 counts = commit_counts((canvas[:, end - block_length : end] == mask_id).sum(-1), steps_a_block)
+            ids = canvas if cfg_scale == 0 else with_blind_half(canvas, prompt_len, mask_id)
+            # a block has as many masks as tokens at first, and commits at least one a step while it has any
+            if temperature == 0 and inner >= block_length and denoiser.skip(ids):
+                tell(on_step, step, False)
+                continue
             rows = _masked_rows(canvas, mask_id, end)
-            logits = guided_logits(model, canvas, mask, rows, cfg_scale, prompt_len, mask_id)
+            logits = guided_logits(denoiser, ids, rows, cfg_scale)
             if logits_eos_inf:
                 logits[:, eos] = -torch.inf
             tokens = (
@@ -91,8 +100,7 @@ def llada_generate(
                 if temperature == 0:  # as published: with noise, only the end of the turn is held back
                     logits[:, eos] = -torch.inf
             commit(canvas, rows, tokens, confidence(logits, tokens, remasking, generator), counts[:, inner])
-            if on_step is not None:
-                on_step(step)
+            tell(on_step, step, True)
     return canvas
 
 
@@ -118,23 +126,18 @@ def _masked_rows(canvas: Tensor, mask_id: int, end: int) -> Tensor:
     return masked.view(-1).nonzero().squeeze(-1)
 
 
-def guided_logits(
-    model: nn.Module,
-    canvas: Tensor,
-    mask: Tensor | None,
-    rows: Tensor,
-    cfg_scale: float,
-    prompt_len: int,
-    mask_id: int,
-) -> Tensor:
-    """float32 logits [n, V] of the flat positions `rows`, guided away from those with the whole prompt masked."""
-    if cfg_scale == 0:
-        return model(canvas, mask, logit_rows=rows).float()
+def with_blind_half(canvas: Tensor, prompt_len: int, mask_id: int) -> Tensor:
+    """The batch for classifier-free guidance [2 * B, T]: the canvas, then once more with the whole prompt masked."""
     blind = canvas.clone()
     blind[:, :prompt_len] = mask_id
-    both = torch.cat((canvas, blind))
-    both_mask = None if mask is None else torch.cat((mask, mask))
-    logits = model(both, both_mask, logit_rows=torch.cat((rows, rows + canvas.numel()))).float()
+    return torch.cat((canvas, blind))
+
+
+def guided_logits(denoiser: Denoiser, ids: Tensor, rows: Tensor, cfg_scale: float) -> Tensor:
+    """float32 logits [n, V] of the flat positions `rows`, guided away from those of the blind half."""
+    if cfg_scale == 0:
+        return denoiser(ids, rows).float()
+    logits = denoiser(ids, torch.cat((rows, rows + ids.numel() // 2))).float()
     conditional, unconditional = logits.chunk(2)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
 

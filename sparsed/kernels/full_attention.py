@@ -1,0 +1,75 @@
+"""Full attention by the fastest exact kernel at hand, and the log-sum-exp that some of them give along with it."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from .flash import flash_dense, flash_fault
+from .launch import on_device_of
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Bidirectional attention, scale 1/sqrt(D).
+
+    Args:
+        q: [B, Hq, T, D].
+        k, v: [B, Hkv, Tk, D], Hkv dividing Hq: query head h reads key head h // (Hq // Hkv).
+        key_valid: bool [B, Tk], False where a key is padding; None if every key is real.
+
+    Returns:
+        [B, Hq, T, D], and the log-sum-exp of every query's scaled logits, [B, Hq, T] float32, or None where the kernel
+        that ran does not give it.
+    """
+    if key_valid is not None:
+        # with a mask and shared key heads together, torch could fall back to its T x T kernel
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_valid[:, None, None, :]), None
+    if q.is_cuda and not (q.requires_grad and torch.is_grad_enabled()):
+        heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[3]
+        if flash_fault(q.device, q.dtype) is None and _flash_agrees(q.device, q.dtype, heads, kv_heads, head_dim):
+            return flash_dense(q, k, v)
+        return _torch_with_lse(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]), None
+
+
+@on_device_of
+def _torch_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The kernel that `scaled_dot_product_attention` would choose itself, asked for its log-sum-exp."""
+    shared = q.shape[1] != k.shape[1]
+    choice = torch._fused_sdp_choice(q, k, v, enable_gqa=shared)
+    if choice == SDPBackend.CUDNN_ATTENTION.value:
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+        return out, lse.squeeze(-1)
+    if choice == SDPBackend.FLASH_ATTENTION.value and q.shape[-1] % 8 == 0:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        return out, lse[..., : q.shape[2]]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared), None
+
+
+@functools.cache
+def _flash_agrees(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether FlashAttention-4 gives, on random data of a ragged length, what float64 gives, out and log-sum-exp.
+
+    Its error may be twice that of torch's own kernel, plus a rounding.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, h, 333, head_dim, generator=generator, device=device, dtype=dtype)
+        for h in (heads, kv_heads, kv_heads)
+    )
+    wide_q, wide_k, wide_v = (x.double().repeat_interleave(heads // x.shape[1], dim=1) for x in (q, k, v))
+    logits = (wide_q @ wide_k.mT) * head_dim**-0.5
+    exact = logits.softmax(-1) @ wide_v
+    try:
+        out, lse = flash_dense(q, k, v)
+    except Exception:  # a kernel that does not compile here: torch's own serves
+        return False
+    error, torch_error = (
+        (x.double() - exact).abs().max().item()
+        for x in (out, F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads))
+    )
+    lse_error = (lse.double() - logits.logsumexp(-1)).abs().max().item()
+    return error <= 2 * torch_error + torch.finfo(dtype).eps * exact.abs().max().item() and lse_error < 1e-3

@@ -1,0 +1,95 @@
+"""Steps replayed as CUDA graphs give the tokens of steps that run as they are."""
+
+import pytest
+import torch
+from sampling_cases import GENERATE, options_of
+from standins import tiny_dream, tiny_llada
+
+from sparsed import SparseDConfig, sparsify
+from sparsed.sampling import denoiser
+from sparsed.sampling.denoiser import Denoiser
+
+MODELS = {"dream": tiny_dream, "llada": tiny_llada}
+SPARSE = SparseDConfig(0.2, 0.4, 16)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """How many forwards were captured so far, one entry each."""
+    calls, capture = [], Denoiser._capture
+    monkeypatch.setattr(Denoiser, "_capture", lambda self: calls.append(self.run) or capture(self))
+    return calls
+
+
+CASES = [
+    ("dream", {}, 1),
+    ("dream", {"temperature": 1.0, "top_p": 0.9, "top_k": 20}, 1),
+    ("dream", {"alg": "origin"}, 1),
+    ("llada", {}, 1),
+    ("llada", {"cfg_scale": 1.0}, 1),
+    ("llada", {"temperature": 1.0, "remasking": "random"}, 1),
+    ("llada", {"block_length": 24}, 3),
+    ("dream", {}, 3),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, SPARSE, SparseDConfig(0.2, 1.0, 16)], ids=["full", "sparse", "all kept"])
+@pytest.mark.parametrize(("family", "options", "batch"), CASES, ids=str)
+def test_replayed_tokens_are_the_same(monkeypatch, captured, family, options, batch, config):
+    model = MODELS[family]().cuda()
+    prompts = torch.randint(0, 90, (batch, 61)).cuda()
+    options = options_of(family, {"gen_length": 48, "steps": 24} | options)
+
+    def generate():
+        return GENERATE[family](
+            model, prompts, config=config, generator=torch.Generator("cuda").manual_seed(3), **options
+        )
+
+    replayed = generate()
+    assert len(captured) == (2 if config is SPARSE else 1), "one graph a phase"
+    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    assert torch.equal(generate(), replayed)
+    assert len(captured) <= 2
+
+
+@pytest.mark.gpu
+def test_padded_batches_are_replayed_too(monkeypatch, captured):
+    for family in MODELS:
+        model = MODELS[family]().cuda()
+        prompts, mask = torch.randint(0, 90, (2, 61)).cuda(), torch.ones(2, 61).cuda()
+        mask[1, :20] = 0
+        options = options_of(family, {"gen_length": 24, "steps": 12, "attention_mask": mask, "config": SPARSE})
+        monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 2048)
+        replayed = GENERATE[family](model, prompts, **options)
+        monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+        assert torch.equal(GENERATE[family](model, prompts, **options), replayed)
+    assert captured
+
+
+@pytest.mark.gpu
+def test_a_graph_is_not_replayed_over_blocks_of_another_generation(monkeypatch):
+    """One sampler call, in which a `sparsify` of fewer steps begins anew: it chooses blocks twice."""
+    model, prompts = MODELS["dream"]().cuda(), torch.randint(0, 90, (1, 61)).cuda()
+    tokens = []
+    for most in (2048, 0):
+        monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", most)
+        with sparsify(model, SPARSE, steps=12, gen_length=48):
+            tokens.append(GENERATE["dream"](model, prompts, gen_length=48, steps=24))
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.gpu
+def test_hooks_are_called_at_every_step(captured):
+    model, calls = MODELS["llada"]().cuda(), []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    GENERATE["llada"](model, torch.randint(0, 90, (1, 30)).cuda(), gen_length=16, steps=16, block_length=16)
+    hook.remove()
+    assert len(calls) == 16 and not captured
+
+
+def test_nothing_is_captured_on_the_cpu(captured):
+    for family, make in MODELS.items():
+        options = options_of(family, {"gen_length": 16, "steps": 8, "config": SPARSE})
+        GENERATE[family](make(), torch.randint(0, 90, (1, 30)), **options)
+    assert not captured

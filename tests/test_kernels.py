@@ -1,0 +1,112 @@
+"""Full attention with its log-sum-exp, and the elementwise kernels against their plain-torch twins."""
+
+import pytest
+import reference
+import torch
+
+from sparsed.kernels import add_rms_norm, full_attention, rms_norm, rotate, silu_product
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+# ------------------------------------------------------------------------------------------------------ full attention
+
+
+def heads(length, n_heads, width, dtype, device, last=None):
+    """q of the last tokens, k, v: laid out [B, T, H, D] in memory, as the models' projections leave them."""
+    sizes = (last or length, n_heads[0]), (length, n_heads[1]), (length, n_heads[1])
+    return [torch.randn(2, tokens, count, width).to(device, dtype).transpose(1, 2) for tokens, count in sizes]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("length", "last"), [(77, None), (333, None), (333, 50), (16, 1)])
+@pytest.mark.parametrize(("n_heads", "width"), [((4, 4), 128), ((7, 1), 128), ((4, 2), 64), ((2, 2), 20)])
+def test_full_attention_and_its_log_sum_exp(device, dtype, length, last, n_heads, width):
+    q, k, v = heads(length, n_heads, width, dtype, device, last)
+    out, lse = full_attention(q, k, v)
+    wide_q, wide_k, wide_v = q.double(), *(x.double().repeat_interleave(n_heads[0] // n_heads[1], 1) for x in (k, v))
+    logits = wide_q @ wide_k.mT / width**0.5
+    expected = logits.softmax(-1) @ wide_v
+    assert out.shape == q.shape and out.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert (out.double() - expected).abs().max() < tolerance
+    if lse is not None:
+        assert lse.dtype == torch.float32
+        torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-3, rtol=0)
+    if device == "cuda" and dtype == torch.bfloat16 and width == 128:
+        assert lse is not None, "selection would have to compute it again"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pads", [(0, 40), (5, 60)])
+def test_full_attention_of_padded_rows(device, pads):
+    q, k, v = heads(77, (4, 2), 16, torch.float32, device)
+    valid = torch.tensor([[t >= pad for t in range(77)] for pad in pads])
+    out, lse = full_attention(q, k, v, valid.to(device))
+    expected = reference.attention(q.cpu(), k.cpu(), v.cpu(), valid)
+    real = valid[:, None, :, None].expand_as(expected)
+    torch.testing.assert_close(out.cpu().double()[real], expected[real], atol=1e-5, rtol=0)
+    assert lse is None
+
+
+@pytest.mark.gpu
+def test_gradients_still_flow_on_a_gpu():
+    """Training of the demo models goes through these functions."""
+    x = torch.randn(2, 9, 32, device="cuda", requires_grad=True)
+    weight = torch.ones(32, device="cuda", requires_grad=True)
+    total, normed = add_rms_norm(x, 2 * x, weight, 1e-6)
+    split = normed.unflatten(-1, (2, 16)).transpose(1, 2)
+    out = full_attention(rotate(split, *tables(9, 16, torch.float32, "cuda")), split, split)[0]
+    (silu_product(out, out).sum() + total.sum()).backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
+
+
+# --------------------------------------------------------------------------------------------------------- elementwise
+
+
+def tables(length, width, dtype, device="cpu", rows=1):
+    angles = torch.rand(rows, 1, length, width // 2) * 100
+    angles = torch.cat((angles, angles), -1).to(device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def check_elementwise(dtype, device, allowed):
+    """Kernel against twin on the same values; `allowed`: the share of elements that may differ, by one rounding."""
+
+    def same(got, expected):
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        torch.testing.assert_close(got.cpu(), expected, atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
+        assert (got.cpu() != expected).float().mean() <= allowed
+
+    for shape in ((2, 5, 64), (1, 3, 100), (1, 2, 4096)):
+        x, update = torch.randn(2, *shape).to(dtype)
+        weight = torch.randn(shape[-1]).to(dtype)
+        there = [t.to(device) for t in (x, update, weight)]
+        for got, expected in zip(
+            (rms_norm(there[0], there[2], 1e-5), *add_rms_norm(*there, 1e-5)),
+            (rms_norm(x, weight, 1e-5), *add_rms_norm(x, update, weight, 1e-5)),
+            strict=True,
+        ):
+            same(got, expected)
+        same(silu_product(there[0].clone(), there[1]), silu_product(x.clone(), update))
+        sliced = there[0][:, 1:], there[1][:, 1:]  # the tail that the last layer computes
+        for got, expected in zip(
+            add_rms_norm(*sliced, there[2], 1e-5), add_rms_norm(x[:, 1:], update[:, 1:], weight, 1e-5), strict=True
+        ):
+            same(got, expected)
+    for width, table_dtype, rows in ((16, dtype, 1), (128, torch.float32, 1), (24, dtype, 2)):
+        x = torch.randn(2, 37, 3, width).to(dtype).transpose(1, 2)
+        cos, sin = tables(37, width, table_dtype, rows=rows)
+        for first in (0, 30):
+            cut = [t[..., first:, :] for t in (x, cos, sin)]
+            there = [t.to(device, copy=True)[..., first:, :] for t in (x, cos, sin)]
+            same(rotate(*there), rotate(cut[0].clone(), *cut[1:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_elementwise_kernels(dtype):
+    # sums of squares are added in another order, which now and then tips a rounding
+    check_elementwise(dtype, "cuda", 1e-3 if dtype != torch.float32 else 1)
+
