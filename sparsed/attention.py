@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import BlockGrid, Pattern
+from .blocks import BlockGrid, Pattern, true_places
 from .kernels import block_sparse_triton, flash_block_sparse, flash_fault
 
 SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -25,6 +25,8 @@ LARGEST_CHECKED = 512
 # elements of the gathered keys of one chunk, which holds at least one query block of one head: small ones stay in a
 # CPU's cache, large ones fill a GPU
 CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
+# tokens from which on "auto" tries `flash`: below, its host code, slow to load and to start, costs more than it gains
+FLASH_FROM = 4096
 # query rows of a tile of the Triton kernel that several small blocks share
 SHARED_TILE = 64
 
@@ -110,12 +112,8 @@ def united_lists(pattern: Pattern, group: int) -> tuple[Tensor, Tensor]:
     runs = F.pad(kept, (0, 0, 0, -kept.shape[2] % group)).unflatten(2, (-1, group))
     bits = sum(runs[:, :, :, member].int() << member for member in range(group))  # [B, Hq, nL, nK]
     wanted = bits != 0
-    width = min(kept.shape[-1], group * pattern.indices.shape[-1])
-    # every wanted block to its rank in the list, all others to a place behind, cut off
-    place = (wanted.cumsum(-1) - 1).masked_fill_(~wanted, width)
-    entries = (torch.arange(kept.shape[-1], dtype=torch.int32, device=bits.device) << group) | bits
-    lists = bits.new_zeros(*bits.shape[:-1], width + 1).scatter_(-1, place, entries)
-    return lists[..., :width], wanted.sum(-1, dtype=torch.int32)
+    blocks = true_places(wanted, min(kept.shape[-1], group * pattern.indices.shape[-1]))
+    return (blocks << group) | bits.gather(-1, blocks.long()), wanted.sum(-1, dtype=torch.int32)
 
 
 def flash_attention(pattern: Pattern) -> SparseAttention:
@@ -165,8 +163,10 @@ def check_backend(name: str) -> None:
         raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
 
 
-def choose_backend(name: str, problem: Problem) -> tuple[str, str]:
-    """The backend to use, and why in a few words: the named one, or for "auto" the fastest that is available and right.
+def choose_backend(name: str, problem: Problem, length: int) -> tuple[str, str]:
+    """The backend to use for sequences of `length` tokens, and why in a few words.
+
+    It is the named one, or for "auto" the fastest that is available and right.
 
     Raises:
         BackendError: the named backend is unknown, cannot run here, or fails its numeric self-check.
@@ -174,7 +174,10 @@ def choose_backend(name: str, problem: Problem) -> tuple[str, str]:
     check_backend(name)
     passed_over = []
     for candidate in BACKENDS if name == "auto" else (name,):
-        fault = unavailable(candidate, problem) or self_check(candidate, problem)
+        fault = unavailable(candidate, problem)
+        if fault is None and name == "auto" and candidate == "flash" and length < FLASH_FROM:
+            fault = f"gains nothing below {FLASH_FROM} tokens"
+        fault = fault or self_check(candidate, problem)
         if fault is None:
             why = "named by the user" if name != "auto" else "fastest available, self-check passed"
             return candidate, "; ".join([why, *passed_over])

@@ -57,8 +57,19 @@ class BlockGrid:
         return [tuple(share(select, n) if n else 0 for n in row) for row in zip(*counts, strict=True)]
 
     def keeps_all(self, select: float) -> bool:
-        """Whether the budgets hold every block, so that sparse attention would be full attention."""
-        return self.key_valid is None and sum(self.budgets(select)[0]) == self.n_blocks
+        """Whether the budgets hold every block; padding changes nothing about it, as fewer blocks are kept sooner."""
+        return all(share(select, part.stop - part.start) == part.stop - part.start for part in self.parts)
+
+
+def true_places(chosen: Tensor, width: int) -> Tensor:
+    """Where the last dimension of a bool tensor is True, ascending: int32 [..., width].
+
+    Where fewer than `width` are, what follows them is 0; where more are, the last ones are left out.
+    """
+    places = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device).expand_as(chosen)
+    # every one of them to its rank, all others to a place behind, cut off
+    rank = (chosen.cumsum(-1) - 1).masked_fill_(~chosen, width).clamp_(max=width)
+    return places.new_zeros(*chosen.shape[:-1], width + 1).scatter_(-1, rank, places)[..., :width]
 
 
 @dataclass(frozen=True)

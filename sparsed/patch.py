@@ -44,13 +44,13 @@ class Run:
         self.compile_seconds = 0.0
         self._wanted = backend
         self._shape: tuple[int, ...] | None = None
-        self._open = False
+        self._open = self._keeps_all = False
         self.reset()
 
     @property
     def density(self) -> float | None:
         """Attended over all valid (query, key) pairs in the sparse steps, mean over layers and heads."""
-        if self._keeps_all:
+        if self.backend == FULL:
             return 1.0
         return torch.stack([d.cpu() for d in self._densities]).mean().item() if self._densities else None
 
@@ -64,7 +64,6 @@ class Run:
         self._sparse: dict[int, SparseAttention] = {}
         self._devices: set[torch.device] = set()
         self._densities: list[Tensor] = []
-        self._keeps_all = False
 
     def release(self) -> None:
         """Free the chosen blocks and keep what was measured."""
@@ -76,6 +75,10 @@ class Run:
             raise ValueError(f"sparsify: gen_length {self.gen_length} exceeds the forward's {shape[1]} tokens")
         if self.step >= self.steps or shape != self._shape:
             self.reset()
+            grid = BlockGrid(shape[1], shape[1] - self.gen_length, self.config.block_size)
+            self._keeps_all = self._wanted == "auto" and grid.keeps_all(self.config.select)
+            if self._keeps_all and self.n_full < self.steps:
+                self.backend, self.backend_reason = FULL, "every block is kept"
         if self.phase == SELECTING:
             self._forget()  # what an earlier try at this step chose before it failed
         self._shape = shape
@@ -89,9 +92,9 @@ class Run:
     @property
     def phase(self) -> str:
         """The last full step selects, unless no sparse step follows; a run that keeps every block stays full."""
-        if self.step == self.n_full - 1 and self.n_full < self.steps:
-            return SELECTING
-        return FULL if self.step < self.n_full or self._keeps_all else SPARSE
+        if self._keeps_all or self.n_full == self.steps or self.step < self.n_full - 1:
+            return FULL
+        return SELECTING if self.step == self.n_full - 1 else SPARSE
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
         """One layer's attention in this step: `full()` in the full steps, else over the layer's kept blocks.
@@ -120,9 +123,6 @@ class Run:
         if self._grid is None:
             self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
         grid = self._grid.to(q.device)
-        if self._wanted == "auto" and grid.keeps_all(self.config.select):
-            self._keeps_all, self.backend, self.backend_reason = True, FULL, "every block is kept"
-            return full()
         # without a mask this is the model's own full attention, and it can give the log-sum-exp along with it
         out, lse = (full(), None) if grid.key_valid is not None else full_attention(q, k, v)
         first = q.device not in self._devices
@@ -139,7 +139,7 @@ class Run:
         problem = Problem(
             q.device, q.dtype, *q.shape[:2], k.shape[1], q.shape[3], grid.block_size, grid.key_valid is not None
         )
-        self.backend, self.backend_reason = choose_backend(self._wanted, problem)
+        self.backend, self.backend_reason = choose_backend(self._wanted, problem, grid.length)
         if self.backend != "gather":
             compile_scores(q, k, grid, lse)
 

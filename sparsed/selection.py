@@ -7,8 +7,11 @@ otherwise win or lose as a whole.
 import torch
 from torch import Tensor
 
-from .blocks import BlockGrid, Pattern
+from .blocks import BlockGrid, Pattern, true_places
 from .kernels import block_scores
+
+# scores that are ranked at once, whole heads: bounds the memory for 8-byte ranks to a quarter of a GiB
+CHUNK = 1 << 25
 
 
 def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
@@ -24,19 +27,25 @@ def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
         empty = (grid.block_tokens == 0)[:, None, None, :]
         scores = scores.masked_fill(empty, -1.0)
     counts = tuple(map(sum, budgets))
-    rows = []
-    for row, budget, count in zip(scores, budgets, counts, strict=True):
-        kept = [_top(row, part, keep) for part, keep in zip(grid.parts, budget, strict=True)]
-        kept = torch.cat(kept, dim=-1).sort(dim=-1).values
-        last = kept[..., -1:].expand(*kept.shape[:-1], max(counts) - count)
-        rows.append(torch.cat((kept, last), dim=-1))
-    return Pattern(torch.stack(rows), counts, grid)
+    indices = scores.new_zeros(*scores.shape[:3], max(counts), dtype=torch.int32)
+    for row, budget, count, kept in zip(scores, budgets, counts, indices, strict=True):
+        for heads in range(0, len(row), max(1, CHUNK // row[0].numel())):
+            some = slice(heads, heads + max(1, CHUNK // row[0].numel()))
+            parts = [_highest(row[some, :, part], keep) for part, keep in zip(grid.parts, budget, strict=True)]
+            kept[some, :, :count] = true_places(torch.cat(parts, dim=-1), count)
+        kept[..., count:] = kept[..., count - 1 : count]
+    return Pattern(indices, counts, grid)
 
 
-def _top(scores: Tensor, part: slice, keep: int) -> Tensor:
-    """Indices (int32, of the whole grid) of the `keep` highest scores inside one part, [..., keep]."""
-    order = scores[..., part].sort(dim=-1, descending=True, stable=True).indices
-    return (order[..., :keep] + part.start).int()
+def _highest(scores: Tensor, keep: int) -> Tensor:
+    """Which of the last dimension's scores are its `keep` highest, bool; of equals the earlier ones."""
+    if keep == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # not by sorting, which takes longer than all else in the selection
+    lowest = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, level = scores > lowest, scores == lowest
+    room = keep - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1) <= room))
 
 
 def choose_blocks(

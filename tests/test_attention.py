@@ -218,14 +218,14 @@ def forget_self_checks():
 
 
 def test_auto_takes_gather_on_the_cpu_and_says_why():
-    name, why = choose_backend("auto", CPU)
+    name, why = choose_backend("auto", CPU, 100)
     assert name == "gather" and why and "\n" not in why
 
 
 @pytest.mark.parametrize("name", ["flash", "triton", "sdpa", ""])
 def test_a_named_backend_that_cannot_run_is_an_error(name):
     with pytest.raises(ValueError) as error:
-        choose_backend(name, CPU)
+        choose_backend(name, CPU, 100)
     assert "\n" not in str(error.value) and "backend" in str(error.value)
 
 
@@ -285,13 +285,13 @@ def test_self_check_refuses_a_broken_backend(monkeypatch, broken):
     monkeypatch.setitem(BACKENDS, "broken", broken)
     monkeypatch.setattr(attention, "unavailable", lambda *_: None)
     with pytest.raises(BackendError) as error:
-        choose_backend("broken", CPU)
+        choose_backend("broken", CPU, 100)
     assert "\n" not in str(error.value) and "broken" in str(error.value)
 
     # and auto goes on to the next one, remembering why
     monkeypatch.setattr(attention, "BACKENDS", {"broken": broken, "gather": working})
     attention.self_check.cache_clear()
-    name, why = choose_backend("auto", CPU)
+    name, why = choose_backend("auto", CPU, 100)
     assert name == "gather" and "broken" in why
 
 
@@ -315,7 +315,7 @@ def test_out_of_memory_in_the_self_check_says_nothing_about_the_backend(monkeypa
 
     monkeypatch.setitem(BACKENDS, "gather", starved)
     with pytest.raises(torch.OutOfMemoryError):
-        choose_backend("gather", CPU)
+        choose_backend("gather", CPU, 100)
 
 
 def test_a_block_far_longer_than_the_sequence_costs_no_more_than_the_sequence():
@@ -338,7 +338,7 @@ def test_self_check_runs_once(monkeypatch):
 
     monkeypatch.setitem(BACKENDS, "gather", counted)
     for _ in range(3):
-        choose_backend("gather", CPU)
+        choose_backend("gather", CPU, 100)
     assert len(calls) == 1
 
 

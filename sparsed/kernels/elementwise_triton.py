@@ -34,8 +34,10 @@ def _row(x: Tensor) -> dict[str, int]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, heads, length, head_dim = x.shape
     rows = 16
-    _rotate_kernel[(triton.cdiv(length, rows), heads, batch)](
-        x, cos, sin, *x.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, length,
+    # tables are read once for all heads, unless the sequence is too short to fill the GPU that way
+    together = heads if length >= 4096 else 1
+    _rotate_kernel[(triton.cdiv(length, rows), heads // together, batch)](
+        x, cos, sin, *x.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, length, together,
         HALF=head_dim // 2,
         HALF_TILE=triton.next_power_of_2(head_dim // 2),
         ROWS=rows,
@@ -83,9 +85,9 @@ def _add_rms_norm_kernel(
     tl.store(out_ptr + start + at, _normed(total, weight_ptr, at, ok, eps, WIDTH), mask=ok)
 
 
-@triton.jit(do_not_specialize=["length", "x_batch", "table_batch"])
+@triton.jit(do_not_specialize=["length", "together", "x_batch", "table_batch"])
 def _rotate_kernel(
-    x_ptr, cos_ptr, sin_ptr, x_batch, x_head, x_row, table_batch, length,
+    x_ptr, cos_ptr, sin_ptr, x_batch, x_head, x_row, table_batch, length, together,
     HALF: tl.constexpr,
     HALF_TILE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -97,15 +99,17 @@ def _rotate_kernel(
     table = b * table_batch + rows[:, None].to(tl.int64) * (2 * HALF) + d[None, :]
     cos = tl.load(cos_ptr + table, mask=ok, other=0.0)
     sin = tl.load(sin_ptr + table, mask=ok, other=0.0)
-    x_at = x_ptr + b * x_batch + tl.program_id(1).to(tl.int64) * x_head
+    x_at = x_ptr + b * x_batch + (tl.program_id(1) * together).to(tl.int64) * x_head
     x_at += rows[:, None].to(tl.int64) * x_row + d[None, :]
-    # the tables' dtype is where products and sums round: float32, or the model's own
-    first = tl.load(x_at, mask=ok, other=0.0).to(cos.dtype)
-    second = tl.load(x_at + HALF, mask=ok, other=0.0).to(cos.dtype)
-    turned_first = (first * cos).to(cos.dtype) - (second * sin).to(cos.dtype)
-    turned_second = (second * cos).to(cos.dtype) + (first * sin).to(cos.dtype)
-    tl.store(x_at, turned_first.to(x_ptr.dtype.element_ty), mask=ok)
-    tl.store(x_at + HALF, turned_second.to(x_ptr.dtype.element_ty), mask=ok)
+    for _ in range(together):
+        # the tables' dtype is where products and sums round: float32, or the model's own
+        first = tl.load(x_at, mask=ok, other=0.0).to(cos.dtype)
+        second = tl.load(x_at + HALF, mask=ok, other=0.0).to(cos.dtype)
+        turned_first = (first * cos).to(cos.dtype) - (second * sin).to(cos.dtype)
+        turned_second = (second * cos).to(cos.dtype) + (first * sin).to(cos.dtype)
+        tl.store(x_at, turned_first.to(x_ptr.dtype.element_ty), mask=ok)
+        tl.store(x_at + HALF, turned_second.to(x_ptr.dtype.element_ty), mask=ok)
+        x_at += x_head
 
 
 @triton.jit(do_not_specialize=["size"])

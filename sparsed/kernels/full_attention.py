@@ -10,6 +10,9 @@ from torch.nn.attention import SDPBackend
 from .flash import flash_dense, flash_fault
 from .launch import on_device_of
 
+# (query, key) pairs of a head from which on FlashAttention-4 gains more than its host code, slow to start, costs
+FLASH_PAIRS = 4096**2
+
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Bidirectional attention, scale 1/sqrt(D).
@@ -28,9 +31,9 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = N
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=key_valid[:, None, None, :]), None
     if q.is_cuda and not (q.requires_grad and torch.is_grad_enabled()):
-        heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[3]
-        if flash_fault(q.device, q.dtype) is None and _flash_agrees(q.device, q.dtype, heads, kv_heads, head_dim):
-            return flash_dense(q, k, v)
+        if q.shape[2] * k.shape[2] >= FLASH_PAIRS and flash_fault(q.device, q.dtype) is None:
+            if _flash_agrees(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3]):
+                return flash_dense(q, k, v)
         return _torch_with_lse(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]), None
 
