@@ -6,21 +6,18 @@ The 4k preset, 32 new tokens, the scripts' default select and block size. Two co
 under `sparsify`, the other full ones.
 """
 
-import argparse
-import json
-import os
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from sparsed import SparseDConfig, load_model, load_tokenizer, sparsify
-from sparsed.cli.report import environment
+from sparsed.cli.readers import whole
 from sparsed.patch import synchronize
 from sparsed.prompts import build_prompt, demo_path
+
+from .common import build_parser, new_record, parse_arguments, save
 
 NEW_TOKENS = 32
 
@@ -51,7 +48,8 @@ def measure(family: str, pairs: int) -> dict:
             samples["full"].append(step(full_model))
     sparse, full = (statistics.median(samples[kind]) for kind in ("sparse", "full"))
     return {
-        "environment": environment(full_model.device, full_model.dtype),
+        "device": full_model.device,
+        "dtype": full_model.dtype,
         "prompt_tokens": len(prompt.input_ids),
         "full_step_seconds": full,
         "sparse_step_seconds": sparse,
@@ -63,17 +61,12 @@ def measure(family: str, pairs: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("dream", "llada"), default="llada")
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    command = " ".join(["python -m benchmarks.demo_steps", *sys.argv[1:]])
-    record = {"command": command, **measure(args.family, args.pairs)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, args.out)
+    parser = build_parser("demo_steps", __doc__)
+    parser.add_argument("--pairs", type=whole(1), default=15, metavar="N", help="(default: %(default)s)")
+    args = parse_arguments(parser, None)
+    found = measure(args.family, args.pairs)
+    record = new_record(parser, args, found.pop("device"), found.pop("dtype")) | found
+    save(args.out, record)
     shown = ("full_step_seconds", "sparse_step_seconds", "speedup", "density")
     print(args.family, *(f"{name} {record[name]:.3f}" for name in shown))
 

@@ -1,31 +1,82 @@
-"""Seconds a denoising step, full and sparse, at the published shapes with random weights, on one GPU.
+"""Seconds a denoising step by phase, whole runs and memory on one GPU: --origin against SparseD, ours and released.
 
-    python -m benchmarks.latency --family llada --lengths 4k,16k,64k --out benchmarks/results/latency-llada.json
+    python -m benchmarks.latency --family llada --lengths 4k,16k,64k --random_weights --reference DIR --out FILE.json
 
-Batch 1, 128 new tokens, the scripts' default skip, select and block size. Each mode first runs once untimed, at every
-length; the time that kernels take to compile is therefore not in the figures, but reported apart.
+Batch 1, 128 new tokens, bfloat16, greedy. The two modes generate in
+turn through the project's samplers, in as many steps as --budget allows; both ran before at that length, and what that
+first use took more is reported apart. A whole run of 128 steps is put together from the medians of the phases, and
+plainly extrapolated to 1,024. With --reference the released code then runs in a process of its own: see
+benchmarks/reference.py for what DIR holds. The record is written after every length; a table comes last.
 """
 
 import argparse
-import json
-import os
+import gc
 import statistics
-import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sparsed import SparseDConfig, dream_generate, llada_generate, sparsify
-from sparsed.cli.report import environment
+from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
+from sparsed.attention import BACKENDS
+from sparsed.cli.arguments import Parser
+from sparsed.cli.readers import config_field, number_in, whole
+from sparsed.patch import synchronize
 
+from . import reference
+from .common import LENGTHS, NEW_TOKENS, build_parser, clamp, new_record, parse_arguments, require_gpu, save, some_of
+from .phases import WHOLE, Steps, derive, phases, setup_seconds, split, whole_run
+from .plot import draw, table
 from .shapes import random_model
 
-NEW_TOKENS = 128
+MODES = ("origin", "sparsed")
+FEWEST_FULL, FEWEST_SPARSE, FEWEST_STEPS = 3, 4, 6
+MOST_ROUNDS = 3
 
 
-def generate(model: torch.nn.Module, prompt: torch.Tensor, steps: int, on_step=None) -> None:
-    """One generation by the family's sampler."""
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of a generation; with sparse ones, the last full step selects."""
+
+    full: int
+    sparse: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.full + self.sparse
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every generation of a call shares."""
+
+    config: SparseDConfig
+    backend: str
+    budget: float
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One timed generation. Its steps' seconds are without the compile time that `sparsify` reports."""
+
+    seconds: list[float]
+    n_full: int | None
+    compile_seconds: float
+    peak_memory_bytes: int
+    kernel: dict[str, Any]
+
+    @property
+    def phases(self) -> Steps:
+        return split(self.seconds, self.n_full)
+
+
+def sample(model: torch.nn.Module, prompt: torch.Tensor, steps: int, on_step: Callable[..., None]) -> None:
+    """One greedy generation by the family's sampler."""
     shared = {"gen_length": NEW_TOKENS, "steps": steps, "on_step": on_step}
     if model.family == "dream":
         dream_generate(model, prompt, **shared)
@@ -34,82 +85,213 @@ def generate(model: torch.nn.Module, prompt: torch.Tensor, steps: int, on_step=N
 
 
 def step_seconds(model: torch.nn.Module, prompt: torch.Tensor, steps: int) -> list[float]:
-    """Wall time of every step, the GPU waited for at step ends only."""
-    torch.cuda.synchronize()
-    ends = [time.perf_counter()]
+    """Wall time of every step, the device waited for at step ends only; 0.0 for one that did not run the model."""
+    synchronize(model.device)
+    seconds, last = [], time.perf_counter()
 
-    def tick(_: int) -> None:
-        torch.cuda.synchronize()
-        ends.append(time.perf_counter())
+    def tick(_: int, ran: bool) -> None:
+        nonlocal last
+        synchronize(model.device)
+        now = time.perf_counter()
+        seconds.append(now - last if ran else 0.0)
+        last = now
 
-    generate(model, prompt, steps, tick)
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    sample(model, prompt, steps, tick)
+    return seconds
 
 
-def measure(model: torch.nn.Module, length: int, steps: int, backend: str) -> dict:
-    """Both modes at one length in one go: medians by phase, the selection's extra time, memory, density."""
-    config = SparseDConfig()
-    prompt = torch.randint(0, 50_000, (1, length), device=model.device)
-    generate(model, prompt, 1)
+def generation(model: torch.nn.Module, prompt: torch.Tensor, schedule: Schedule, settings: Settings) -> Generation:
+    """Generate once under a schedule: with SparseD if it has sparse steps, else with full attention."""
+    gc.collect()  # what the generation before left
     torch.cuda.reset_peak_memory_stats()
-    full = step_seconds(model, prompt, 3)
-    origin_memory = torch.cuda.max_memory_allocated()
-    with sparsify(model, config, steps=steps, gen_length=NEW_TOKENS, backend=backend) as run:
-        generate(model, prompt, steps)
-        compiled = run.compile_seconds
-        torch.cuda.reset_peak_memory_stats()
-        seconds = step_seconds(model, prompt, steps)
-    full += seconds[: run.n_full - 1]
-    full_step, sparse_step = statistics.median(full), statistics.median(seconds[run.n_full :])
+    config = replace(settings.config, skip=schedule.full / schedule.steps)
+    options = {"steps": schedule.steps, "gen_length": NEW_TOKENS, "backend": settings.backend}
+    with sparsify(model, config, **options) if schedule.sparse else nullcontext() as run:
+        seconds = step_seconds(model, prompt, schedule.steps)
+        if run is None:
+            return Generation(seconds, None, 0.0, torch.cuda.max_memory_allocated(), {})
+        seconds[run.n_full - 1] -= run.compile_seconds
+        kernel = {name: getattr(run, name) for name in ("density", "backend", "backend_reason")}
+        return Generation(seconds, run.n_full, run.compile_seconds, torch.cuda.max_memory_allocated(), kernel)
+
+
+def plan(warm: dict[str, Generation], settings: Settings) -> tuple[dict[str, Schedule], int]:
+    """The schedule of each mode, and how often the modes are run in turn, from the steps of the first generations.
+
+    Each phase gets the budget's seconds, but no more steps than it has in a whole run of 128.
+    """
+    steps, n_full = WHOLE[0], settings.config.n_full(WHOLE[0])
+    if settings.steps is not None:
+        steps, n_full = settings.steps, settings.config.n_full(settings.steps)
+        schedules = {"origin": Schedule(steps), "sparsed": Schedule(n_full, steps - n_full)}
+        return {mode: schedules[mode] for mode in warm}, 1
+    full = min(s for run in warm.values() for s in run.seconds[: run.n_full] if s > 0)
+    schedules = {"origin": Schedule(clamp(settings.budget / full, FEWEST_FULL, steps))}
+    seconds = schedules["origin"].full * full
+    if "sparsed" in warm:
+        sparse = min(warm["sparsed"].phases.sparse)
+        schedules["sparsed"] = Schedule(
+            clamp(settings.budget / full, FEWEST_FULL, n_full),
+            clamp(settings.budget / sparse, FEWEST_SPARSE, steps - n_full),
+        )
+        seconds += schedules["sparsed"].full * full + schedules["sparsed"].sparse * sparse
+    return {mode: schedules[mode] for mode in warm}, clamp(MOST_ROUNDS * settings.budget / seconds, 1, MOST_ROUNDS)
+
+
+def measure(model: torch.nn.Module, tokens: int, modes: list[str], settings: Settings) -> dict[str, dict[str, Any]]:
+    """The record of each mode at one length; the modes run in turn."""
+    # ids below the mask token's, which a prompt must not hold
+    prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
+    first = {"origin": Schedule(2), "sparsed": Schedule(1, 2)}
+    warm = {mode: generation(model, prompt, first[mode], settings) for mode in modes}
+    schedules, rounds = plan(warm, settings)
+    timed: dict[str, list[Generation]] = {mode: [] for mode in modes}
+    for _ in range(rounds):
+        for mode in modes:
+            timed[mode].append(generation(model, prompt, schedules[mode], settings))
+    return {mode: run_record(warm[mode], timed[mode]) for mode in modes}
+
+
+def run_record(warm: Generation, timed: list[Generation]) -> dict[str, Any]:
+    """Phases, memory and kernel of one mode's generations, with what the first one took more than they."""
+    steps = [run.phases for run in timed]
+    found = phases(steps)
+    expected = whole_run(found, len(warm.seconds), warm.n_full)
+    measured = [sum(run.seconds) for run in timed if len(run.seconds) == WHOLE[0]]
     return {
-        "prompt_tokens": length,
-        "new_tokens": NEW_TOKENS,
-        "full_step_seconds": full_step,
-        "sparse_step_seconds": sparse_step,
-        "selection_seconds": seconds[run.n_full - 1] - full_step - (run.compile_seconds - compiled),
-        "compile_seconds": compiled,
-        "samples": {"full": full, "sparse": seconds[run.n_full :]},
-        "origin_peak_memory_bytes": origin_memory,
-        "sparsed_peak_memory_bytes": torch.cuda.max_memory_allocated(),
-        "density": run.density,
-        "backend": run.backend,
-        "backend_reason": run.backend_reason,
+        **found,
+        "steps": len(timed[0].seconds),
+        "generations": len(timed),
+        "compile_seconds": warm.compile_seconds,
+        "first_use_seconds": sum(warm.seconds) + warm.compile_seconds - expected,
+        "setup_seconds": setup_seconds(steps),
+        "measured_whole_seconds": statistics.median(measured) if measured else None,
+        "peak_memory_bytes": max(run.peak_memory_bytes for run in timed),
+        **timed[-1].kernel,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("dream", "llada"), default="llada")
-    parser.add_argument("--lengths", default="4k,16k", help="prompt lengths in units of 1,024 tokens")
-    parser.add_argument("--steps", type=int, default=10, help="steps of the timed SparseD run")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA GPU")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    model = random_model(args.family, torch.device("cuda", torch.cuda.current_device()))
-    record = {
-        "command": "python -m benchmarks.latency " + " ".join(sys.argv[1:]),
-        "environment": environment(model.device, model.dtype),
-        "family": args.family,
-        "weights": "random",
+def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """The flags, checked; a wrong call exits with code 2 after one line."""
+    parser = build_parser("latency", __doc__, lengths="4k,16k")
+    parser.add_argument(
+        "--modes", type=some_of(MODES), default=",".join(MODES), help="origin, sparsed or both (default: %(default)s)"
+    )
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--random_weights", action="store_true", help="the published shape; time depends on no weight")
+    weights.add_argument("--model_path", metavar="PATH", help="a checkpoint: hub id or folder")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="also time the released code that lies there")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
+    for name, kind in (("skip", float), ("select", float), ("block_size", int)):
+        default = getattr(SparseDConfig, name)
+        parser.add_argument(
+            f"--{name}", type=config_field(name, kind), default=default, help="as the scripts' (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--budget",
+        type=number_in(0, 600, above=True),
+        default=5.0,
+        metavar="SECONDS",
+        help="time for each phase at each length; at long ones a few steps take more (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=whole(FEWEST_STEPS), metavar="N", help="steps of a timed generation, whatever the budget"
+    )
+    args = parse_arguments(parser, argv)
+    if args.reference is not None:
+        _check_reference(parser, args)
+    return parser, args
+
+
+def _check_reference(parser: Parser, args: argparse.Namespace) -> None:
+    if args.model_path is not None:
+        parser.error("argument --reference: not allowed with argument --model_path")
+    lacking = reference.missing(args.reference)
+    if lacking is not None:
+        parser.error(f"argument --reference: {args.reference} has no {lacking}")
+
+
+def load(parser: Parser, args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    """The model in bfloat16: the published shape with random weights, or a checkpoint of that family."""
+    if args.random_weights:
+        torch.manual_seed(0)
+        return random_model(args.family, device)
+    try:
+        model = load_model(args.model_path, device=str(device), dtype="bfloat16")
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --model_path: {error}")
+    if model.family != args.family:
+        parser.error(f"argument --model_path: holds a {model.family} model, not {args.family}")
+    return model
+
+
+def run_ours(model: torch.nn.Module, args: argparse.Namespace, settings: Settings, record: dict[str, Any]) -> None:
+    """Add a row for each length, and save the record after each."""
+    for name in args.lengths:
+        row = {"length": name, "prompt_tokens": LENGTHS[name], "runs": {}}
+        record["rows"].append(row)
+        try:
+            row["runs"] = measure(model, LENGTHS[name], args.modes, settings)
+        except torch.OutOfMemoryError:
+            row["error"] = "out of memory"
+        update(record, args.out, settings.config)
+        print(f"{name}: ours done", flush=True)
+
+
+def run_reference(args: argparse.Namespace, settings: Settings, record: dict[str, Any]) -> bool:
+    """Add the released code's runs to the rows, and save the record after each length; whether it ran to its end."""
+    try:
+        _add_reference(args, settings, record)
+    except RuntimeError as error:
+        record["reference"]["error"] = str(error)
+        save(args.out, record)
+        return False
+    return True
+
+
+def _add_reference(args: argparse.Namespace, settings: Settings, record: dict[str, Any]) -> None:
+    rows = {row["length"]: row for row in record["rows"]}
+    for answer in reference.measure(args.reference, args.family, args.lengths, args.modes, settings.config):
+        if "length" not in answer:
+            record["reference"] |= answer
+            continue
+        row = rows[answer["length"]]
+        row["runs"] |= answer.get("runs", {})
+        if "error" in answer:
+            row["reference_error"] = answer["error"]
+        update(record, args.out, settings.config)
+        print(f"{row['length']}: released code done", flush=True)
+
+
+def update(record: dict[str, Any], path: Path, config: SparseDConfig) -> None:
+    """Derive whole runs anew, and save."""
+    for row in record["rows"]:
+        row |= derive(row["runs"], config)
+    save(path, record)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse(argv)
+    device = require_gpu(parser)
+    model = load(parser, args, device)
+    config = SparseDConfig(args.skip, args.select, args.block_size)
+    settings = Settings(config, args.backend, args.budget, args.steps)
+    record = new_record(parser, args, device, torch.bfloat16) | {
+        "weights": args.model_path or "random",
+        "new_tokens": NEW_TOKENS,
+        "config": asdict(settings.config),
+        "reference": None if args.reference is None else {"folder": str(args.reference)},
         "rows": [],
     }
-    for name in args.lengths.split(","):
-        row = measure(model, 1024 * int(name.removesuffix("k")), args.steps, args.backend)
-        record["rows"].append(row)
-        print(
-            f"{args.family} {name}: full {row['full_step_seconds']:.3f} s, sparse {row['sparse_step_seconds']:.3f} s, "
-            f"selection {row['selection_seconds']:.2f} s, {row['backend']}, compiled {row['compile_seconds']:.1f} s, "
-            f"peak {row['origin_peak_memory_bytes'] / 1e9:.1f} and {row['sparsed_peak_memory_bytes'] / 1e9:.1f} GB",
-            flush=True,
-        )
-        # after every length: an interrupted run keeps what it has
-        temporary = args.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(temporary, args.out)
+    run_ours(model, args, settings, record)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    failed = args.reference is not None and not run_reference(args, settings, record)
+    print(draw([record], args.out.with_suffix(".png")))
+    print(table([record]))
+    if failed:
+        parser.exit(1, f"{parser.prog}: error: {record['reference']['error']}\n")
 
 
 if __name__ == "__main__":

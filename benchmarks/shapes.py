@@ -1,5 +1,7 @@
 """The published models' shapes, and models of those shapes with random weights: time depends on no weight's value."""
 
+from typing import Any
+
 import torch
 
 from sparsed.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModel
@@ -33,6 +35,21 @@ LLADA_8B = {
     "pad_token_id": 126081,
     "eos_token_id": 126081,
 }
+
+
+def published_config(family: str) -> dict[str, Any]:
+    """The sizes in the published config.json of "dream" (7B) or "llada" (8B)."""
+    return DREAM_7B if family == "dream" else LLADA_8B
+
+
+def attention_shape(family: str) -> tuple[int, int, int]:
+    """Query heads, key heads and head size of the published shape."""
+    names = {
+        "dream": ("num_attention_heads", "num_key_value_heads", "hidden_size"),
+        "llada": ("n_heads", "n_kv_heads", "d_model"),
+    }
+    heads, kv_heads, width = (published_config(family)[name] for name in names[family])
+    return heads, kv_heads, width // heads
 
 
 def meta_model(family: str) -> torch.nn.Module:

@@ -128,7 +128,7 @@ def _pool(
         tl.store(at, mass, mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "n_blocks", "q_batch", "k_batch"])
+@triton.jit(do_not_specialize=["length", "n_blocks"])
 def _block_scores_kernel(
     q_ptr, k_ptr, lse_ptr, valid_ptr, out_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row,

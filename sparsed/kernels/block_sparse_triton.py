@@ -155,7 +155,7 @@ def _sweep(
 
 
 @triton.jit(
-    do_not_specialize=["q_batch", "k_batch", "v_batch", "out_batch", "list_batch", "list_head", "list_row",
+    do_not_specialize=["list_batch", "list_head", "list_row",
                        "count_batch", "count_head", "n_query", "length", "first"]
 )  # fmt: skip
 def _block_sparse_kernel(

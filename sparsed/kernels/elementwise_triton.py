@@ -85,7 +85,7 @@ def _add_rms_norm_kernel(
     tl.store(out_ptr + start + at, _normed(total, weight_ptr, at, ok, eps, WIDTH), mask=ok)
 
 
-@triton.jit(do_not_specialize=["length", "together", "x_batch", "table_batch"])
+@triton.jit(do_not_specialize=["length", "together"])
 def _rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, x_batch, x_head, x_row, table_batch, length, together,
     HALF: tl.constexpr,

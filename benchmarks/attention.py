@@ -1,0 +1,106 @@
+"""One attention layer alone at the published head shapes: full attention, and every sparse kernel over a pattern.
+
+    python -m benchmarks.attention --family llada --lengths 4k,16k,64k --backends flash,triton --out FILE.json
+
+Batch 1, 128 new tokens, bfloat16; the pattern is random, of the scripts' default density. Each kernel is first held
+against float64 on some rows, then timed. Beside full attention stand torch's own cuDNN and FlashAttention-2 kernels.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsed import SparseDConfig
+from sparsed.attention import BACKENDS, Problem, unavailable
+from sparsed.blocks import BlockGrid, Pattern
+from sparsed.kernels import full_attention
+from sparsed.selection import isolated_top_k
+
+from .common import NEW_TOKENS, some_of
+from .kernels import Heads, attention_gate, entry, kernel_parser, run
+
+TORCH_KERNELS = {
+    "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "torch FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+}
+
+
+def measure(heads: Heads, config: SparseDConfig, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The dense kernels, then every backend at every block size; `ratio` is time over full time x density."""
+    full = dense_entry("full attention", heads, lambda q, k, v: full_attention(q, k, v)[0])
+    rows = [full, *(torch_entry(name, heads, kind) for name, kind in TORCH_KERNELS.items())]
+    for size in map(int, args.block_sizes):
+        pattern = random_pattern(heads, config.select, size)
+        for backend in args.backends:
+            row = sparse_entry(backend, heads, pattern)
+            if "seconds" in row and "seconds" in full:
+                row["ratio"] = row["seconds"]["median"] / (full["seconds"]["median"] * row["density"])
+            rows.append(row)
+    return rows
+
+
+def torch_kernel(kind: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """torch's attention by one kernel; it raises where that kernel cannot run."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+    return attention
+
+
+def dense_entry(name: str, heads: Heads, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, Any]:
+    def work() -> Tensor:
+        return attention(heads.q, heads.k, heads.v)
+
+    return entry(name, work, lambda out: attention_gate(out, heads), 2 * heads.matmul_flops) | {"density": 1.0}
+
+
+def torch_entry(name: str, heads: Heads, kind: SDPBackend) -> dict[str, Any]:
+    """A row for comparison: that torch lacks the kernel here is no fault."""
+    row = dense_entry(name, heads, torch_kernel(kind))
+    if "error" not in row:
+        row["unavailable"] = row.pop("fault")
+    return row
+
+
+def sparse_entry(backend: str, heads: Heads, pattern: Pattern) -> dict[str, Any]:
+    """The row of one backend over one pattern, or why it cannot run."""
+    fields = {"block_size": pattern.grid.block_size, "density": pattern.density.item()}
+    batch, n_heads, _, head_dim = heads.q.shape
+    kv_heads, block_size = heads.k.shape[1], pattern.grid.block_size
+    problem = Problem(heads.q.device, heads.q.dtype, batch, n_heads, kv_heads, head_dim, block_size, False)
+    reason = unavailable(backend, problem)
+    if reason is not None:
+        return {"kernel": backend, **fields, "unavailable": reason}
+    attention = BACKENDS[backend](pattern)
+
+    def work() -> Tensor:
+        return attention(heads.q, heads.k, heads.v)
+
+    flops = 2 * heads.matmul_flops * fields["density"]
+    return entry(backend, work, lambda out: attention_gate(out, heads, pattern), flops) | fields
+
+
+def random_pattern(heads: Heads, select: float, block_size: int) -> Pattern:
+    """What the selection keeps of random scores: the budgets and the density of a real pattern."""
+    length = heads.q.shape[2]
+    grid = BlockGrid(length, length - NEW_TOKENS, block_size)
+    scores = torch.rand(1, heads.q.shape[1], grid.n_blocks, grid.n_blocks, device=heads.q.device)
+    return isolated_top_k(scores, grid, select)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = kernel_parser("attention", __doc__)
+    help_text = f"some of {', '.join(BACKENDS)}, with commas between (default: %(default)s)"
+    parser.add_argument("--backends", type=some_of(BACKENDS), default="flash,triton", metavar="NAMES", help=help_text)
+    run(parser, argv, measure, "time / (full x density)")
+
+
+if __name__ == "__main__":
+    main()

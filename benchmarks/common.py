@@ -1,0 +1,120 @@
+"""What the benchmarks share: arguments, the record on disk, summaries of samples, tables."""
+
+import argparse
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsed.cli.arguments import Parser
+from sparsed.cli.readers import shown
+from sparsed.cli.report import environment, write_json
+
+NEW_TOKENS = 128
+LENGTHS = {"short_context": 64} | {f"{k}k": 1024 * k for k in (4, 8, 16, 32, 64, 128)}  # prompt tokens
+KERNEL_PACKAGES = ("triton", "flash-attn-4", "nvidia-cutlass-dsl")
+
+
+def build_parser(name: str, doc: str, lengths: str | None = None) -> Parser:
+    """The parser of `python -m benchmarks.NAME`: --family, --out, and --lengths if it has a default."""
+    parser = Parser(
+        prog=f"python -m benchmarks.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--family", choices=("dream", "llada"), default="llada")
+    if lengths is not None:
+        help_text = f"prompts, some of {', '.join(LENGTHS)}, with commas between (default: %(default)s)"
+        parser.add_argument("--lengths", type=some_of(LENGTHS), default=lengths, metavar="NAMES", help=help_text)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="where the record goes")
+    return parser
+
+
+def some_of(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    """A reader of names with commas between, each once."""
+
+    def read(word: str) -> list[str]:
+        names = word.split(",")
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"must be some of {', '.join(allowed)}, got {shown(name)}")
+        return list(dict.fromkeys(names))
+
+    return read
+
+
+def parse_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The values, once it is sure that --out can be written to; a wrong call exits with code 2."""
+    args = parser.parse_args(argv)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error.strerror}: {args.out.parent}")
+    if args.out.is_dir():
+        parser.error(f"argument --out: is a folder: {args.out}")
+    return args
+
+
+def require_gpu(parser: Parser) -> torch.device:
+    """The current CUDA device; exits with code 2 if there is none."""
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def new_record(parser: Parser, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """How, when, where and with which versions the record is made."""
+    machine = environment(device, dtype)
+    machine["processor"] = environment(torch.device("cpu"), dtype)["device_name"]
+    machine["packages"] = {name: _version(name) for name in KERNEL_PACKAGES}
+    return {
+        "command": shlex.join([*parser.prog.split(), *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": machine,
+        "family": args.family,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    """Write the record, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+
+
+def summary(samples: list[float]) -> dict[str, Any] | None:
+    """Median and spread of some samples, and the samples; None if there are none."""
+    if not samples:
+        return None
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return {
+        "median": statistics.median(samples),
+        "quartiles": [low, high],
+        "range": [min(samples), max(samples)],
+        "count": len(samples),
+        "samples": samples,
+    }
+
+
+def clamp(value: float, low: int, high: int) -> int:
+    """The whole part of `value`, but at least `low` and at most `high`."""
+    return max(low, min(high, int(value)))
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,106 @@
+"""From the times of a few steps to those of a whole run: a step's time depends on its phase alone."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from sparsed import SparseDConfig
+from sparsed.cli.report import selection_seconds
+
+from .common import summary
+from .reference_worker import released_n_full
+
+WHOLE = (128, 1024)  # steps of the whole runs; the second is extrapolated from the same phases
+RUNS = {
+    "origin": "ours, --origin",
+    "sparsed": "ours, SparseD",
+    "released_origin": "released, --origin",
+    "released_sparsed": "released, SparseD",
+}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Seconds of the steps of one generation, without compilation: full ones, what the selecting one took more than
+    the median of them, sparse ones."""
+
+    full: list[float]
+    selection: float | None
+    sparse: list[float]
+
+
+def split(seconds: list[float], n_full: int | None = None) -> Steps:
+    """The steps of one generation by phase; without `n_full` all of them are full.
+
+    Steps of 0.0 s are left out: they commit no token, and the sampler did not run the model.
+    """
+    if n_full is None:
+        return Steps([s for s in seconds if s > 0], None, [])
+    full, sparse = ([s for s in part if s > 0] for part in (seconds[: n_full - 1], seconds[n_full:]))
+    return Steps(full, selection_seconds(seconds, n_full), sparse)
+
+
+def phases(generations: list[Steps]) -> dict[str, Any]:
+    """The samples of all generations by phase; None for a phase without any."""
+    return {
+        "full_step": summary([s for steps in generations for s in steps.full]),
+        "selection": summary([steps.selection for steps in generations if steps.selection is not None]),
+        "sparse_step": summary([s for steps in generations for s in steps.sparse]),
+    }
+
+
+def setup_seconds(generations: list[Steps]) -> float:
+    """What the full and sparse steps of a generation take beyond their medians, the median over generations: short
+    prompts capture graphs there."""
+    extra = [
+        sum(sum(kind) - len(kind) * statistics.median(kind) for kind in (steps.full, steps.sparse) if kind)
+        for steps in generations
+    ]
+    return statistics.median(extra)
+
+
+def whole_run(run: dict[str, Any], steps: int, n_full: int | None) -> float | None:
+    """Seconds of a whole run put together from the medians: n_full full steps, the selection, sparse steps.
+
+    All steps are full without `n_full`; None where a phase that the run has was not measured.
+    """
+    if n_full is None:
+        return run["full_step"] and steps * run["full_step"]["median"]
+    found = [run[name] and run[name]["median"] for name in ("full_step", "selection", "sparse_step")]
+    if None in found:
+        return None
+    full, selection, sparse = found
+    return n_full * full + selection + (steps - n_full) * sparse
+
+
+def bound(skip: float, full: float, sparse: float) -> float:
+    """The speed-up over full attention of endlessly many steps, from seconds of a full and of a sparse step."""
+    return 1 / (skip + (1 - skip) * sparse / full)
+
+
+def derive(runs: dict[str, dict[str, Any]], config: SparseDConfig) -> dict[str, Any]:
+    """Whole runs in seconds, and how many times faster ours with SparseD is than each other one."""
+    whole = {steps: _whole_runs(runs, config, steps) for steps in WHOLE}
+    speedup = {
+        steps: {name: other / times["sparsed"] for name, other in times.items() if name != "sparsed"}
+        for steps, times in whole.items()
+        if times.get("sparsed")
+    }
+    answer = {"whole_seconds": whole, "speedup": speedup, "bound": None}
+    if {"origin", "sparsed"} <= whole[WHOLE[0]].keys():
+        full, sparse = runs["origin"]["full_step"]["median"], runs["sparsed"]["sparse_step"]["median"]
+        answer["bound"] = bound(config.skip, full, sparse)
+    return _text_keys(answer)
+
+
+def _whole_runs(runs: dict[str, dict[str, Any]], config: SparseDConfig, steps: int) -> dict[str, float]:
+    n_full = {"sparsed": config.n_full(steps), "released_sparsed": released_n_full(steps, config.skip)}
+    times = {name: whole_run(run, steps, n_full.get(name)) for name, run in runs.items()}
+    if steps == WHOLE[0]:  # short enough to be run: then graph capture counts too
+        times |= {name: run["measured_whole_seconds"] for name, run in runs.items() if run.get("measured_whole_seconds")}
+    return {name: time for name, time in times.items() if time is not None}
+
+
+def _text_keys(value: Any) -> Any:
+    """Keys as JSON has them, so that a record reads back as it was."""
+    return {str(key): _text_keys(item) for key, item in value.items()} if isinstance(value, dict) else value

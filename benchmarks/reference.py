@@ -1,0 +1,112 @@
+"""The released code beside ours: its process, and what it measured in the terms of our own record.
+
+DIR is a checkout of the released repository with its dependencies in DIR/site, apart from torch:
+
+    pip install --target DIR/site transformers==4.46.2
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparsed import SparseDConfig
+
+from . import reference_worker
+from .common import LENGTHS, NEW_TOKENS
+from .phases import phases, split
+from .shapes import published_config
+
+# up to so many prompt tokens: steps of a SparseD generation, and how many such generations; the last one counts
+PLANS = ((8192, 20, 2), (16384, 10, 2), (sys.maxsize, 6, 1))
+WARM, ORIGIN_STEPS = 1, 3  # full-attention steps: the first is a warm-up
+LONE = "the only generation at this length: the compile time that torch counted is taken out of its steps"
+NEEDED = ("models/LLaDA/generate.py", "models/Dream/generation_utils.py", "site/transformers")
+
+
+def missing(folder: Path) -> str | None:
+    """The first file that a folder lacks to be a reference, None if it is one."""
+    return next((name for name in NEEDED if not (folder / name).exists()), None)
+
+
+def plan(name: str) -> dict[str, Any]:
+    """How the released code is run at one length: its selection takes minutes at 64k, so there it runs once."""
+    tokens = LENGTHS[name]
+    steps, generations = next(rest for limit, *rest in PLANS if tokens <= limit)
+    return {
+        "length": name,
+        "prompt_tokens": tokens,
+        "origin_steps": WARM + (ORIGIN_STEPS if generations == 1 else 2 * ORIGIN_STEPS),
+        "sparsed_steps": steps,
+        "generations": generations,
+    }
+
+
+def measure(
+    folder: Path, family: str, lengths: list[str], modes: list[str], config: SparseDConfig
+) -> Iterator[dict[str, Any]]:
+    """Run the released code in a process of its own: {"versions": ...}, then a record for each length as it is done.
+
+    Raises:
+        RuntimeError: the process failed; its own words are on stderr.
+    """
+    job = {
+        "family": family,
+        "shape": published_config(family),
+        "device": "cuda",
+        "new_tokens": NEW_TOKENS,
+        "config": asdict(config),
+        "modes": modes,
+        "plans": [plan(name) for name in lengths],
+    }
+    command = [sys.executable, str(Path(reference_worker.__file__).resolve()), json.dumps(job)]
+    with subprocess.Popen(command, cwd=folder, env=_environment(folder), stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield _converted(json.loads(line))
+    if process.returncode:
+        raise RuntimeError(f"the released code ended with exit code {process.returncode}")
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """This process's environment with the reference's packages in place of ours."""
+    paths = os.pathsep.join(map(str, (folder.resolve() / "site", folder.resolve())))
+    # safe path: the worker's own folder, ours, stays off the path
+    return os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _converted(answer: dict[str, Any]) -> dict[str, Any]:
+    """A line of the worker with its runs as ours are: phases, first use apart."""
+    if "runs" not in answer:
+        return answer
+    runs = {f"released_{mode}": _run(run, mode) for mode, run in answer["runs"].items()}
+    return answer | {"runs": runs}
+
+
+def _run(run: dict[str, Any], mode: str) -> dict[str, Any]:
+    generations = run["generations"]
+    compiled = [sum(generation["compile_seconds"]) for generation in generations]
+    warm = WARM if mode == "origin" else 0
+    last = generations[-1]
+    net = [s - c for s, c in zip(last["seconds"], last["compile_seconds"], strict=True)]
+    return {
+        **phases([split(net[warm:], run.get("n_full"))]),
+        "steps": len(net) - warm,
+        "generations": len(generations),
+        "compile_seconds": sum(compiled),
+        "first_use_seconds": _first_use(run, warm, sum(compiled)),
+        "peak_memory_bytes": run["peak_memory_bytes"],
+        "note": None if warm or len(generations) > 1 else LONE,
+    }
+
+
+def _first_use(run: dict[str, Any], warm: int, compiled: float) -> float:
+    """Seconds of the first step or generation beyond a later one's; of a lone generation the compile time."""
+    first, last = run["generations"][0]["seconds"], run["generations"][-1]["seconds"]
+    if warm:
+        return first[0] - first[-1]
+    return sum(first) - sum(last) if len(run["generations"]) > 1 else compiled
