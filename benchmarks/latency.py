@@ -2,10 +2,10 @@
 
     python -m benchmarks.latency --family llada --lengths 4k,16k,64k --random_weights --reference DIR --out FILE.json
 
-Batch 1, 128 new tokens, bfloat16, greedy. The two modes generate in
-turn through the project's samplers, in as many steps as --budget allows; both ran before at that length, and what that
-first use took more is reported apart. A whole run of 128 steps is put together from the medians of the phases, and
-plainly extrapolated to 1,024. With --reference the released code then runs in a process of its own: see
+Batch 1, 128 new tokens, bfloat16, greedy. The two modes generate in turn through the project's samplers, in as many
+steps as --budget allows; both ran before at that length, and what that first use took more is reported apart. A whole
+run of 128 steps that took too long to be run is put together from the medians of the phases, and one of 1,024 is
+plainly extrapolated from them. With --reference the released code then runs in a process of its own: see
 benchmarks/reference.py for what DIR holds. The record is written after every length; a table comes last.
 """
 

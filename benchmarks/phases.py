@@ -97,7 +97,7 @@ def _whole_runs(runs: dict[str, dict[str, Any]], config: SparseDConfig, steps: i
     n_full = {"sparsed": config.n_full(steps), "released_sparsed": released_n_full(steps, config.skip)}
     times = {name: whole_run(run, steps, n_full.get(name)) for name, run in runs.items()}
     if steps == WHOLE[0]:  # short enough to be run: then graph capture counts too
-        times |= {name: run["measured_whole_seconds"] for name, run in runs.items() if run.get("measured_whole_seconds")}
+        times |= {name: run.get("measured_whole_seconds") or times[name] for name, run in runs.items()}
     return {name: time for name, time in times.items() if time is not None}
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import BlockGrid, Pattern, true_places
-from .kernels import block_sparse_triton, flash_block_sparse, flash_fault
+from .kernels import block_sparse_attention, flash_block_sparse, flash_fault
 
 SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -92,7 +92,7 @@ def triton_attention(pattern: Pattern) -> SparseAttention:
     lists, counts = united_lists(pattern, group)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return block_sparse_triton(
+        return block_sparse_attention(
             q, k, v, lists, counts, block_size=grid.block_size, group=group, key_valid=grid.key_valid
         )
 
@@ -103,7 +103,7 @@ def united_lists(pattern: Pattern, group: int) -> tuple[Tensor, Tensor]:
     """The key blocks that any of each `group` query blocks in a row keeps, ascending.
 
     Returns:
-        int32 [B, Hq, ceil(nQ / group), width], entries as `block_sparse_triton` takes them, and how many of them count.
+        int32 [B, Hq, ceil(nQ / group), width], entries as `block_sparse_attention` takes them, and how many of them count.
     """
     if group == 1:
         counts = torch.tensor(pattern.counts, dtype=torch.int32, device=pattern.indices.device)

@@ -189,11 +189,17 @@ def test_triton_kernel_interpreted():
 @pytest.mark.parametrize("shared_memory", [48, 99, 163, 227])
 @pytest.mark.parametrize("row_bytes", [32, 128, 256, 512])
 @pytest.mark.parametrize(("block_size", "group"), [(16, 4), (32, 2), (48, 1), (64, 1), (80, 1), (128, 1), (256, 1)])
-def test_tiles_fit_the_shared_memory(block_size, group, row_bytes, shared_memory):
-    triton_kernel = pytest.importorskip("sparsed.kernels.block_sparse_triton")
-    rows, keys, stages = triton_kernel._tile(block_size, group, row_bytes, shared_memory * 1024)
+def test_tiles_fit_the_shared_memory(monkeypatch, block_size, group, row_bytes, shared_memory):
+    pytest.importorskip("triton")
+    from sparsed.kernels import block_scores_triton, block_sparse_triton, launch
+
+    monkeypatch.setattr(launch, "CONSUMER_SHARED_MEMORY", shared_memory * 1024)
+    device = torch.device("cpu")  # its kernels are interpreted with a consumer GPU's tiles
+    rows, keys, stages = block_sparse_triton._tile(block_size, group, row_bytes, device)
     assert (rows + 2 * keys * stages) * row_bytes < shared_memory * 1024
     assert rows >= 16 and keys >= 16 and stages >= 1 and rows & (rows - 1) == keys & (keys - 1) == 0
+    tile, stages = block_scores_triton._tile(row_bytes, torch.bfloat16, device)
+    assert (1 + stages) * tile * row_bytes < shared_memory * 1024 and tile >= 16 and tile & (tile - 1) == 0
 
 
 def test_density_of_a_pattern():

@@ -1,7 +1,7 @@
 """Compute kernels, each beside its plain-torch twin."""
 
 from .block_scores import block_scores, block_scores_torch
-from .compiled import block_sparse_triton
+from .compiled import block_sparse_attention
 from .elementwise import add_rms_norm, rms_norm, rotate, silu_product
 from .flash import flash_block_sparse, flash_fault
 from .full_attention import full_attention
@@ -10,7 +10,7 @@ __all__ = [
     "add_rms_norm",
     "block_scores",
     "block_scores_torch",
-    "block_sparse_triton",
+    "block_sparse_attention",
     "flash_block_sparse",
     "flash_fault",
     "full_attention",

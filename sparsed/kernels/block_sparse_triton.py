@@ -5,15 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of
+from .launch import fits, on_device_of
 
 LOG2_E = 1.4426950408889634
-# shared memory that a kernel needs beside its tiles, bytes
-RESERVE = 4096
 
 
 @on_device_of
-def block_sparse_triton(
+def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -44,7 +42,7 @@ def block_sparse_triton(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(batch, n_query, heads, head_dim, device=q.device, dtype=q.dtype).transpose(1, 2)
     d_tile = max(16, triton.next_power_of_2(head_dim))
-    rows, keys, stages = _tile(block_size, group, d_tile * q.element_size(), _shared_memory(q.device))
+    rows, keys, stages = _tile(block_size, group, d_tile * q.element_size(), q.device)
     pieces = triton.cdiv(block_size * group, rows)
     first = (length - n_query) // (block_size * group)
     _block_sparse_kernel[((lists.shape[2] - first) * pieces, batch * heads)](
@@ -66,17 +64,17 @@ def block_sparse_triton(
     return out
 
 
-def _tile(block_size: int, group: int, row_bytes: int, shared_memory: int) -> tuple[int, int, int]:
-    """Query rows and keys of a tile, and tiles of keys and values in flight; fastest of those measured on an H100.
+def _tile(block_size: int, group: int, row_bytes: int, device: torch.device) -> tuple[int, int, int]:
+    """Query rows and keys of a tile, and tiles of keys and values in flight: the fastest of those measured on an H100.
 
-    What does not fit the GPU's shared memory is halved: consumer GPUs have 99 KiB, an H100 227.
+    What does not fit the device's shared memory is cut down.
     """
     span = block_size * group
     rows = 128 if span % 128 == 0 else 64 if span % 64 == 0 else min(128, max(16, triton.next_power_of_2(span)))
     keys = 64
     # a tile gathered from several blocks gains nothing from a third stage
     stages = 3 if block_size % keys == 0 else 2
-    while (rows + 2 * keys * stages) * row_bytes + RESERVE > shared_memory and (rows, keys, stages) != (16, 16, 1):
+    while not fits((rows + 2 * keys * stages) * row_bytes, device) and (rows, keys, stages) != (16, 16, 1):
         if stages > 1:
             stages -= 1
         elif keys > 16:
@@ -84,13 +82,6 @@ def _tile(block_size: int, group: int, row_bytes: int, shared_memory: int) -> tu
         else:
             rows //= 2
     return rows, keys, stages
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program can have; a consumer GPU's where Triton only interprets."""
-    if device.type != "cuda":
-        return 99 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @triton.jit

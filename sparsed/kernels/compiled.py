@@ -8,9 +8,9 @@ from torch import Tensor
 if importlib.util.find_spec("triton"):
     from . import elementwise_triton
     from .block_scores_triton import block_scores_triton
-    from .block_sparse_triton import block_sparse_triton
+    from .block_sparse_triton import block_sparse_attention
 else:
-    block_scores_triton = block_sparse_triton = elementwise_triton = None
+    block_scores_triton = block_sparse_attention = elementwise_triton = None
 
 
 def usable(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Launching on the tensors' own GPU: Triton and FlashAttention-4 launch on the current one, whatever they are given."""
+"""What the launches of all kernels need: the right GPU, and tiles that fit it."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# shared memory, in bytes, that a Triton kernel may need beside its tiles
+RESERVE = 2048
+# of a GPU of consumer make; an H100 has 227 KiB
+CONSUMER_SHARED_MEMORY = 99 * 1024
+
 
 def device_of(x: Tensor) -> AbstractContextManager:
     """Makes the GPU of x the current one; nothing for a tensor elsewhere."""
@@ -15,7 +20,7 @@ def device_of(x: Tensor) -> AbstractContextManager:
 
 
 def on_device_of(function: Callable) -> Callable:
-    """Run a function on the GPU of its first argument."""
+    """Run a function on the GPU of its first argument: kernels launch on the current one, whatever they are given."""
 
     @functools.wraps(function)
     def guarded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -23,3 +28,11 @@ def on_device_of(function: Callable) -> Callable:
             return function(x, *args, **kwargs)
 
     return guarded
+
+
+def fits(tile_bytes: int, device: torch.device) -> bool:
+    """Whether tiles of so many bytes fit the shared memory of one program on the device."""
+    available = CONSUMER_SHARED_MEMORY
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return tile_bytes + RESERVE <= available
