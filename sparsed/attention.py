@@ -103,7 +103,7 @@ def united_lists(pattern: Pattern, group: int) -> tuple[Tensor, Tensor]:
     """The key blocks that any of each `group` query blocks in a row keeps, ascending.
 
     Returns:
-        int32 [B, Hq, ceil(nQ / group), width], entries as `block_sparse_attention` takes them, and how many of them count.
+        int32 [B, Hq, ceil(nQ / group), width], entries as `block_sparse_attention` takes them; how many of each count.
     """
     if group == 1:
         counts = torch.tensor(pattern.counts, dtype=torch.int32, device=pattern.indices.device)
