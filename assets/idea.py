@@ -41,13 +41,13 @@ def main() -> None:
 
 
 def take_heads(model: nn.Module, input_ids: Tensor) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """Generate with full attention; q and k of every layer, after rotary embedding, at the steps EARLY and LATE."""
+    """Generate with full attention; q and k of all layers but the last, after rotary embedding, at EARLY and LATE."""
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {EARLY: [], LATE: []}
     step = 0
 
     def watched(attend):
         def attention(q, k, v, key_valid):
-            if step in seen:
+            if step in seen and q.shape == k.shape:  # the last layer computes only the queries that are read
                 seen[step].append((q.clone(), k.clone()))
             return attend(q, k, v, key_valid)
 
