@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 PRESETS = ("short_context", "4k", "8k", "16k", "32k", "64k")
 LENGTHS = {name: 1024 * int(name[:-1]) for name in PRESETS[1:]}
 
@@ -289,8 +287,9 @@ def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:
     chat = [{"role": "user", "content": lead + PLACEHOLDER + trail}]
     try:
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ChatTemplateError(f"the tokenizer's chat template fails: {error}") from None
+    except Exception as error:  # a template is a small program, which may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ChatTemplateError(f"the tokenizer's chat template fails: {reason}") from None
     before, found, after = rendered.partition(PLACEHOLDER)
     if not found:
         raise ChatTemplateError("the tokenizer's chat template leaves the user's message out")

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from checkpoints import refused
+from checkpoints import refused, tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
-from sparsed.models import load_model
+from sparsed.models import files, load_model
 
 
 def edit_json(file, **changes):
@@ -32,7 +32,7 @@ def test_missing_or_malformed_config(tmp_path):
         (tmp_path / "config.json").write_text(content)
         refused(tmp_path, "config.json")
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
-    refused(tmp_path, "config.json", "JSON")
+    refused(tmp_path, "config.json", "UTF-8")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "dream", "LLaDA", None, 3, ["Dream"], ...])
@@ -41,21 +41,70 @@ def test_unknown_model_type(dream_folder, model_type):
     refused(dream_folder, "model_type", "Dream", "llada")
 
 
-def test_bad_config_value_names_the_folder_and_the_key(dream_folder):
-    edit_json(dream_folder / "config.json", num_hidden_layers=0)
-    refused(dream_folder, str(dream_folder), "num_hidden_layers")
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("dream", "num_hidden_layers", 0),
+        ("dream", "num_hidden_layers", 200_000),
+        ("llada", "n_layers", 200_000),
+        ("dream", "rms_norm_eps", 10**400),
+        ("llada", "rope_theta", 10**400),
+        ("dream", "rope_parameters", [1]),
+        ("dream", "rope_parameters", "default"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_bad_config_value_names_the_folder_and_the_key(family, key, value, tmp_path):
+    folder = tiny_checkpoint(tmp_path / "model", family)
+    edit_json(folder / "config.json", **{key: value})
+    refused(folder, str(folder), key)
 
 
-def test_pickle_weights_are_refused_with_the_way_out(dream_folder):
-    name, weights = "pytorch_model.bin", load_file(dream_folder / "model.safetensors")
-    (dream_folder / "model.safetensors").unlink()
-    refused(dream_folder, "model.safetensors")
-    torch.save(weights, dream_folder / name)
-    with pytest.raises(ValueError, match=f"{name} is refused because unpickling can execute code") as caught:
+def pickled(folder, shards):
+    """Turn the weights into that many pickles, with what safetensors cannot store: shared and transposed tensors."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weights["lm_head.weight"] = weights["lm_head.weight"].T.contiguous().T
+    weights["model.layers.0.input_layernorm.weight"] = weights["model.norm.weight"]
+    for number in range(shards):
+        part = {name: weights[name] for name in list(weights)[number::shards]}
+        of = f"-{number + 1:05d}-of-{shards:05d}" if shards > 1 else ""
+        torch.save(part, folder / f"pytorch_model{of}.bin")
+    return weights
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickle_weights_are_refused_with_the_way_out(dream_folder, shards):
+    weights = pickled(dream_folder, shards)
+    (dream_folder / "training_args.bin").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="pytorch_model.*bin is refused because unpickling can execute code") as caught:
         load_model(dream_folder)
     code = str(caught.value).split('python -c "')[1].rstrip('"')
     subprocess.run([sys.executable, "-c", code], cwd=dream_folder, check=True)
-    assert load_model(dream_folder, device="cpu").family == "dream"
+    loaded = load_model(dream_folder, device="cpu", dtype="bfloat16").state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
+def test_no_pickle_no_advice(dream_folder):
+    (dream_folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="neither model.safetensors nor model.safetensors.index.json$"):
+        load_model(dream_folder)
+
+
+def test_a_hub_id_with_pickles_alone_is_refused_with_the_same_advice(dream_folder, monkeypatch):
+    """Its pickles are never downloaded, so the hub is asked for their names."""
+    (dream_folder / "model.safetensors").unlink()
+    monkeypatch.setattr(files, "snapshot_download", lambda *_, **__: str(dream_folder))
+    names = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "a/b.bin"]
+    monkeypatch.setattr(files, "list_repo_files", lambda hub_id: names)
+    refused("owner/name", "owner/name has neither", "pytorch_model-00001-of-00002.bin is refused", "python -c")
+
+    def no_network(_):
+        raise ConnectionError
+
+    monkeypatch.setattr(files, "list_repo_files", no_network)
+    refused("owner/name", "owner/name has neither")
 
 
 def test_pickle_is_never_executed(dream_folder):

@@ -1,7 +1,8 @@
 """What Dream and LLaDA share: configuration checks, RMSNorm, rotary tables, full attention, the choice of rows."""
 
-import math
+import sys
 from dataclasses import MISSING, fields
+from reprlib import repr as shown
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,8 @@ from ..kernels import full_attention, rms_norm
 Config = TypeVar("Config")
 # far above any model: a larger number in a config.json is a mistake, and would overflow
 LARGEST = 10**9
+# every layer is built, if without memory, before the weights' headers can show that they are not there
+MOST_LAYERS = 1000
 
 
 def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
@@ -34,14 +37,18 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
 def _checked(name: str, value: Any, kind: type) -> Any:
     if kind is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"config.json: '{name}' must be true or false, got {value!r}")
+            raise ValueError(f"config.json: '{name}' must be true or false, got {shown(value)}")
     elif kind is int:
         lowest = 0 if name.endswith("token_id") else 1
-        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= LARGEST:
-            raise ValueError(f"config.json: '{name}' must be a whole number from {lowest} to {LARGEST}, got {value!r}")
+        highest = MOST_LAYERS if name.endswith("layers") else LARGEST
+        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+            wanted = f"a whole number from {lowest} to {highest}"
+            raise ValueError(f"config.json: '{name}' must be {wanted}, got {shown(value)}")
     elif kind is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"config.json: '{name}' must be a positive number, got {value!r}")
+        highest = sys.float_info.max  # which a whole number in JSON may exceed
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= highest:
+            wanted = f"a positive number of at most {highest:.1e}"
+            raise ValueError(f"config.json: '{name}' must be {wanted}, got {shown(value)}")
         return float(value)
     return value
 

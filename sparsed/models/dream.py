@@ -51,6 +51,8 @@ class DreamConfig:
             raise ValueError("config.json: 'rope_scaling' must be null, other rotary embeddings are not supported")
         # where transformers 5 puts them when it saves a model
         rope = values.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise ValueError("config.json: 'rope_parameters' must be an object")
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"config.json: 'rope_type' must be default, got {rope['rope_type']!r}")
         if "rope_theta" in rope:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, tqdm
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,13 +32,37 @@ def checkpoint_folder(path: str | os.PathLike, patterns: list[str]) -> Path:
     return _download(str(path), patterns)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; ValueError in one line if the file is missing, unreadable or holds anything else."""
+def listing(path: str | os.PathLike) -> list[str]:
+    """All file names of a checkpoint, downloaded or not; none if `path` is a hub id and the hub does not answer."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return sorted(file.name for file in folder.iterdir())
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return sorted(name for name in list_repo_files(str(path)) if "/" not in name)
+    except Exception:  # as in _download; the list is for advice alone
+        return []
+
+
+def read_text(file: Path) -> str:
+    """The text of an ordinary file in UTF-8; ValueError in one line if there is none that can be read."""
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file} is not an ordinary file")
+        return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{file.parent} has no {file.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text (see byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; ValueError in one line if the file is missing, unreadable or holds anything else."""
+    text = read_text(file)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, found a {type(content).__name__}")

@@ -1,6 +1,7 @@
 """Loading a published checkpoint into the models of this package: safetensors only, no remote code, no pickle."""
 
 import os
+from fnmatch import filter as matching
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,13 +12,20 @@ from torch.overrides import TorchFunctionMode
 
 from .common import DiffusionLM
 from .dream import DreamConfig, DreamLayer, DreamModel
-from .files import checkpoint_folder, read_json
+from .files import checkpoint_folder, listing, read_json
 from .llada import LLaDABlock, LLaDAConfig, LLaDAModel
 
 FAMILIES = {"Dream": (DreamConfig, DreamModel), "llada": (LLaDAConfig, LLaDAModel)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODEL_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# the weights first: other .bin files are a training's leftovers
+PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
+# clones, for safetensors refuses tensors that share memory
+CONVERT = (
+    "import glob, torch, safetensors.torch as s; s.save_file({{name: tensor.contiguous().clone() "
+    "for file in glob.glob('{pattern}') for name, tensor in "
+    "torch.load(file, map_location='cpu', weights_only=True).items()}}, 'model.safetensors')"
+)
 STORED_DTYPES = ("BF16", "F16", "F32", "F64")
 GIB = 2**30
 
@@ -51,7 +59,7 @@ def load_model(
     wanted = resolve_dtype(dtype, target)
     folder = checkpoint_folder(path, MODEL_FILES)
     model = _empty_model(folder).to(wanted)
-    stored = _read_headers(folder)
+    stored = _read_headers(_weight_files(folder, path))
     _check_tensors(model, stored, folder)
     placement = _place(model, target, spread=str(device) == "auto")
     _fill(model, stored, placement)
@@ -121,12 +129,13 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, path: str | os.PathLike) -> list[Path]:
+    """The safetensors files of `folder`, which is `path` itself or the download of that hub id."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"{folder} has neither model.safetensors nor {index.name}{_pickle_advice(folder)}")
+        raise ValueError(f"{path} has neither model.safetensors nor {index.name}{_pickle_advice(path)}")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index} must have a 'weight_map' from tensor names to shard file names")
@@ -142,21 +151,20 @@ def _shard_file(index: Path, name: str) -> Path:
     return index.parent / name
 
 
-def _pickle_advice(folder: Path) -> str:
-    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if not pickles:
+def _pickle_advice(path: str | os.PathLike) -> str:
+    names = listing(path)
+    pattern = next((pattern for pattern in PICKLES if matching(names, pattern)), None)
+    if pattern is None:
         return ""
-    name = pickles[0]
-    convert = (
-        "import torch, safetensors.torch as s; "
-        f"s.save_file(torch.load('{name}', weights_only=True), 'model.safetensors')"
+    return (
+        f"; {matching(names, pattern)[0]} is refused because unpickling can execute code, "
+        f'convert it there, or in a downloaded copy: python -c "{CONVERT.format(pattern=pattern)}"'
     )
-    return f'; {name} is refused because unpickling can execute code, convert it there: python -c "{convert}"'
 
 
-def _read_headers(folder: Path) -> dict[str, Stored]:
+def _read_headers(files: list[Path]) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
-    for file in _weight_files(folder):
+    for file in files:
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from .files import checkpoint_folder, read_json
+from .files import checkpoint_folder, read_json, read_text
 
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -119,7 +119,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The chat template: a file of its own wins over the entry of tokenizer_config.json (a string or a named list)."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
