@@ -67,7 +67,10 @@ CALLS = [
     ("dream", ["--prompt_text", "  \n"], "--prompt_text", "empty"),
     ("dream", ["--prompt_text", "broken \udcff"], "--prompt_text", "UTF-8"),
     ("llada", "--prompt_file {missing}", "--prompt_file", "No such file"),
-    ("llada", "--prompt_file {folder}", "--prompt_file", "directory"),
+    ("llada", "--prompt_file {folder}", "--prompt_file", "not an ordinary file"),
+    ("dream", "--prompt_file {pipe}", "--prompt_file", "not an ordinary file"),
+    ("llada", "--prompt_file /dev/zero", "--prompt_file", "not an ordinary file"),
+    ("dream", "--prompt_file {endless}", "--prompt_file", "more than"),
     ("llada", "--prompt_file {empty}", "--prompt_file", "empty"),
     ("llada", "--prompt_file {latin1}", "--prompt_file", "UTF-8"),
     ("dream", "--json {missing}/record.json", "--json", "no folder"),
@@ -76,6 +79,8 @@ CALLS = [
     ("dream", f"--json {'a' * 300}.json", "--json", "too long"),
     ("llada", "--json /proc/record.json", "--json", "cannot write"),
     ("llada", "--json /dev/stdout", "--json", "not an ordinary file"),
+    ("llada", "--prompt_file {text} --json {text}", "--json", "--prompt_file"),
+    ("dream", "--prompt_file {link} --json {text}", "--json", "--prompt_file"),
     ("dream", ["--json", ""], "--json", "empty"),
     ("dream", ["--model_path", ""], "--model_path", "empty"),
     ("dream", "--model_path {missing}", "--model_path", "no such folder"),
@@ -84,6 +89,14 @@ CALLS = [
     ("dream", "--model_path {huge_width}", "--model_path", "hidden_size"),
     ("dream", "--model_path {broken_template}", "--model_path", "chat template"),
     ("dream", "--model_path {mute_template}", "--model_path", "chat template"),
+    ("dream", "--model_path {zero_template}", "--model_path", "chat template fails: ZeroDivisionError"),
+    ("dream", "--model_path {mixed_template}", "--model_path", "chat template fails: TypeError"),
+    ("dream", "--model_path {long_template}", "--model_path", "chat template fails: OverflowError"),
+    ("dream", "--model_path {latin1_template}", "--model_path", "chat_template.jinja is not UTF-8"),
+    ("dream", "--model_path {list_rope}", "--model_path", "rope_parameters"),
+    ("dream", "--model_path {huge_theta}", "--model_path", "rope_theta"),
+    ("dream", "--model_path {tall}", "--model_path", "num_hidden_layers"),
+    ("dream", "--model_path {pipe_config}", "--model_path", "config.json is not an ordinary file"),
     ("dream", "--model_path {text}", "--model_path", "is a file"),
     ("dream", "--model_path {llada}", "--model_path", "llada_generation.py"),
     ("llada", "--model_path {dream}", "--model_path", "dream_generation.py"),
@@ -111,26 +124,41 @@ def folder(tmp_path_factory):
         "no_config": "config.json",
         "no_weights": "model.safetensors",
         "pickled": "model.safetensors",
+        "pipe_config": "config.json",
         "no_tokenizer": "tokenizer.json",
     }.items():
         (tiny_folder(root / name, "dream") / removed).unlink()
     (root / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    os.mkfifo(root / "pipe_config" / "config.json")
     for name, text in {
         "broken_config": "{",
         "other_type": json.dumps(config | {"model_type": "gpt2"}),
         "deep_config": "[" * 100_000,
         "huge_width": json.dumps(config | {"hidden_size": 10**30}),
         "wrong_width": json.dumps(config | {"hidden_size": 128}),
+        "list_rope": json.dumps(config | {"rope_parameters": [1]}),
+        "huge_theta": json.dumps(config | {"rope_theta": 10**400}),
+        "tall": json.dumps(config | {"num_hidden_layers": 200_000}),
     }.items():
         (tiny_folder(root / name, "dream") / "config.json").write_text(text)
-    for name, template in {"broken_template": "{{ broken", "mute_template": "hello"}.items():
-        settings = tiny_folder(root / name, "dream") / "tokenizer_config.json"
-        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    for name, template in {
+        "broken_template": "{{ broken",
+        "mute_template": "hello",
+        "zero_template": "{{ 1/0 }}",
+        "mixed_template": "{{ 'a' + 1 }}",
+        "long_template": "{% for i in range(1000000000) %}x{% endfor %}",
+        "latin1_template": "caf\xe9",
+    }.items():
+        (tiny_folder(root / name, "dream") / "chat_template.jinja").write_text(template, encoding="latin-1")
     weights = tiny_folder(root / "cut_off", "dream") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     (root / "text").write_text("What is a prime number?\n")
     (root / "empty").write_text(" \n")
     (root / "latin1").write_bytes("caf\xe9".encode("latin-1"))
+    (root / "link").symlink_to(root / "text")
+    os.mkfifo(root / "pipe")
+    with (root / "endless").open("wb") as file:
+        file.truncate(2**25)
     (root / "folder").mkdir()
     return root
 

@@ -201,6 +201,26 @@ def test_prompt_file_and_prompt_text_are_the_same_prompt(call, tmp_path):
     ] == from_text  # fmt: skip
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX names")
+@pytest.mark.parametrize("name", ["/dev/stdin", "/dev/fd/0"])
+def test_a_prompt_from_an_open_stream(name, call, tmp_path, monkeypatch):
+    ends = os.pipe()
+    os.write(ends[1], QUESTION.encode())
+    os.close(ends[1])
+    before = os.dup(0)
+    os.dup2(ends[0], 0)
+    try:
+        code, _, _, record = call("dream", "--prompt_file", name, own_prompt=False)
+    finally:
+        os.dup2(before, 0)
+    assert code == 0 and record["runs"][0]["token_ids"] == call("dream")[3]["runs"][0]["token_ids"]
+
+
+def test_a_prompt_file_is_read_as_text(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("\ufeffone\r\ntwo\rthree\n".encode())
+    assert arguments.parse(DREAM, ["--prompt_file", str(tmp_path / "prompt.txt")]).text == "one\ntwo\nthree\n"
+
+
 def test_demo_loads_the_bundled_checkpoint(checkpoints, monkeypatch, capsys):
     monkeypatch.setattr(main_module, "demo_path", lambda family: checkpoints[family])
     assert main_llada(["--demo", *SHORT]) == 0

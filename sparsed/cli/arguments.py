@@ -5,16 +5,15 @@ A wrong call ends in one line on stderr that names the option, and exit code 2.
 
 import argparse
 import math
-import os
-from pathlib import Path
 
 from ..attention import BACKENDS, Problem, unavailable
 from ..config import SparseDConfig
 from ..models.loading import DTYPES, resolve_device, resolve_dtype
 from ..prompts import PRESETS
 from .families import DREAM, LLADA, Family
-from .readers import config_field, device, non_empty, number_in, shown, whole
-from .report import temporary_beside
+from .paths import check_apart, own_prompt, record_path
+from .readers import config_field, device, non_empty, number_in, whole
+from .streams import Stdout, tell
 
 DEFAULT_PROMPT = "short_context"
 
@@ -28,7 +27,8 @@ examples:
   python {script} --origin --prompt_text "What is a prime number?"
       full attention in every step, on a prompt of your own
 
-exit codes: 0 done, 2 wrong call or input, 3 out of memory, 130 interrupted (Ctrl-C), 143 terminated
+exit codes: 0 done, 2 wrong call or input, or an output that cannot be written, 3 out of memory, 130 interrupted
+(Ctrl-C), 143 terminated
 """
 
 
@@ -36,7 +36,11 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        tell(f"{self.prog}: error: {' '.join(message.split())}")
+        self.exit(2)
+
+    def print_help(self, file: object = None) -> None:
+        Stdout().say(self.format_help().rstrip("\n"))
 
 
 def parse(family: Family, argv: list[str] | None) -> argparse.Namespace:
@@ -57,10 +61,11 @@ def parse(family: Family, argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     _check_lengths(parser, args, family)
     _check_backend(parser, args)
-    args.json = _check_json(parser, args.json)
+    args.json = record_path(parser, args.json)
+    check_apart(parser, args.json, args.prompt_file)
     given = [name for name in ("prompt_text", "prompt_file") if getattr(args, name) is not None]
     args.prompt_option = f"--{given[0]}" if given else "--prompt"
-    args.text = _own_prompt(parser, args)
+    args.text = own_prompt(parser, args)
     if args.text is None:
         args.prompt = args.prompt or DEFAULT_PROMPT
     args.config = None if args.origin else SparseDConfig(args.skip, args.select, args.block_size)
@@ -281,45 +286,3 @@ def _check_backend(parser: Parser, args: argparse.Namespace) -> None:
     fault = unavailable(args.backend, problem)
     if fault is not None:
         parser.error(f"argument --backend: {args.backend} {fault}")
-
-
-def _check_json(parser: Parser, name: str | None) -> Path | None:
-    """The real path of the record's file, if it can be written; a link is followed, so that it stays one."""
-    if name is None:
-        return None
-    if not name.strip():
-        parser.error("argument --json: the file name must not be empty")
-    try:
-        path = Path(os.path.realpath(Path(name).expanduser()))
-        if not path.parent.is_dir():
-            parser.error(f"argument --json: there is no folder {path.parent}")
-        if name.startswith("/dev/") or (path.exists() and not path.is_file()):
-            parser.error(f"argument --json: {shown(name)} is not an ordinary file")
-        temporary_beside(path).touch()
-        temporary_beside(path).unlink()
-    except (OSError, RuntimeError, ValueError) as error:
-        parser.error(f"argument --json: cannot write {shown(name)}: {getattr(error, 'strerror', None) or error}")
-    return path
-
-
-def _own_prompt(parser: Parser, args: argparse.Namespace) -> str | None:
-    """The text of --prompt_text or --prompt_file, or None for a preset."""
-    text = args.prompt_text
-    if args.prompt_file is not None:
-        text = _read_prompt(parser, args.prompt_file)
-    if text is None:
-        return None
-    if not text.strip():
-        parser.error(f"argument {args.prompt_option}: the prompt is empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        parser.error(f"argument {args.prompt_option}: the prompt is not valid UTF-8 text")
-    return text
-
-
-def _read_prompt(parser: Parser, name: str) -> str:
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        parser.error(f"argument --prompt_file: {shown(name)} is not UTF-8 text (see byte {error.start})")
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.error(f"argument --prompt_file: cannot read {shown(name)}: {getattr(error, 'strerror', None) or error}")

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -24,8 +24,9 @@ from . import report
 from .arguments import parse
 from .families import DREAM, LLADA, Family
 from .running import Job, first_forward, run_mode
+from .streams import Stdout, StdoutLost, settle, tell
 
-EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 3, 130, 141, 143
+EXIT_WRONG, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 3, 130, 141, 143
 
 
 class Terminated(KeyboardInterrupt):
@@ -52,18 +53,21 @@ def _main(family: Family, argv: list[str] | None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt as signalled:
         terminated = isinstance(signalled, Terminated)
-        _say(f"{program}: {'terminated' if terminated else 'interrupted'}", sys.stderr)
+        tell(f"{program}: {'terminated' if terminated else 'interrupted'}")
         return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # the reader of stdout has left; at exit Python flushes once more, which must not fail either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+    except StdoutLost as lost:
+        if isinstance(lost.__cause__, BrokenPipeError):  # the reader has left, as `head` does
+            return EXIT_BROKEN_PIPE
+        tell(f"{program}: error: cannot write to stdout: {lost.__cause__.strerror}")
+        return EXIT_WRONG
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         advice = "try a shorter --prompt or --seq_len, --dtype bfloat16, or a device with more memory"
-        _say(f"{program}: error: out of memory; {advice}", sys.stderr)
+        tell(f"{program}: error: out of memory; {advice}")
         return EXIT_OUT_OF_MEMORY
+    finally:
+        settle()
     return 0
 
 
@@ -83,18 +87,19 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
     load_seconds = time.perf_counter() - started
     beyond = len(prompt.input_ids) > model.config.max_length
     if not args.quiet:
-        _say(_heading(family, args, prompt, model), sys.stderr)
+        tell(_heading(family, args, prompt, model))
         if beyond:
-            _say(
+            tell(
                 f"warning: the prompt has {len(prompt.input_ids)} tokens, this model was trained on at most "
-                f"{model.config.max_length}",
-                sys.stderr,
+                f"{model.config.max_length}"
             )
     job = Job(family, model, prompt.input_ids, args)
     with _blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
     first_forward_seconds = first_forward(job)
-    runs = _runs(job, tokenizer, prompt)
+    # a record is worth writing without stdout too
+    stdout = Stdout(keep_going=args.json is not None)
+    runs = _runs(job, tokenizer, prompt, stdout)
     record = {
         "runs": runs,
         **({"comparison": report.compare(*runs)} if args.compare else {}),
@@ -106,10 +111,11 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
         "arguments": _arguments(args, path),
     }
     if args.compare and not args.quiet:
-        _say("\n".join(_comparison(record, model, tokenizer)), sys.stderr)
+        tell("\n".join(_comparison(record, model, tokenizer)))
     if args.json is not None:
         with _blame(args, "--json"):
             report.write_json(args.json, record)
+    stdout.finish()
 
 
 def _model_path(family: Family, args: argparse.Namespace) -> str:
@@ -132,7 +138,7 @@ def _prompt(tokenizer: Any, args: argparse.Namespace) -> Prompt:
     return Prompt(args.text, None, encode_chat(tokenizer, args.text))
 
 
-def _runs(job: Job, tokenizer: Any, prompt: Prompt) -> list[dict[str, Any]]:
+def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict[str, Any]]:
     """Run the modes that were asked for; each answer is printed as soon as it is there."""
     args, stops = job.args, report.stop_ids(job.model.config, tokenizer)
     runs = []
@@ -144,8 +150,8 @@ def _runs(job: Job, tokenizer: Any, prompt: Prompt) -> list[dict[str, Any]]:
         run["expected"] = prompt.expected
         run["answer_found"] = None if prompt.expected is None else answer_found(run["text"], prompt.expected)
         if not args.quiet:
-            _say("\n".join(report.run_lines(run)), sys.stderr)
-        _say(run["text"], sys.stdout)
+            tell("\n".join(report.run_lines(run)))
+        stdout.say(run["text"])
         runs.append(run)
     return runs
 
@@ -174,14 +180,6 @@ def _arguments(args: argparse.Namespace, path: str) -> dict[str, Any]:
     hidden = ("config", "parser", "text", "prompt_option")
     values = {name: value for name, value in vars(args).items() if name not in hidden}
     return {**values, "model_path": path, "json": None if args.json is None else str(args.json)}
-
-
-def _say(text: str, stream: TextIO) -> None:
-    """Print, with ? for what the stream's encoding does not have; a closed stream is None and takes nothing."""
-    if stream is None:
-        return
-    encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
 
 
 @contextlib.contextmanager

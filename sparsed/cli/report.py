@@ -206,7 +206,9 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """
     temporary = temporary_beside(path)
     try:
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        # a file name that is not UTF-8 holds lone surrogates; with a backslash they are JSON's own escapes
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""How the scripts end: with output that cannot be written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_folders import tiny_folder
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--seq_len", "32", "--steps", "4", "--block_size", "16", "--device", "cpu", "--prompt_text", "Where is it?"]
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and devices")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("checkpoint") / "llada", "llada")
+
+
+def start(script, *words, **options):
+    """The running script; its SIGINT is not ignored, as it would be in a shell's background job."""
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("full", "code"), [("stdout", 2), ("stderr", 0)])
+def test_a_full_stream_costs_neither_the_record_nor_a_traceback(full, code, checkpoint, tmp_path):
+    command = [sys.executable, str(ROOT / "llada_generation.py"), "--model_path", str(checkpoint), *SHORT]
+    with open("/dev/full", "w") as device:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, full: device}
+        done = subprocess.run([*command, "--json", "record.json"], text=True, cwd=tmp_path, **streams)
+    text = json.loads((tmp_path / "record.json").read_text())["runs"][0]["text"]
+    assert done.returncode == code
+    if full == "stdout":
+        last = done.stderr.splitlines()[-1]
+        assert last == "llada_generation.py: error: cannot write to stdout: No space left on device"
+        assert done.stderr.count("error") == 1 and "Traceback" not in done.stderr
+    else:
+        assert done.stdout == text + "\n"
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly_but_for_the_record(checkpoint, tmp_path):
+    words = [*SHORT, "--quiet", "--json", tmp_path / "record.json"]
+    process = start(ROOT / "llada_generation.py", "--model_path", checkpoint, *words)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+    assert json.loads((tmp_path / "record.json").read_text())["runs"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_file_names_that_are_not_utf_8_reach_the_record(checkpoint, tmp_path):
+    prompt, record = (os.fsencode(tmp_path) + name for name in (b"/prompt\xff", b"/record\xff"))
+    with open(prompt, "w") as file:
+        file.write("Where is it?")
+    words = [*SHORT[:-2], "--quiet", "--prompt_file", os.fsdecode(prompt), "--json", os.fsdecode(record)]
+    process = start(ROOT / "llada_generation.py", "--model_path", checkpoint, *words)
+    assert process.communicate(timeout=60)[1] == ""
+    with open(record, encoding="utf-8") as file:
+        arguments = json.load(file)["arguments"]
+    assert [os.fsencode(arguments[name]) for name in ("prompt_file", "json")] == [prompt, record]
