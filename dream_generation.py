@@ -2,10 +2,7 @@
 
 import sys
 
-try:
-    from sparsed.cli import main_dream
-except KeyboardInterrupt:  # Ctrl-C in the seconds that importing PyTorch takes
-    sys.exit(130)
+from sparsed_commands import dream
 
 if __name__ == "__main__":
-    sys.exit(main_dream())
+    sys.exit(dream())

@@ -2,10 +2,7 @@
 
 import sys
 
-try:
-    from sparsed.cli import main_llada
-except KeyboardInterrupt:  # Ctrl-C in the seconds that importing PyTorch takes
-    sys.exit(130)
+from sparsed_commands import llada
 
 if __name__ == "__main__":
-    sys.exit(main_llada())
+    sys.exit(llada())

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
@@ -311,25 +309,3 @@ def test_the_readme_and_the_help_show_calls_that_work(family):
             arguments.parse(family, shlex.split(words, comments=True))  # SystemExit if a flag is wrong
     for action in arguments.build_parser(family)._actions:
         assert all(f"`{flag}" in texts[0] for flag in action.option_strings if flag not in ("-h", "--help"))
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
-def test_an_interrupted_run_leaves_nothing(sent, code, word, checkpoints, tmp_path):
-    command = [sys.executable, str(ROOT / "llada_generation.py"), "--model_path", str(checkpoints["llada"])]
-    command += ["--prompt_text", QUESTION, "--seq_len", "4096", "--steps", "4096", "--device", "cpu"]
-    command += ["--json", str(tmp_path / "record.json")]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        # a shell's background job would hand its ignored SIGINT on
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stderr.readline().startswith("LLaDA")  # the heading: generation begins
-    process.send_signal(getattr(signal, sent))
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (code, "", f"llada_generation.py: {word}\n")
-    assert list(tmp_path.iterdir()) == []

@@ -1,10 +1,12 @@
-"""How the scripts end: with output that cannot be written."""
+"""How the scripts end: interrupted, however often, and with output that cannot be written."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,35 @@ def start(script, *words, **options):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
+
+
+@pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+@pytest.mark.parametrize("often", [False, True], ids=["once", "often"])
+def test_an_interrupted_run_leaves_nothing(sent, code, word, often, checkpoint, tmp_path):
+    words = ["--prompt_text", "Where is it?", "--seq_len", 4096, "--steps", 4096, "--device", "cpu"]
+    words += ["--model_path", checkpoint, "--json", tmp_path / "record.json"]
+    process = start(ROOT / "llada_generation.py", *words, cwd=tmp_path)
+    assert process.stderr.readline().startswith("LLaDA")  # the heading: generation begins
+    process.send_signal(getattr(signal, sent))
+    while often and process.poll() is None:  # into Python's own exit
+        time.sleep(0.002)
+        process.send_signal(getattr(signal, sent))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (code, "", f"llada_generation.py: {word}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_during_the_imports(tmp_path):
+    """A package that interrupts its own import, twice, stands in for PyTorch's seconds."""
+    for name in ("llada_generation.py", "sparsed_commands.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "sparsed").mkdir()
+    ctrl_c = "import os, signal\nfor _ in range(2):\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "sparsed" / "__init__.py").write_text(ctrl_c)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = start(tmp_path / "llada_generation.py", env=environment)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "llada_generation.py: interrupted\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

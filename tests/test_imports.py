@@ -73,12 +73,13 @@ def test_calls_that_the_package_does_not_make(path):
 
 
 @pytest.mark.parametrize("script", ["dream_generation.py", "llada_generation.py"])
-def test_scripts_import_cli_alone(script):
-    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
-    imported = {
-        node.module if isinstance(node, ast.ImportFrom) else alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
-    assert {name for name in imported if name.startswith("sparsed")} == {"sparsed.cli"}
+def test_scripts_import_the_commands_alone_and_those_cli_alone(script):
+    for file, wanted in ((script, "sparsed_commands"), ("sparsed_commands.py", "sparsed.cli")):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        imported = {
+            node.module if isinstance(node, ast.ImportFrom) else alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert {name for name in imported if name.startswith("sparsed")} == {wanted}

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ from .running import Job, first_forward, run_mode
 from .streams import Stdout, StdoutLost, settle, tell
 
 EXIT_WRONG, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 3, 130, 141, 143
+# seconds in which a second Ctrl-C means no more than the first; later ones count, lest a callback swallows the only one
+ONE_WISH = 1.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -46,7 +49,7 @@ def main_llada(argv: list[str] | None = None) -> int:
 def _main(family: Family, argv: list[str] | None) -> int:
     program = os.path.basename(sys.argv[0])
     try:
-        with _terminable(), _quiet_libraries():
+        with _interruptible(ending=argv is None), _quiet_libraries():
             args = parse(family, argv)
             _generate(family, args)
     except SystemExit as stop:  # argparse's way to end
@@ -194,20 +197,31 @@ def _blame(
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that nothing half-written stays."""
+def _interruptible(ending: bool) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM unwind the stack, so that nothing half-written stays; once, if they come in a burst.
 
-    def stop(*_: object) -> None:
-        raise Terminated
+    Args:
+        ending: whether only Python's own exit comes afterwards, which is then not to be interrupted.
+    """
+    latest = -math.inf
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
+    def stop(number: int, _: object) -> None:
+        nonlocal latest
+        before, latest = latest, time.monotonic()
+        if latest - before > ONE_WISH:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # what is ignored stays ignored: Ctrl-C is not meant for a shell's background job
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                handlers[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_IGN if ending else handler)
 
 
 @contextlib.contextmanager
