@@ -232,6 +232,7 @@ def test_demo_loads_the_bundled_checkpoint(checkpoints, monkeypatch, capsys):
         ("dream", "--top_k 0 --sampling-alg origin", {"alg": "origin", "top_k": None}),
         ("llada", "", {"remasking": "low_confidence", "temperature": 0, "cfg_scale": 0, "block_length": 32}),
         ("llada", "--cfg_scale 1.5 --block_length 16", {"cfg_scale": 1.5, "block_length": 16}),
+        ("llada", "--sampling-alg random", {"remasking": "random"}),
     ],
 )
 def test_the_flags_reach_the_sampler(family, words, expected, call, monkeypatch):
