@@ -58,7 +58,7 @@ class BlockGrid:
 
     def keeps_all(self, select: float) -> bool:
         """Whether the budgets hold every block; padding changes nothing about it, as fewer blocks are kept sooner."""
-        return all(share(select, part.stop - part.start) == part.stop - part.start for part in self.parts)
+        return all(share(select, part.stop - part.start) >= part.stop - part.start for part in self.parts)
 
 
 def true_places(chosen: Tensor, width: int) -> Tensor:

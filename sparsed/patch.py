@@ -96,6 +96,12 @@ class Run:
             return FULL
         return SELECTING if self.step == self.n_full - 1 else SPARSE
 
+    def current_phase(self) -> str:
+        """The phase of the step whose forward is running; RuntimeError if none is."""
+        if not self._open:
+            raise RuntimeError("sparsify: attention ran outside a forward of the model that was given to sparsify")
+        return self.phase
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
         """One layer's attention in this step: `full()` in the full steps, else over the layer's kept blocks.
 
@@ -107,11 +113,10 @@ class Run:
             mask: the mask that the model gave its attention, in any of the forms of `valid_keys`.
             full: computes the model's own full attention.
         """
-        if not self._open:
-            raise RuntimeError("sparsify: attention ran outside a forward of the model that was given to sparsify")
-        if self.phase == FULL:
+        phase = self.current_phase()
+        if phase == FULL:
             return full()
-        if self.phase == SPARSE:
+        if phase == SPARSE:
             return self._sparse[layer](q, k, v)
         return self._select(layer, q, k, v, mask, full)
 
@@ -286,7 +291,7 @@ def _patched_dream(run: Run, layer: int, module: nn.Module, original: Callable) 
     )
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None, Any]:
-        if run.phase == FULL:
+        if run.current_phase() == FULL:
             return original(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         given |= given.get(extra, {})

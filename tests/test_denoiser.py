@@ -1,5 +1,8 @@
 """Steps replayed as CUDA graphs give the tokens of steps that run as they are."""
 
+import importlib
+import importlib.util
+
 import pytest
 import torch
 from sampling_cases import GENERATE, options_of
@@ -8,6 +11,9 @@ from standins import tiny_dream, tiny_llada
 from sparsed import SparseDConfig, sparsify
 from sparsed.sampling import denoiser
 from sparsed.sampling.denoiser import Denoiser
+
+if importlib.util.find_spec("triton"):
+    import triton
 
 MODELS = {"dream": tiny_dream, "llada": tiny_llada}
 SPARSE = SparseDConfig(0.2, 0.4, 16)
@@ -86,6 +92,29 @@ def test_hooks_are_called_at_every_step(captured):
     GENERATE["llada"](model, torch.randint(0, 90, (1, 30)).cuda(), gen_length=16, steps=16, block_length=16)
     hook.remove()
     assert len(calls) == 16 and not captured
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_prompts_of_other_lengths_compile_nothing(family, block_size):
+    kernels = [
+        kernel
+        for module in ("block_scores_triton", "block_sparse_triton", "elementwise_triton")
+        for kernel in vars(importlib.import_module(f"sparsed.kernels.{module}")).values()
+        if isinstance(kernel, triton.runtime.JITFunction)
+    ]
+    assert len(kernels) > 6
+
+    def variants():
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    model, counts = MODELS[family]().cuda(), []
+    options = options_of(family, {"gen_length": 16, "steps": 8, "config": SparseDConfig(0.2, 0.3, block_size)})
+    for length in (333, 517, 1000, 1024, 3000):
+        GENERATE[family](model, torch.randint(0, 90, (1, length)).cuda(), **options)
+        counts.append(variants())
+    assert counts[0] > 0 and len(set(counts)) == 1
 
 
 def test_nothing_is_captured_on_the_cpu(captured):

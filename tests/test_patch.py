@@ -21,8 +21,9 @@ from reference_sampling import Denoiser, decided
 from standins import DREAM, LLADA, MASK, HubDream
 from standins_llada import llada_sampler
 
-from sparsed import SparseDConfig
+from sparsed import SparseDConfig, patch
 from sparsed.patch import valid_keys
+from sparsed.selection import choose_blocks
 
 # -------------------------------------------------------------------------------------------------- same as the twin
 
@@ -238,6 +239,42 @@ def test_state_tells_the_schedule_and_the_backend(any_model):
         assert (state.step, state.n_full, state.steps, state.density, state.backend) == (0, 2, STEPS, None, None)
         outputs(model, sequences(STEPS))
         assert state.backend == "gather" and isinstance(state.backend_reason, str) and state.backend_reason
+
+
+@pytest.mark.parametrize("config", [SparseDConfig(0.2, 1.0, 16), SparseDConfig(0.2, 0.3, 128)], ids=["all", "few"])
+def test_where_every_block_is_kept_auto_keeps_full_attention(monkeypatch, any_model, config):
+    """Nothing is scored, and nothing sparse computed; a backend that is named does its work all the same."""
+    model, _ = any_model
+    steps = sequences(STEPS)
+    dense = outputs(model, steps)
+    scored = []
+    choose = lambda *args, **named: scored.append(1) or choose_blocks(*args, **named)  # noqa: E731
+    monkeypatch.setattr(patch, "choose_blocks", choose)
+    with run(model, config=config) as state:
+        assert torch.equal(outputs(model, steps), dense)
+    assert not scored and (state.backend, state.density, state.step) == ("full", 1.0, STEPS)
+    with run(model, config=config, backend="gather") as state:
+        torch.testing.assert_close(outputs(model, steps), dense, atol=1e-4, rtol=0)
+    assert scored and state.backend == "gather" and state.density == pytest.approx(1.0)
+
+
+def test_attention_outside_a_counted_forward_is_an_error(any_model):
+    """A sampler that calls a part of what was given to sparsify would otherwise stay dense, in silence."""
+    model, _ = any_model
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *args, **named):
+            return self.inner(*args, **named)
+
+    wrapper, ids = Wrapper(), sequences(STEPS)
+    with run(wrapper) as state:
+        with pytest.raises(RuntimeError, match="outside a forward"):
+            logits_of(model, ids[0])
+        assert state.step == 0
 
 
 def test_a_sequence_no_longer_than_the_generated_region(any_model):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from checkpoints import FAMILIES
+from sampling_cases import GENERATE, options_of
 
+from sparsed import SparseDConfig
 from sparsed.models import loading
 from sparsed.models.loading import plan_placement
 
@@ -64,6 +66,27 @@ def test_dispatched_model_computes_the_same(no_devices_needed, family):
     placement = plan_placement(model, {i: model_bytes(model) * 7 // 10 for i in range(2)})
     dispatch_model(model, dict.fromkeys(placement, "cpu"), main_device="cpu", force_hooks=True)
     assert torch.equal(model(ids, mask), expected[0]) and torch.equal(model(ids, logit_rows=rows), expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cuda:1", "both"])
+def test_kernels_run_on_the_gpu_that_their_tensors_are_on(family, where):
+    """Not on the current one: Triton would read the wrong GPU's memory."""
+    from accelerate import dispatch_model
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    model = deep(family).cuda(0)
+    options = options_of(family, {"gen_length": 24, "steps": 12, "config": SparseDConfig(0.2, 0.4, 32)})
+    prompt = torch.randint(0, 90, (1, 200))
+    expected = GENERATE[family](model, prompt.cuda(0), **options)
+    if where == "both":
+        placement = plan_placement(model.cpu(), {i: model_bytes(model) * 7 // 10 for i in range(2)})
+        assert {device.index for device in placement.values()} == {0, 1}
+        dispatch_model(model, placement)
+    else:
+        model.cuda(1)
+    assert torch.equal(GENERATE[family](model, prompt, **options).cpu(), expected.cpu())
 
 
 @pytest.mark.parametrize(("free", "spread", "wanted"), [((100, 1), True, 1), ((1, 1), True, 2), ((1, 1), False, None)])

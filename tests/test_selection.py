@@ -10,6 +10,8 @@ import pytest
 import reference
 import torch
 
+from sparsed import selection
+from sparsed.blocks import BlockGrid, true_places
 from sparsed.kernels import block_scores
 from sparsed.selection import select_blocks
 
@@ -200,6 +202,39 @@ def test_block_scores_of_half_precision_inputs(dtype):
 def test_block_scores_read_strided_inputs():
     q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in attention_inputs(90))
     check_scores(block_scores(q, k, block_size=16), q, k, 16, None)
+
+
+@pytest.mark.parametrize("select", [0.01, 0.3, 0.5, 0.6, 0.9, 0.99, 1.0])
+def test_keeps_all_says_whether_the_budgets_hold_every_block(select):
+    for length, prompt_len, block_size in [(16, 0, 16), (40, 20, 16), (90, 61, 16), (200, 72, 128), (300, 299, 32)]:
+        whole = BlockGrid(length, prompt_len, block_size)
+        parts = reference.parts(length, prompt_len, block_size)
+        expected = all(reference.exact_share(select, len(part)) == len(part) for part in parts if part)
+        assert whole.keeps_all(select) == expected
+        if expected:  # then of any padded rows too, which hold fewer blocks
+            for pad in range(1, length):
+                padded = BlockGrid(length, prompt_len, block_size, left_padding(length, (pad,)))
+                assert sum(padded.budgets(select)[0]) == int((padded.block_tokens > 0).sum())
+
+
+def test_true_places():
+    chosen = torch.rand(3, 4, 37) < 0.4
+    for width in (0, 1, 10, 37):
+        places = true_places(chosen, width)
+        assert places.dtype == torch.int32 and places.shape == (3, 4, width)
+        for row, found in zip(chosen.flatten(0, 1), places.flatten(0, 1), strict=True):
+            expected = row.nonzero().flatten().tolist()[:width]
+            assert found.tolist() == expected + [0] * (width - len(expected))
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_ranking_in_chunks_of_heads(monkeypatch, chunk):
+    scores = torch.rand(2, 5, 7, 7).round(decimals=1)  # many ties
+    grid = BlockGrid(7 * 16, 80, 16)
+    whole = selection.isolated_top_k(scores, grid, 0.4)
+    monkeypatch.setattr(selection, "CHUNK", chunk)
+    parts = selection.isolated_top_k(scores, grid, 0.4)
+    assert torch.equal(parts.indices, whole.indices) and parts.counts == whole.counts
 
 
 INTERPRETED = """
