@@ -6,7 +6,6 @@ torch on any device; all agree.
 """
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import BlockGrid, Pattern, true_places
-from .kernels import block_sparse_attention, flash_block_sparse, flash_fault
+from .kernels import block_sparse_attention, flash_block_sparse, flash_fault, triton_fault
 
 SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -190,9 +189,7 @@ def unavailable(name: str, problem: Problem) -> str | None:
     if name == "gather":
         return None
     if name == "triton":
-        if problem.device.type != "cuda":
-            return f"needs a CUDA device, not {problem.device.type}"
-        return None if importlib.util.find_spec("triton") else "needs the package triton"
+        return triton_fault(problem.device)
     if problem.block_size != 64 and problem.block_size % 128:
         return f"needs block_size 64, 128 or a multiple of 128, not {problem.block_size}"
     if problem.padded:

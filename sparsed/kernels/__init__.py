@@ -1,7 +1,7 @@
 """Compute kernels, each beside its plain-torch twin."""
 
 from .block_scores import block_scores, block_scores_torch
-from .compiled import block_sparse_attention
+from .compiled import block_sparse_attention, triton_fault
 from .elementwise import add_rms_norm, rms_norm, rotate, silu_product
 from .flash import flash_block_sparse, flash_fault
 from .full_attention import full_attention
@@ -17,4 +17,5 @@ __all__ = [
     "rms_norm",
     "rotate",
     "silu_product",
+    "triton_fault",
 ]

@@ -1,5 +1,6 @@
-"""Triton comes with PyTorch's CUDA builds and is missing from others: whether a kernel written in it can run."""
+"""Where the kernels written in Triton can run: it comes with PyTorch's CUDA builds and is missing elsewhere."""
 
+import functools
 import importlib.util
 
 import torch
@@ -13,6 +14,18 @@ else:
     block_scores_triton = block_sparse_attention = elementwise_triton = None
 
 
+@functools.cache
+def triton_fault(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run there, or None."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    if elementwise_triton is None:
+        return "needs the package triton"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
 def usable(x: Tensor) -> bool:
-    """Whether a Triton kernel can take x and no gradient is wanted of it."""
-    return elementwise_triton is not None and x.is_cuda and not (x.requires_grad and torch.is_grad_enabled())
+    """Whether a Triton kernel can take x, and no gradient is wanted of it."""
+    return triton_fault(x.device) is None and not (x.requires_grad and torch.is_grad_enabled())

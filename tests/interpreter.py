@@ -1,0 +1,25 @@
+"""Running Triton kernels without a GPU, in a process of its own with Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+POISON = """
+import torch
+empty = torch.empty
+torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
+"""
+
+
+def interpret(code):
+    """Run `code`, in which `torch.empty` hands out NaN; its assertions are the test's."""
+    pytest.importorskip("triton")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    code = f"{POISON}\n{code}\nprint('done')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr[-3000:]
