@@ -42,14 +42,26 @@ def _missing() -> str | None:
 @functools.cache
 def _package() -> tuple[Any, Any]:
     """The attention function and its tuple of block lists, imported on first use: that takes seconds."""
-    # kept compiled on disk, in a folder of the user's own: its default lies where others could put files
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsed" / "flash"
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
+    _keep_compiled()
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     return flash_attn_func, BlockSparseTensorsTorch
+
+
+def _keep_compiled() -> None:
+    """Have the package keep its compiled kernels on disk, in a folder of the user's own.
+
+    Unasked it keeps none, and asked alone, it keeps them where other users could put files of theirs.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsed" / "flash"
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or not writable
+        return
+    if "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED" not in os.environ:
+        os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
 
 
 @on_device_of
