@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import BlockGrid, Pattern, true_places
+from .blocks import BlockGrid, Pattern, head_chunks, true_places
 from .kernels import block_sparse_attention, flash_block_sparse, flash_fault, triton_fault
 
 SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -107,11 +107,19 @@ def united_lists(pattern: Pattern, group: int) -> tuple[Tensor, Tensor]:
     if group == 1:
         counts = torch.tensor(pattern.counts, dtype=torch.int32, device=pattern.indices.device)
         return pattern.indices, counts[:, None, None].expand(pattern.indices.shape[:3]).contiguous()
-    kept = pattern.as_mask()  # [B, Hq, nQ, nK]
+    batch, heads, n_blocks, kept = pattern.indices.shape
+    width = min(pattern.grid.n_blocks, group * kept)
+    chunks = head_chunks(heads, batch * n_blocks * pattern.grid.n_blocks)
+    parts = [_united(pattern.part(batch, chunk).as_mask(), group, width) for chunk in chunks]
+    return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+
+
+def _united(kept: Tensor, group: int, width: int) -> tuple[Tensor, Tensor]:
+    """`united_lists` of the kept blocks, bool [B, H, nQ, nK], with lists of that width."""
     runs = F.pad(kept, (0, 0, 0, -kept.shape[2] % group)).unflatten(2, (-1, group))
-    bits = sum(runs[:, :, :, member].int() << member for member in range(group))  # [B, Hq, nL, nK]
+    bits = sum(runs[:, :, :, member].int() << member for member in range(group))  # [B, H, nL, nK]
     wanted = bits != 0
-    blocks = true_places(wanted, min(kept.shape[-1], group * pattern.indices.shape[-1]))
+    blocks = true_places(wanted, width)
     return (blocks << group) | bits.gather(-1, blocks.long()), wanted.sum(-1, dtype=torch.int32)
 
 

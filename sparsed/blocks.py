@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .config import share
 
+# elements ranked at once: bounds the memory for their 8-byte ranks to a quarter of a GiB
+RANKED = 1 << 25
+
 
 @dataclass(frozen=True)
 class BlockGrid:
@@ -61,14 +64,21 @@ class BlockGrid:
         return all(share(select, part.stop - part.start) >= part.stop - part.start for part in self.parts)
 
 
-def true_places(chosen: Tensor, width: int) -> Tensor:
-    """Where the last dimension of a bool tensor is True, ascending: int32 [..., width].
+def head_chunks(heads: int, elements: int) -> list[slice]:
+    """Slices of `heads` heads, each of so many that `elements` a head stay few enough to be ranked at once."""
+    size = max(1, RANKED // elements)
+    return [slice(start, start + size) for start in range(0, heads, size)]
 
-    Where fewer than `width` are, what follows them is 0; where more are, the last ones are left out.
+
+def true_places(chosen: Tensor, width: int) -> Tensor:
+    """Where the last dimension of a bool tensor is True, ascending, then zeros: int32 [..., width].
+
+    Args:
+        chosen: at most `width` of each row are True.
     """
     places = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device).expand_as(chosen)
     # every one of them to its rank, all others to a place behind, cut off
-    rank = (chosen.cumsum(-1) - 1).masked_fill_(~chosen, width).clamp_(max=width)
+    rank = (chosen.cumsum(-1) - 1).masked_fill_(~chosen, width)
     return places.new_zeros(*chosen.shape[:-1], width + 1).scatter_(-1, rank, places)[..., :width]
 
 

@@ -34,6 +34,7 @@ class Run:
         backend, backend_reason: the kernel of the sparse steps and why it was taken; None until blocks are chosen.
         compile_seconds: time spent choosing and compiling kernels, part of step n_full - 1's time.
         phase: what the next step (inside a forward: the current one) computes: FULL, SELECTING or SPARSE.
+        pattern_version: changes whenever the chosen blocks do.
     """
 
     def __init__(self, config: SparseDConfig, steps: int, gen_length: int, backend: str):
@@ -45,6 +46,7 @@ class Run:
         self._wanted = backend
         self._shape: tuple[int, ...] | None = None
         self._open = self._keeps_all = False
+        self.pattern_version = 0
         self.reset()
 
     @property
@@ -57,6 +59,7 @@ class Run:
     def reset(self) -> None:
         """Drop the chosen blocks: the next forward is step 0 of a new generation."""
         self.step = 0
+        self.backend = self.backend_reason = None
         self._forget()
 
     def _forget(self) -> None:
@@ -64,13 +67,14 @@ class Run:
         self._sparse: dict[int, SparseAttention] = {}
         self._devices: set[torch.device] = set()
         self._densities: list[Tensor] = []
+        self.pattern_version += 1
 
     def release(self) -> None:
         """Free the chosen blocks and keep what was measured."""
         self._grid, self._sparse = None, {}
 
-    def begin(self, shape: tuple[int, ...]) -> None:
-        """A step over [batch, length] tokens starts; a finished run or another shape starts a new generation."""
+    def prepare(self, shape: tuple[int, ...]) -> str:
+        """The phase of the next step, over [batch, length] tokens; a finished run or another shape starts anew."""
         if shape[1] < self.gen_length:
             raise ValueError(f"sparsify: gen_length {self.gen_length} exceeds the forward's {shape[1]} tokens")
         if self.step >= self.steps or shape != self._shape:
@@ -79,15 +83,24 @@ class Run:
             self._keeps_all = self._wanted == "auto" and grid.keeps_all(self.config.select)
             if self._keeps_all and self.n_full < self.steps:
                 self.backend, self.backend_reason = FULL, "every block is kept"
-        if self.phase == SELECTING:
-            self._forget()  # what an earlier try at this step chose before it failed
         self._shape = shape
-        self._open = True
+        return self.phase
 
-    def end(self, done: bool = True) -> None:
-        """The step is over; one that is not `done` failed and does not count."""
-        self._open = False
-        self.step += done
+    def count(self) -> None:
+        """The step that was prepared is done, without a forward of the model: it was replayed, or needed none."""
+        self.step += 1
+
+    @contextmanager
+    def forward(self, shape: tuple[int, ...]) -> Iterator[None]:
+        """A forward of the model, which is one step; if it fails, the step does not count."""
+        if self.prepare(shape) == SELECTING:
+            self._forget()  # what an earlier try at this step chose before it failed
+        self._open = True
+        try:
+            yield
+            self.step += 1
+        finally:
+            self._open = False
 
     @property
     def phase(self) -> str:
@@ -128,8 +141,8 @@ class Run:
         if self._grid is None:
             self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
         grid = self._grid.to(q.device)
-        # without a mask this is the model's own full attention, and it can give the log-sum-exp along with it
-        out, lse = (full(), None) if grid.key_valid is not None else full_attention(q, k, v)
+        # without a mask, ours is the model's own full attention, and can give the log-sum-exp along with it
+        out, lse = full_attention(q, k, v) if mask is None or isinstance(mask, str) else (full(), None)
         first = q.device not in self._devices
         if first:
             self._devices.add(q.device)
@@ -249,14 +262,8 @@ def _counted(run: Run, forward: Callable) -> Callable:
         tokens = next((x for x in candidates if isinstance(x, Tensor)), None)
         if tokens is None:
             raise ValueError("sparsify: the model was called without input_ids or inputs_embeds")
-        run.begin(tuple(tokens.shape[:2]))
-        done = False
-        try:
-            out = forward(*args, **kwargs)
-            done = True
-        finally:
-            run.end(done)
-        return out
+        with run.forward(tuple(tokens.shape[:2])):
+            return forward(*args, **kwargs)
 
     return counted
 

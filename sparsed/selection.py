@@ -7,11 +7,8 @@ otherwise win or lose as a whole.
 import torch
 from torch import Tensor
 
-from .blocks import BlockGrid, Pattern, true_places
+from .blocks import BlockGrid, Pattern, head_chunks, true_places
 from .kernels import block_scores
-
-# scores that are ranked at once, whole heads: bounds the memory for 8-byte ranks to a quarter of a GiB
-CHUNK = 1 << 25
 
 
 def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
@@ -29,10 +26,9 @@ def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
     counts = tuple(map(sum, budgets))
     indices = scores.new_zeros(*scores.shape[:3], max(counts), dtype=torch.int32)
     for row, budget, count, kept in zip(scores, budgets, counts, indices, strict=True):
-        for heads in range(0, len(row), max(1, CHUNK // row[0].numel())):
-            some = slice(heads, heads + max(1, CHUNK // row[0].numel()))
-            parts = [_highest(row[some, :, part], keep) for part, keep in zip(grid.parts, budget, strict=True)]
-            kept[some, :, :count] = true_places(torch.cat(parts, dim=-1), count)
+        for heads in head_chunks(len(row), row[0].numel()):
+            parts = [_highest(row[heads, :, part], keep) for part, keep in zip(grid.parts, budget, strict=True)]
+            kept[heads, :, :count] = true_places(torch.cat(parts, dim=-1), count)
         kept[..., count:] = kept[..., count - 1 : count]
     return Pattern(indices, counts, grid)
 

@@ -218,6 +218,15 @@ def test_auto_takes_gather_on_the_cpu_and_says_why():
     assert name == "gather" and why and "\n" not in why
 
 
+def test_auto_takes_flash_on_long_sequences_alone(monkeypatch):
+    monkeypatch.setattr(attention, "unavailable", lambda name, _: "is not there" if name == "triton" else None)
+    monkeypatch.setattr(attention, "self_check", lambda *_: None)
+    assert choose_backend("auto", CPU, attention.FLASH_FROM)[0] == "flash"
+    name, why = choose_backend("auto", CPU, attention.FLASH_FROM - 1)
+    assert name == "gather" and "flash: gains nothing below" in why and "triton: is not there" in why
+    assert choose_backend("flash", CPU, 10) == ("flash", "named by the user")
+
+
 @pytest.mark.parametrize("name", ["flash", "triton", "sdpa", ""])
 def test_a_named_backend_that_cannot_run_is_an_error(name):
     with pytest.raises(ValueError) as error:

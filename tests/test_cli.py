@@ -289,6 +289,26 @@ def test_out_of_memory_is_one_line(call, monkeypatch):
 
 
 @pytest.mark.parametrize("family", MAIN)
+def test_logits_that_are_not_finite_name_the_dtype(family, call, monkeypatch):
+    class Overflowing(torch.nn.Module):
+        def forward(self, x):
+            return x / 0
+
+    def spoiled(*args, **named):
+        model = load_model(*args, **named)
+        if family == "dream":
+            model.model.norm = Overflowing()
+        else:
+            model.model.transformer["ln_f"] = Overflowing()
+        return model
+
+    monkeypatch.setattr(main_module, "load_model", spoiled)
+    code, out, err, record = call(family, "--quiet")
+    assert (code, out, record) == (2, "", None)
+    assert err.count("\n") == 1 and "--dtype" in err and "not finite" in err
+
+
+@pytest.mark.parametrize("family", MAIN)
 def test_help_is_complete(family, capsys):
     assert MAIN[family](["--help"]) == 0
     out, err = capsys.readouterr()

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 import torch
-from sampling_cases import GENERATE, options_of
+from sampling_cases import GENERATE, head_of, options_of
 from standins import tiny_dream, tiny_llada
 
 from sparsed import SparseDConfig, sparsify
@@ -23,8 +23,46 @@ SPARSE = SparseDConfig(0.2, 0.4, 16)
 def captured(monkeypatch):
     """How many forwards were captured so far, one entry each."""
     calls, capture = [], Denoiser._capture
-    monkeypatch.setattr(Denoiser, "_capture", lambda self: calls.append(self.run) or capture(self))
+    monkeypatch.setattr(Denoiser, "_capture", lambda self, ids: calls.append(self.run) or capture(self, ids))
     return calls
+
+
+class FakeGraph:
+    """Stands for a CUDA graph where there is no GPU: computes what was captured, over the blocks of that time."""
+
+    def __init__(self, denoiser):
+        self.denoiser, run = denoiser, denoiser.run
+        self.then = None if run is None else (run._sparse, run.step)
+        self.logits = torch.empty(denoiser.most_rows, denoiser.model.config.vocab_size)
+
+    def pool(self):
+        return None
+
+    def replay(self):
+        one, run = self.denoiser, self.denoiser.run
+        if run is not None:
+            now = run._sparse, run.step
+            run._sparse, run.step = self.then
+        self.logits.copy_(one.model(one.inputs[0], one.mask, logit_rows=one.inputs[1], first_row=one.first_row))
+        if run is not None:
+            run._sparse, run.step = now
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """Steps are replayed on the CPU; a list with an entry for every capture."""
+    captures = []
+
+    def capture(self, ids):
+        captures.append(self._prepare(ids))
+        if self.inputs is None:
+            self.inputs = ids.clone(), torch.full((self.most_rows,), self.first_row)
+        graph = FakeGraph(self)
+        return graph, graph.logits
+
+    monkeypatch.setattr(denoiser, "_replayable", lambda model: True)
+    monkeypatch.setattr(Denoiser, "_capture", capture)
+    return captures
 
 
 CASES = [
@@ -37,6 +75,79 @@ CASES = [
     ("llada", {"block_length": 24}, 3),
     ("dream", {}, 3),
 ]
+
+
+@pytest.mark.parametrize("config", [None, SPARSE, SparseDConfig(0.2, 1.0, 16)], ids=["full", "sparse", "all kept"])
+@pytest.mark.parametrize(("family", "options", "batch"), CASES, ids=str)
+def test_what_is_loaded_and_counted_around_a_replay(monkeypatch, faked, family, options, batch, config):
+    model = MODELS[family]()
+    prompts = torch.randint(0, 90, (batch, 61))
+    options = options_of(family, {"gen_length": 48, "steps": 24} | options)
+
+    def generate():
+        return GENERATE[family](model, prompts, config=config, generator=torch.Generator().manual_seed(3), **options)
+
+    replayed = generate()
+    assert faked == (["full", "sparse"] if config is SPARSE else ["full"]), "one graph a phase"
+    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    assert torch.equal(generate(), replayed)
+
+
+@pytest.mark.parametrize("steps", [9, 12, 13, 17])
+def test_no_replay_over_blocks_that_were_chosen_anew(monkeypatch, faked, steps):
+    """A sparsify of fewer steps than the sampler's begins anew in its midst, also in forwards that it does not see."""
+    model, prompts, tokens = MODELS["dream"](), torch.randint(0, 90, (1, 61)), []
+    for most in (2048, 0):
+        monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", most)
+        with sparsify(model, SPARSE, steps=steps, gen_length=48):
+            call = lambda step, ran: model(torch.full((1, 109), 5)) if step % 7 == 3 else None  # noqa: E731
+            tokens.append(GENERATE["dream"](model, prompts, gen_length=48, steps=48, on_step=call))
+    assert faked and torch.equal(*tokens)
+
+
+def test_a_step_with_more_rows_than_the_graphs_take_runs_as_it_is(faked):
+    model = MODELS["llada"]()
+    ids = torch.randint(0, 90, (1, 40))
+    one = Denoiser(model, None, 20, 4)
+    with torch.no_grad():
+        for rows in ([20, 21, 22, 23], [21, 22, 30], [20, 25, 30, 35, 39], [39]):
+            rows = torch.tensor(rows)
+            torch.testing.assert_close(one(ids, rows), model(ids, logit_rows=rows), atol=1e-5, rtol=0)
+    assert len(faked) == 1
+
+
+def test_a_model_that_cannot_be_captured_runs_as_it_is(monkeypatch):
+    monkeypatch.setattr(denoiser, "_replayable", lambda model: True)
+    model, prompts = MODELS["llada"](), torch.randint(0, 90, (1, 30))
+    options = {"gen_length": 16, "steps": 16, "block_length": 16, "config": SPARSE}
+    tries = []
+
+    def failing(self, ids):
+        tries.append(ids)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Denoiser, "_capture", failing)
+    tokens = GENERATE["llada"](model, prompts, **options)
+    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    assert len(tries) == 1 and torch.equal(GENERATE["llada"](model, prompts, **options), tokens)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("at_step", [0, 5, 15])
+def test_logits_that_are_not_finite_end_in_one_line(family, temperature, at_step):
+    model = MODELS[family]()
+    head = head_of(model)
+    options = options_of(family, {"gen_length": 16, "steps": 16, "temperature": temperature})
+
+    def spoil(step, ran):
+        if step + 1 >= at_step:
+            head.weight.data[3] = float("nan")
+
+    if at_step == 0:
+        spoil(0, True)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        GENERATE[family](model, torch.randint(0, 90, (1, 30)), on_step=spoil, **options)
 
 
 @pytest.mark.gpu

@@ -1,10 +1,13 @@
 """Full attention with its log-sum-exp, and the elementwise kernels against their plain-torch twins."""
 
+from contextlib import nullcontext
+
 import pytest
 import reference
 import torch
+from interpreter import interpret
 
-from sparsed.kernels import add_rms_norm, full_attention, rms_norm, rotate, silu_product
+from sparsed.kernels import add_rms_norm, compiled, full_attention, rms_norm, rotate, silu_product
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -70,37 +73,75 @@ def tables(length, width, dtype, device="cpu", rows=1):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def check_elementwise(dtype, device, allowed):
-    """Kernel against twin on the same values; `allowed`: the share of elements that may differ, by one rounding."""
+def check_elementwise(dtype, device, allowed, kernels=nullcontext):
+    """Kernel against twin on the same values; `allowed`: the share of elements that may differ, by one rounding.
+
+    `kernels`: a context in which the functions use their kernels; on a GPU they do anyway.
+    """
 
     def same(got, expected):
         assert got.dtype == expected.dtype and got.shape == expected.shape
         torch.testing.assert_close(got.cpu(), expected, atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
         assert (got.cpu() != expected).float().mean() <= allowed
 
-    for shape in ((2, 5, 64), (1, 3, 100), (1, 2, 4096)):
+    def both(function, *tensors):
+        """By kernel and by twin; neither may write into what it is given."""
+        there = [t.to(device) if isinstance(t, torch.Tensor) else t for t in tensors]
+        copies = [t.clone() for t in there if isinstance(t, torch.Tensor)]
+        with kernels():
+            got = function(*there)
+        given = [t for t in there if isinstance(t, torch.Tensor)]
+        assert all(torch.equal(*pair) for pair in zip(copies, given, strict=True))
+        expected = function(*tensors)
+        if isinstance(got, torch.Tensor):
+            got, expected = [got], [expected]
+        for one, other in zip(got, expected, strict=True):
+            same(one, other)
+        return got[0]
+
+    for shape in ((2, 5, 64), (1, 3, 100), (1, 2, 1024)):
         x, update = torch.randn(2, *shape).to(dtype)
         weight = torch.randn(shape[-1]).to(dtype)
-        there = [t.to(device) for t in (x, update, weight)]
-        for got, expected in zip(
-            (rms_norm(there[0], there[2], 1e-5), *add_rms_norm(*there, 1e-5)),
-            (rms_norm(x, weight, 1e-5), *add_rms_norm(x, update, weight, 1e-5)),
-            strict=True,
-        ):
-            same(got, expected)
-        same(silu_product(there[0].clone(), there[1]), silu_product(x.clone(), update))
-        sliced = there[0][:, 1:], there[1][:, 1:]  # the tail that the last layer computes
-        for got, expected in zip(
-            add_rms_norm(*sliced, there[2], 1e-5), add_rms_norm(x[:, 1:], update[:, 1:], weight, 1e-5), strict=True
-        ):
-            same(got, expected)
+        both(rms_norm, x, weight, 1e-5)
+        both(silu_product, x, update)
+        both(add_rms_norm, x, update, weight, 1e-5)
+        both(add_rms_norm, x[:, 1:], update[:, 1:], weight, 1e-5)  # the tail that the last layer computes
     for width, table_dtype, rows in ((16, dtype, 1), (128, torch.float32, 1), (24, dtype, 2)):
         x = torch.randn(2, 37, 3, width).to(dtype).transpose(1, 2)
         cos, sin = tables(37, width, table_dtype, rows=rows)
         for first in (0, 30):
-            cut = [t[..., first:, :] for t in (x, cos, sin)]
-            there = [t.to(device, copy=True)[..., first:, :] for t in (x, cos, sin)]
-            same(rotate(*there), rotate(cut[0].clone(), *cut[1:]))
+            both(rotate, x[:, :, first:], cos[..., first:, :], sin[..., first:, :])
+        assert both(rotate, x, cos, sin).stride() == x.stride(), "heads are merged without a copy"
+
+
+INTERPRETED = """
+import contextlib
+import torch
+from sparsed.kernels import elementwise
+from test_kernels import check_elementwise
+
+@contextlib.contextmanager
+def kernels():
+    twins, elementwise.usable = elementwise.usable, lambda *tensors: True
+    yield
+    elementwise.usable = twins
+
+check_elementwise(torch.float16, "cpu", 1e-3, kernels)
+check_elementwise(torch.float32, "cpu", 1, kernels)
+"""
+
+
+def test_elementwise_kernels_interpreted():
+    interpret(INTERPRETED)
+
+
+def test_kernels_are_left_where_a_gradient_is_wanted(monkeypatch):
+    monkeypatch.setattr(compiled, "triton_fault", lambda device: None)
+    plain, wanted = torch.zeros(2), torch.zeros(2, requires_grad=True)
+    assert compiled.usable(plain, plain)
+    assert not compiled.usable(plain, wanted) and not compiled.usable(wanted, plain)
+    with torch.no_grad():
+        assert compiled.usable(plain, wanted)
 
 
 @pytest.mark.gpu

@@ -309,3 +309,52 @@ def test_llada_fills_in_what_its_config_may_leave_out():
     config = LLaDAConfig.from_dict(values)
     assert (config.n_kv_heads, config.embedding_size) == (3, 97)
     assert (config.max_length, DreamConfig.from_dict(DREAM).max_length) == (512, 2048)
+
+
+@pytest.mark.parametrize("first_row", [0, 1, 7, 11])
+def test_the_last_layer_computes_only_the_rows_that_are_wanted(family, first_row):
+    model, ids = build(family), tokens(2, 12)
+    layers = [module for module in model.modules() if hasattr(module, "attend")]
+    queries = []
+
+    def watched(attend):
+        def attention(q, k, v, key_valid):
+            queries.append((q.shape[2], k.shape[2]))
+            return attend(q, k, v, key_valid)
+
+        return attention
+
+    for layer in layers:
+        layer.attend = watched(layer.attend)
+    with torch.no_grad():
+        everything = model(ids)
+        queries.clear()
+        tail = model(ids, first_row=first_row)
+        rows = torch.tensor([first_row, 11, 12 + first_row, 23])
+        some = model(ids, logit_rows=rows, first_row=first_row)
+    torch.testing.assert_close(tail, everything[:, first_row:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(some, everything.flatten(0, 1)[rows], atol=1e-5, rtol=0)
+    assert queries == [(12, 12)] * (len(layers) - 1) + [(12 - first_row, 12)] + queries[len(layers) :]
+
+
+@pytest.mark.parametrize("first_row", [-1, 12, 100])
+def test_a_first_row_that_is_not_there(family, first_row):
+    with pytest.raises(ValueError, match="first_row"):
+        build(family)(tokens(1, 12), first_row=first_row)
+
+
+def test_every_module_is_called_so_that_hooks_and_offloading_work(family):
+    from accelerate import cpu_offload
+
+    model, called = build(family), set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in model.named_modules()
+    ]
+    with torch.no_grad():
+        expected = model(tokens(1, 12))
+        leaves = {name for name, module in model.named_modules() if not list(module.children())}
+        assert leaves <= called
+        for hook in hooks:
+            hook.remove()
+        cpu_offload(model, torch.device("cpu"))
+        assert torch.equal(model(tokens(1, 12)), expected)

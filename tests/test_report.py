@@ -50,10 +50,11 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
     monkeypatch.setattr(running.time, "perf_counter", lambda: next(times))
 
     class Run:
-        compile_seconds = None
+        compile_seconds = 0.0
+        phase = "full"
 
     with running.tqdm(total=3, disable=True) as bar:
-        clock = running.StepClock(torch.device("cpu"), Run(), bar, ["full", "selecting", "sparse"])
+        clock = running.StepClock(torch.device("cpu"), Run(), bar)
         clock.start()
         clock.tick(0, True)
         clock.run.compile_seconds = 10.0
@@ -67,9 +68,3 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
 def test_steps_without_a_forward_are_left_out_of_the_selections_time():
     assert report.selection_seconds([0.0, 2.0, 2.0, 5.0, 1.0], 4) == 3.0
     assert report.selection_seconds([0.0, 5.0, 1.0], 2) is None, "no full step to compare with"
-
-
-def test_phase_names():
-    assert running.phase_names(5, 3) == ["full", "full", "selecting", "sparse", "sparse"]
-    assert running.phase_names(2, 1) == ["selecting", "sparse"]
-    assert running.phase_names(2, 2) == ["full", "full"]

@@ -8,10 +8,11 @@ import reference
 import torch
 from interpreter import interpret
 
-from sparsed import selection
+from sparsed import blocks
+from sparsed.attention import united_lists
 from sparsed.blocks import BlockGrid, true_places
 from sparsed.kernels import block_scores
-from sparsed.selection import select_blocks
+from sparsed.selection import isolated_top_k, select_blocks
 
 ROOT = Path(__file__).parents[1]
 BORDERS = [
@@ -217,11 +218,12 @@ def test_keeps_all_says_whether_the_budgets_hold_every_block(select):
 
 def test_true_places():
     chosen = torch.rand(3, 4, 37) < 0.4
-    for width in (0, 1, 10, 37):
+    most = int(chosen.sum(-1).max())
+    for width in (most, most + 3, 37):
         places = true_places(chosen, width)
         assert places.dtype == torch.int32 and places.shape == (3, 4, width)
         for row, found in zip(chosen.flatten(0, 1), places.flatten(0, 1), strict=True):
-            expected = row.nonzero().flatten().tolist()[:width]
+            expected = row.nonzero().flatten().tolist()
             assert found.tolist() == expected + [0] * (width - len(expected))
 
 
@@ -229,10 +231,12 @@ def test_true_places():
 def test_ranking_in_chunks_of_heads(monkeypatch, chunk):
     scores = torch.rand(2, 5, 7, 7).round(decimals=1)  # many ties
     grid = BlockGrid(7 * 16, 80, 16)
-    whole = selection.isolated_top_k(scores, grid, 0.4)
-    monkeypatch.setattr(selection, "CHUNK", chunk)
-    parts = selection.isolated_top_k(scores, grid, 0.4)
+    whole = isolated_top_k(scores, grid, 0.4)
+    lists = united_lists(whole, 2)
+    monkeypatch.setattr(blocks, "RANKED", chunk)
+    parts = isolated_top_k(scores, grid, 0.4)
     assert torch.equal(parts.indices, whole.indices) and parts.counts == whole.counts
+    assert all(torch.equal(one, other) for one, other in zip(united_lists(whole, 2), lists, strict=True))
 
 
 INTERPRETED = """

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..patch import sparsify, synchronize
+from ..patch import FULL, Run, sparsify, synchronize
 from ..sampling import dream_generate, llada_generate
 from .families import DREAM, Family
 from .report import selection_seconds
@@ -32,28 +33,31 @@ class StepClock:
     The compile time that `run` reports is taken out of the step in which it was spent.
     """
 
-    def __init__(self, device: torch.device, run: Any, bar: tqdm, phases: list[str]):
-        self.device, self.run, self.bar, self.phases = device, run, bar, phases
+    def __init__(self, device: torch.device, run: Run | None, bar: tqdm, label: str = ""):
+        self.device, self.run, self.bar, self.label = device, run, bar, label
         self.step_seconds: list[float] = []
         self.compile_seconds = 0.0
 
     def start(self) -> None:
         """Begin to time the first step."""
         synchronize(self.device)
-        self.bar.set_description(self.phases[0])
+        self._describe()
         self.last = time.perf_counter()
 
     def tick(self, step: int, ran: bool) -> None:
         """Note the end of `step`, which takes no time if it did not run the model."""
         synchronize(self.device)
         now = time.perf_counter()
-        compiled = getattr(self.run, "compile_seconds", None) or 0.0
+        compiled = 0.0 if self.run is None else self.run.compile_seconds
         self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if ran else 0.0)
         self.compile_seconds = compiled
         self.bar.update()
-        if step + 1 < len(self.phases):
-            self.bar.set_description(self.phases[step + 1])
+        self._describe()
         self.last = time.perf_counter()
+
+    def _describe(self) -> None:
+        """Name what the next step does."""
+        self.bar.set_description(self.label + (FULL if self.run is None else self.run.phase))
 
 
 @torch.no_grad()
@@ -61,6 +65,7 @@ def first_forward(job: Job) -> float:
     """Seconds of one untimed forward, so that the first timed run does not pay for the libraries' start."""
     started = time.perf_counter()
     ids = torch.tensor([job.input_ids], device=job.model.device)
+    ids = F.pad(ids, (0, job.args.seq_len), value=job.model.config.mask_token_id)
     job.model(ids, first_row=ids.shape[1] - 1)
     synchronize(ids.device)
     return time.perf_counter() - started
@@ -93,11 +98,12 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(_sparsified(job)) if mode == "sparsed" else None
         bar = stack.enter_context(_progress(args))
-        clock = StepClock(device, run, bar, [label + phase for phase in phase_names(args.steps, n_full)])
+        clock = StepClock(device, run, bar, label)
         _reset_peak_memory(device)
         clock.start()
         output = generate(job, clock)
         token_ids = output[0, len(job.input_ids) :].tolist()
+        chose = run is not None and run.backend != FULL
         return {
             "mode": mode,
             "token_ids": token_ids,
@@ -106,7 +112,7 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
             "step_seconds": clock.step_seconds,
             "compile_seconds": clock.compile_seconds,
             "full_steps": n_full,
-            "selection_seconds": selection_seconds(clock.step_seconds, n_full),
+            "selection_seconds": selection_seconds(clock.step_seconds, n_full) if chose else None,
             "density": None if run is None else run.density,
             "peak_memory_bytes": _peak_memory(device),
             "backend": None if run is None else run.backend,
@@ -127,13 +133,6 @@ def generate(job: Job, clock: StepClock) -> Tensor:
         chosen = {"remasking": args.sampling_alg, "block_length": args.block_length, "cfg_scale": args.cfg_scale}
         sampler = llada_generate
     return sampler(job.model, input_ids, generator=generator, on_step=clock.tick, **shared, **chosen)
-
-
-def phase_names(steps: int, n_full: int) -> list[str]:
-    """What each step does: full attention, full attention and the choice of the blocks, or sparse attention."""
-    if n_full == steps:
-        return ["full"] * steps
-    return ["full"] * (n_full - 1) + ["selecting"] + ["sparse"] * (steps - n_full)
 
 
 def _sparsified(job: Job) -> contextlib.AbstractContextManager:

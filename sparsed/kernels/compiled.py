@@ -26,6 +26,7 @@ def triton_fault(device: torch.device) -> str | None:
     return None
 
 
-def usable(x: Tensor) -> bool:
-    """Whether a Triton kernel can take x, and no gradient is wanted of it."""
-    return triton_fault(x.device) is None and not (x.requires_grad and torch.is_grad_enabled())
+def usable(*tensors: Tensor) -> bool:
+    """Whether a Triton kernel can take tensors of one device, and no gradient is wanted of any."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return triton_fault(tensors[0].device) is None and not wanted

@@ -12,7 +12,7 @@ from .compiled import elementwise_triton, usable
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of x [..., width] in float32, cast back to its dtype BEFORE the weight, as published."""
-    if usable(x):
+    if x.dtype == weight.dtype and usable(x, weight):
         return elementwise_triton.rms_norm(x, weight, eps)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -20,8 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + update, rounded to their dtype, and its `rms_norm`."""
-    if usable(x):
+    """x + update [..., width], rounded to their dtype, and its `rms_norm`."""
+    if x.dtype == update.dtype == weight.dtype and usable(x, update, weight):
         return elementwise_triton.add_rms_norm(x, update, weight, eps)
     total = x + update
     return total, rms_norm(total, weight, eps)
@@ -31,8 +31,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate heads by position, half-split, in the tables' dtype (float32: LLaDA; the model's own: Dream).
 
     Args:
-        x: [B, H, T, D]; the kernel rotates it in place, so that the caller must not use it any more.
-        cos, sin: [B or 1, 1, T, D] contiguous, both halves of the last dimension equal.
+        x: [B, H, T, D].
+        cos, sin: [B or 1, 1, T, D], each row's block [T, D] contiguous, both halves of D equal.
 
     Returns:
         [B, H, T, D] in the dtype of x.
@@ -44,7 +44,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, silu and product each rounded to their dtype; the kernel writes the result into `gate`."""
-    if usable(gate):
+    """silu(gate) * up, of one shape, silu and product each rounded to their dtype."""
+    if usable(gate, up):
         return elementwise_triton.silu_product(gate, up)
     return F.silu(gate) * up

@@ -10,6 +10,7 @@ from .launch import on_device_of
 
 @on_device_of
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`elementwise.rms_norm`, one program a row."""
     x = x.contiguous()
     out = torch.empty_like(x)
     _rms_norm_kernel[(x.numel() // x.shape[-1],)](x, weight, out, eps, **_row(x))
@@ -18,6 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @on_device_of
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`elementwise.add_rms_norm`, one program a row."""
     x, update = x.contiguous(), update.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
     _add_rms_norm_kernel[(x.numel() // x.shape[-1],)](x, update, weight, total, out, eps, **_row(x))
@@ -32,27 +34,31 @@ def _row(x: Tensor) -> dict[str, int]:
 
 @on_device_of
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`elementwise.rotate`; the result is laid out in memory as x is."""
     batch, heads, length, head_dim = x.shape
     rows = 16
     # tables are read once for all heads, unless the sequence is too short to fill the GPU that way
     together = heads if length >= 4096 else 1
+    out = torch.empty_like(x)
     _rotate_kernel[(triton.cdiv(length, rows), heads // together, batch)](
-        x, cos, sin, *x.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, length, together,
+        x, cos, sin, out, *x.stride()[:3], *out.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, length, together,
         HALF=head_dim // 2,
         HALF_TILE=triton.next_power_of_2(head_dim // 2),
         ROWS=rows,
         num_warps=4,
         enable_fp_fusion=False,  # torch rounds the products before it adds them
     )  # fmt: skip
-    return x
+    return out
 
 
 @on_device_of
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """`elementwise.silu_product` in tiles of the flat tensors."""
     gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
     tile = 4096
-    _silu_product_kernel[(triton.cdiv(gate.numel(), tile),)](gate, up, gate.numel(), TILE=tile, num_warps=8)
-    return gate
+    _silu_product_kernel[(triton.cdiv(gate.numel(), tile),)](gate, up, out, gate.numel(), TILE=tile, num_warps=8)
+    return out
 
 
 @triton.jit
@@ -87,7 +93,8 @@ def _add_rms_norm_kernel(
 
 @triton.jit(do_not_specialize=["length", "together"])
 def _rotate_kernel(
-    x_ptr, cos_ptr, sin_ptr, x_batch, x_head, x_row, table_batch, length, together,
+    x_ptr, cos_ptr, sin_ptr, out_ptr, x_batch, x_head, x_row, out_batch, out_head, out_row, table_batch,
+    length, together,
     HALF: tl.constexpr,
     HALF_TILE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -101,23 +108,26 @@ def _rotate_kernel(
     sin = tl.load(sin_ptr + table, mask=ok, other=0.0)
     x_at = x_ptr + b * x_batch + (tl.program_id(1) * together).to(tl.int64) * x_head
     x_at += rows[:, None].to(tl.int64) * x_row + d[None, :]
+    out_at = out_ptr + b * out_batch + (tl.program_id(1) * together).to(tl.int64) * out_head
+    out_at += rows[:, None].to(tl.int64) * out_row + d[None, :]
     for _ in range(together):
         # the tables' dtype is where products and sums round: float32, or the model's own
         first = tl.load(x_at, mask=ok, other=0.0).to(cos.dtype)
         second = tl.load(x_at + HALF, mask=ok, other=0.0).to(cos.dtype)
         turned_first = (first * cos).to(cos.dtype) - (second * sin).to(cos.dtype)
         turned_second = (second * cos).to(cos.dtype) + (first * sin).to(cos.dtype)
-        tl.store(x_at, turned_first.to(x_ptr.dtype.element_ty), mask=ok)
-        tl.store(x_at + HALF, turned_second.to(x_ptr.dtype.element_ty), mask=ok)
+        tl.store(out_at, turned_first.to(out_ptr.dtype.element_ty), mask=ok)
+        tl.store(out_at + HALF, turned_second.to(out_ptr.dtype.element_ty), mask=ok)
         x_at += x_head
+        out_at += out_head
 
 
 @triton.jit(do_not_specialize=["size"])
-def _silu_product_kernel(gate_ptr, up_ptr, size, TILE: tl.constexpr):
+def _silu_product_kernel(gate_ptr, up_ptr, out_ptr, size, TILE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     ok = at < size
     gate = tl.load(gate_ptr + at, mask=ok, other=0.0)
     up = tl.load(up_ptr + at, mask=ok, other=0.0)
     wide = gate.to(tl.float32)
     silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(gate_ptr + at, (silu * up).to(gate.dtype), mask=ok)
+    tl.store(out_ptr + at, (silu * up).to(gate.dtype), mask=ok)

@@ -30,7 +30,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = N
         # with a mask and shared key heads together, torch could fall back to its T x T kernel
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=key_valid[:, None, None, :]), None
-    if q.is_cuda and not (q.requires_grad and torch.is_grad_enabled()):
+    if q.is_cuda and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         if q.shape[2] * k.shape[2] >= FLASH_PAIRS and flash_fault(q.device, q.dtype) is None:
             if _flash_agrees(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3]):
                 return flash_dense(q, k, v)

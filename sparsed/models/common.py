@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels import full_attention, rms_norm
+from ..kernels import add_rms_norm, full_attention, rms_norm
 
 Config = TypeVar("Config")
 # far above any model: a larger number in a config.json is a mistake, and would overflow
@@ -71,15 +71,17 @@ def check_special_ids(config: Any, *names: str) -> None:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight, `kernels.rms_norm`."""
+    """Root-mean-square norm with a weight: of x, or of x + update, which is then returned along with it."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if update is None:
+            return rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, update, self.weight, self.eps)
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -111,6 +113,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[B, heads, T, D] -> [B, T, heads * D]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def check_first_row(first_row: int, length: int) -> None:
+    """Raise ValueError unless a sequence of `length` tokens has that row."""
+    if not 0 <= first_row < length:
+        raise ValueError(f"first_row must be one of the sequence's {length} rows, got {first_row}")
 
 
 def take_rows(hidden: Tensor, rows: Tensor | None, length: int) -> Tensor:

@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels import add_rms_norm, rotate, silu_product
+from ..kernels import rotate, silu_product
 from .common import (
     DiffusionLM,
     RMSNorm,
     attend,
+    check_first_row,
     check_heads,
     check_special_ids,
     config_from_dict,
@@ -117,8 +118,7 @@ class DreamLayer(nn.Module):
     def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None, first: int = 0) -> Tensor:
         """One layer: x [B, T, width] -> [B, T - first, width], the tokens before `first` serving as keys alone."""
         attended = self.self_attn(self.input_layernorm(x), rope, key_valid, first)
-        norm = self.post_attention_layernorm
-        x, normed = add_rms_norm(x[:, first:], attended, norm.weight, norm.eps)
+        x, normed = self.post_attention_layernorm(x[:, first:], attended)
         return x + self.mlp(normed)
 
 
@@ -134,6 +134,7 @@ class DreamBackbone(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None, first_row: int
     ) -> Tensor:
         """Hidden rows for the head."""
+        check_first_row(first_row, input_ids.shape[1])
         x = self.embed_tokens(input_ids)
         key_valid = None if attention_mask is None else attention_mask.bool()
         rope = self._rope(input_ids, key_valid, x)
@@ -177,7 +178,7 @@ class DreamModel(DiffusionLM):
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], 1 = real, 0 = left padding; None if every token is real.
-            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted; None for all from first_row on.
+            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted, with t >= first_row; None for all.
             first_row: no logits are wanted of the tokens before it: the last layer computes only their keys and values.
 
         Returns:

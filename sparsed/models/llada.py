@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import add_rms_norm, rotate, silu_product
+from ..kernels import rotate, silu_product
 from .common import (
     DiffusionLM,
     RMSNorm,
     attend,
+    check_first_row,
     check_heads,
     check_special_ids,
     config_from_dict,
@@ -116,7 +117,7 @@ class LLaDABlock(nn.Module):
         k = rotate(split_heads(self.k_proj(normed), self.kv_heads), *rope)
         v = split_heads(self.v_proj(normed), self.kv_heads)
         attended = self.attn_out(merge_heads(self.attend(q, k, v, key_valid)))
-        x, normed = add_rms_norm(x[:, first:], attended, self.ff_norm.weight, self.ff_norm.eps)
+        x, normed = self.ff_norm(x[:, first:], attended)
         return x + self.ff_out(silu_product(self.ff_proj(normed), self.up_proj(normed)))
 
 
@@ -139,6 +140,8 @@ class LLaDABackbone(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None, first_row: int
     ) -> Tensor:
+        """The head's logits."""
+        check_first_row(first_row, input_ids.shape[1])
         x = self.transformer["wte"](input_ids)
         key_valid = None if attention_mask is None else attention_mask.bool()
         # positions count every token of the tensor, padding included; the tables stay float32, in which LLaDA rotates
@@ -175,7 +178,7 @@ class LLaDAModel(DiffusionLM):
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], 1 = real, 0 = padding; None if every token is real.
-            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted; None for all from first_row on.
+            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted, with t >= first_row; None for all.
             first_row: no logits are wanted of the tokens before it: the last layer computes only their keys and values.
 
         Returns:

@@ -102,12 +102,11 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     """One token of each row of probabilities [n, V] -> [n] int64.
 
-    Raises:
-        FloatingPointError: a row has nothing finite to draw from.
+    The largest probability over exponential noise, as `torch.multinomial` draws; but over a number that is not finite,
+    that one would end the process's use of the GPU.
     """
-    if probabilities.device.type == "cpu" and not torch.isfinite(probabilities).all():
-        raise FloatingPointError("the model's logits are not finite; float32 or bfloat16 may hold what float16 cannot")
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(-1)
 
 
 def commit(canvas: Tensor, rows: Tensor, tokens: Tensor, confidence: Tensor, counts: Tensor) -> None:

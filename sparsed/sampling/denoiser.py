@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..patch import SELECTING, SPARSE, Run, run_of
+from ..patch import FULL, SELECTING, SPARSE, Run, run_of
 
 # up to so many tokens, batch rows together, a GPU waits for the host to launch kernels; beyond, a graph gains nothing
 REPLAYED_TOKENS = 2048
@@ -19,76 +19,106 @@ class Denoiser:
         model: a DiffusionLM, inside `sparsify` or not.
         mask: attention mask of the ids, bool [B, T], or None.
         first_row: no logits are wanted of the tokens before it.
+        most_rows: of so many rows at most a step wants logits; a step that wants more runs as it is.
     """
 
-    def __init__(self, model: nn.Module, mask: Tensor | None, first_row: int):
-        self.model, self.mask, self.first_row = model, mask, first_row
+    def __init__(self, model: nn.Module, mask: Tensor | None, first_row: int, most_rows: int):
+        self.model, self.mask, self.first_row, self.most_rows = model, mask, first_row, most_rows
         self.run: Run | None = run_of(model)
         self.replayable = _replayable(model)
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.pattern_version: int | None = None
         self.inputs: tuple[Tensor, Tensor] | None = None  # what the graphs read
+        self.total: Tensor | None = None  # of the latest logits
 
     def __call__(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """Logits [n, V] of the flat rows [n] of ids [B, T]; the next call may overwrite them."""
-        phase = self._begin(ids)
-        if phase == SELECTING:
-            self.graphs.pop(SPARSE, None)  # it reads blocks that are chosen anew
-            return self.model(ids, self.mask, logit_rows=rows)  # in every layer, the queries of all rows choose blocks
-        if self.replayable and phase in self.warm and ids.numel() <= REPLAYED_TOKENS and self._load(ids, rows):
-            return self._replay(phase)[: len(rows)]
-        self.warm.add(phase)
-        return self.model(ids, self.mask, logit_rows=rows, first_row=self.first_row)
+        """Logits [n, V] of the flat rows [n] of ids [B, T]; the next call may overwrite them.
+
+        Raises:
+            FloatingPointError: the logits of the call before were not finite.
+        """
+        self.check()
+        phase = self._prepare(ids)
+        if self._replays(phase, ids, rows):
+            logits = self._replay(phase, ids, rows)
+        else:
+            self.warm.add(phase)
+            # the step that selects needs the queries of all rows in every layer
+            first_row = 0 if phase == SELECTING else self.first_row
+            logits = self.model(ids, self.mask, logit_rows=rows, first_row=first_row)
+        self.total = logits.sum(dtype=torch.float32)
+        return logits
 
     def skip(self, ids: Tensor) -> bool:
         """Count a step that needs no logits, and run nothing; not a step that selects blocks: False."""
-        if self._begin(ids) == SELECTING:
+        if self._prepare(ids) == SELECTING:
             return False
         if self.run is not None:
-            self.run.end()
+            self.run.count()
         return True
 
-    def _begin(self, ids: Tensor) -> str | None:
-        """Announce the step to the run; its phase, None without SparseD."""
+    def check(self) -> None:
+        """Raise FloatingPointError if the latest logits were not finite.
+
+        Asked at the next step, when the sampler has waited for the device anyway.
+        """
+        if self.total is not None and not torch.isfinite(self.total):
+            raise FloatingPointError("the model's logits are not finite: float32 may hold what another dtype cannot")
+
+    def _prepare(self, ids: Tensor) -> str:
+        """The step's phase; a graph that reads blocks which have been chosen anew since is dropped."""
         if self.run is None:
-            return None
-        self.run.begin(tuple(ids.shape))
-        return self.run.phase
+            return FULL
+        phase = self.run.prepare(tuple(ids.shape))
+        if self.run.pattern_version != self.pattern_version:
+            self.graphs.pop(SPARSE, None)
+            self.pattern_version = self.run.pattern_version
+        return phase
 
-    def _load(self, ids: Tensor, rows: Tensor) -> bool:
-        """Put the step's inputs where the graphs read them; False if there are more rows than those were made for."""
-        if self.inputs is None:
-            self.inputs = ids.clone(), rows.clone()
-        ids_read, rows_read = self.inputs
-        if len(rows) > len(rows_read):
+    def _replays(self, phase: str, ids: Tensor, rows: Tensor) -> bool:
+        """Whether there is a graph for the step; the second of its phase captures one."""
+        fits = ids.numel() <= REPLAYED_TOKENS and len(rows) <= self.most_rows
+        if phase == SELECTING or phase not in self.warm or not self.replayable or not fits:
             return False
-        ids_read.copy_(ids)
-        rows_read[: len(rows)].copy_(rows)  # behind them, rows of earlier steps: logits that nobody reads
-        return True
+        if phase not in self.graphs:
+            try:
+                self.graphs[phase] = self._capture(ids)
+            except RuntimeError:  # something in the model waits for the device, or there is no memory for a graph
+                self.replayable = False
+        return self.replayable
 
-    def _replay(self, phase: str | None) -> Tensor:
-        """The phase's logits for the loaded inputs, from its graph, which is captured first if there is none yet."""
-        if phase in self.graphs:
-            graph, logits = self.graphs[phase]
-            if self.run is not None:
-                self.run.end()
-        else:
-            graph, logits = self.graphs[phase] = self._capture()  # a forward, which counts the step itself
-        graph.replay()
-        return logits
-
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        ids, rows = self.inputs
+    def _capture(self, ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        if self.inputs is None:
+            self.inputs = ids.clone(), torch.full((self.most_rows,), self.first_row, device=ids.device)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self.graphs.values()), None)
+        before = None if self.run is None else self.run.step
         # other threads may go on using the GPU meanwhile
         with torch.cuda.device(ids.device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            logits = self.model(ids, self.mask, logit_rows=rows, first_row=self.first_row)
+            logits = self.model(self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row)
+        if self.run is not None:
+            self.run.step = before  # nothing has been computed yet
         return graph, logits
+
+    def _replay(self, phase: str, ids: Tensor, rows: Tensor) -> Tensor:
+        graph, logits = self.graphs[phase]
+        self.inputs[0].copy_(ids)
+        self.inputs[1][: len(rows)].copy_(rows)  # behind them, rows of earlier steps: logits that nobody reads
+        graph.replay()
+        if self.run is not None:
+            self.run.count()
+        return logits[: len(rows)]
 
 
 def _replayable(model: nn.Module) -> bool:
-    """Whether the model lies on one GPU and nobody has hooked into it: a replay calls no hook."""
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    devices = {parameter.device for parameter in model.parameters()}
-    return not hooked and len(devices) == 1 and next(iter(devices)).type == "cuda"
+    """Whether the model lies on one GPU, and nobody has hooked into it or replaced its methods: a replay calls none."""
+    if {parameter.device.type for parameter in model.parameters()} != {"cuda"}:
+        return False
+    for module in model.modules():
+        replaced = [name for name, value in module.__dict__.items() if callable(value) and hasattr(type(module), name)]
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if any(not hasattr(module.__dict__[name], "sparsed_run") for name in replaced):
+            return False
+    return len({parameter.device for parameter in model.parameters()}) == 1

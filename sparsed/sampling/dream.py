@@ -65,6 +65,7 @@ def dream_generate(
     Raises:
         ValueError: a number, shape or name outside its range, or a mask token inside the prompt.
         RuntimeError: `config` given inside `sparsify`.
+        FloatingPointError: the model's logits were not finite.
     """
     check_family(model, "dream")
     check_numbers(gen_length=gen_length, steps=steps)
@@ -78,7 +79,7 @@ def dream_generate(
     fractions = commit_fractions(steps, eps)
     idle = idle_steps(gen_length, fractions) if temperature == 0 and alg != "origin" else 0
     with attention_of(model, config, steps, gen_length):
-        denoiser = Denoiser(model, mask, input_ids.shape[1] - 1)
+        denoiser = Denoiser(model, mask, input_ids.shape[1] - 1, len(canvas) * gen_length)
         for step in range(steps):
             if step < idle and denoiser.skip(canvas):
                 tell(on_step, step, False)
@@ -98,6 +99,7 @@ def dream_generate(
                     ranking = draw_order(ranking / alg_temp, generator)
                 commit(canvas, rows, tokens, ranking, counts)
             tell(on_step, step, True)
+        denoiser.check()
     return canvas
 
 

@@ -65,6 +65,7 @@ def llada_generate(
     Raises:
         ValueError: a number, shape or name outside its range, or a mask token inside the prompt.
         RuntimeError: `config` given inside `sparsify`.
+        FloatingPointError: the model's logits were not finite.
     """
     check_family(model, "llada")
     check_numbers(gen_length=gen_length, steps=steps, block_length=block_length)
@@ -77,7 +78,9 @@ def llada_generate(
     eos, eot = model.config.eos_token_id, model.config.eot_token_id
     prompt_len = input_ids.shape[1]
     with attention_of(model, config, steps, gen_length):
-        denoiser = Denoiser(model, mask if cfg_scale == 0 or mask is None else torch.cat((mask, mask)), prompt_len)
+        halves = 1 if cfg_scale == 0 else 2
+        mask = None if mask is None else mask.repeat(halves, 1)
+        denoiser = Denoiser(model, mask, prompt_len, halves * len(canvas) * block_length)
         for step in range(steps):
             block, inner = divmod(step, steps_a_block)
             end = prompt_len + (block + 1) * block_length
@@ -101,6 +104,7 @@ def llada_generate(
                     logits[:, eos] = -torch.inf
             commit(canvas, rows, tokens, confidence(logits, tokens, remasking, generator), counts[:, inner])
             tell(on_step, step, True)
+        denoiser.check()
     return canvas
 
 
