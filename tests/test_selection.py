@@ -186,7 +186,7 @@ def check_scores(scores, q, k, block_size, valid, tolerance=2e-5):
 @pytest.mark.parametrize(("length", "block_size", "heads", "pads"), SCORE_CASES)
 def test_block_scores(monkeypatch, length, block_size, heads, pads, chunk):
     if chunk:
-        monkeypatch.setattr(importlib.import_module("sparsed.kernels.block_scores"), "CHUNK", chunk)
+        monkeypatch.setattr(importlib.import_module("sparsed.kernels.block_scores"), "CPU_CHUNK", chunk)
     q, k = attention_inputs(length, heads, batch=2)
     valid = None if pads is None else left_padding(length, pads)
     check_scores(block_scores(q, k, block_size=block_size, key_valid=valid), q, k, block_size, valid)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .compiled import block_scores_triton, usable
 
-# float32 elements of one chunk of attention probabilities in the torch twin: 64 MiB
-CHUNK = 1 << 24
+# float32 elements of one chunk of attention probabilities in plain torch, which holds at least a block of queries: small
+# ones stay in a CPU's cache, large ones fill a GPU
+CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
 
 
 def block_scores(
@@ -44,7 +45,8 @@ def block_scores_torch(q: Tensor, k: Tensor, *, block_size: int, key_valid: Tens
     batch, heads, length, _ = q.shape
     n_blocks = -(-length // block_size)
     scores = q.new_zeros(batch, heads, n_blocks, n_blocks, dtype=torch.float32)
-    rows = max(1, CHUNK // (length * block_size)) * block_size
+    budget = CPU_CHUNK if q.device.type == "cpu" else GPU_CHUNK
+    rows = max(1, budget // (length * block_size)) * block_size
     for b in range(batch):
         valid = None if key_valid is None else key_valid[b]
         for h in range(heads):
