@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .compiled import block_scores_triton, usable
 
-# float32 elements of one chunk of attention probabilities in plain torch, which holds at least a block of queries: small
-# ones stay in a CPU's cache, large ones fill a GPU
+# float32 elements of one chunk of attention probabilities in plain torch, which holds at least one block of queries:
+# small ones stay in a CPU's cache, large ones fill a GPU
 CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
 
 
