@@ -3,7 +3,8 @@
     python -m benchmarks.attention --family llada --lengths 4k,16k,64k --backends flash,triton --out FILE.json
 
 Batch 1, 128 new tokens, bfloat16; the pattern is random, of the scripts' default density. Each kernel is first held
-against float64 on some rows, then timed. Beside full attention stand torch's own cuDNN and FlashAttention-2 kernels.
+against float64 on some rows, then timed. For comparison, torch's own cuDNN and FlashAttention-2 kernels stand beside
+full attention, and FlexAttention's two kernels over the same blocks, with the seconds that their first use takes.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sparsed import SparseDConfig
 from sparsed.attention import BACKENDS, Problem, unavailable
@@ -28,6 +30,8 @@ TORCH_KERNELS = {
     "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
     "torch FlashAttention-2": SDPBackend.FLASH_ATTENTION,
 }
+FLEX_KERNELS = ("FLASH", "TRITON")
+FLEX_BLOCK = 128  # the tile of both, which blocks have to be made of
 
 
 def measure(heads: Heads, config: SparseDConfig, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -36,11 +40,13 @@ def measure(heads: Heads, config: SparseDConfig, args: argparse.Namespace) -> li
     rows = [full, *(torch_entry(name, heads, kind) for name, kind in TORCH_KERNELS.items())]
     for size in map(int, args.block_sizes):
         pattern = random_pattern(heads, config.select, size)
-        for backend in args.backends:
-            row = sparse_entry(backend, heads, pattern)
+        entries = [sparse_entry(backend, heads, pattern) for backend in args.backends]
+        if size == FLEX_BLOCK:
+            entries += [flex_entry(kernel, heads, pattern) for kernel in FLEX_KERNELS]
+        for row in entries:
             if "seconds" in row and "seconds" in full:
                 row["ratio"] = row["seconds"]["median"] / (full["seconds"]["median"] * row["density"])
-            rows.append(row)
+        rows += entries
     return rows
 
 
@@ -62,29 +68,69 @@ def dense_entry(name: str, heads: Heads, attention: Callable[[Tensor, Tensor, Te
 
 
 def torch_entry(name: str, heads: Heads, kind: SDPBackend) -> dict[str, Any]:
+    return compared(dense_entry(name, heads, torch_kernel(kind)))
+
+
+def compared(row: dict[str, Any]) -> dict[str, Any]:
     """A row for comparison: that torch lacks the kernel here is no fault."""
-    row = dense_entry(name, heads, torch_kernel(kind))
     if "error" not in row:
         row["unavailable"] = row.pop("fault")
     return row
 
 
+def flex_attention_over(pattern: Pattern, kernel: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention over the blocks of an unpadded pattern, all of them FULL blocks."""
+    indices, length = pattern.indices, pattern.grid.length
+    counts = indices.new_full(indices.shape[:-1], indices.shape[-1])
+    # always true; but over a mask_mod that captures no tensor, the FLASH kernel silently drops the blocks
+    end = indices.new_full(indices.shape[:1], length)
+    blocks = BlockMask.from_kv_blocks(
+        torch.zeros_like(counts),
+        indices,  # none of them partial; yet the Triton kernel walks the full ones with this tensor's strides
+        counts,
+        indices,
+        BLOCK_SIZE=pattern.grid.block_size,
+        mask_mod=lambda b, h, q_index, kv_index: kv_index < end[b],
+        seq_lengths=(length, length),
+        compute_q_blocks=False,
+    )
+    compiled = torch.compile(flex_attention, fullgraph=True)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options = {"BACKEND": kernel}
+        return compiled(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
+
+    return attention
+
+
+def flex_entry(kernel: str, heads: Heads, pattern: Pattern) -> dict[str, Any]:
+    torch._dynamo.reset()  # so that every length's first use is one
+    return compared(pattern_entry(f"FlexAttention {kernel}", heads, pattern, flex_attention_over(pattern, kernel)))
+
+
 def sparse_entry(backend: str, heads: Heads, pattern: Pattern) -> dict[str, Any]:
     """The row of one backend over one pattern, or why it cannot run."""
-    fields = {"block_size": pattern.grid.block_size, "density": pattern.density.item()}
     batch, n_heads, _, head_dim = heads.q.shape
     kv_heads, block_size = heads.k.shape[1], pattern.grid.block_size
     problem = Problem(heads.q.device, heads.q.dtype, batch, n_heads, kv_heads, head_dim, block_size, False)
     reason = unavailable(backend, problem)
     if reason is not None:
+        fields = {"block_size": block_size, "density": pattern.density.item()}
         return {"kernel": backend, **fields, "unavailable": reason}
-    attention = BACKENDS[backend](pattern)
+    return pattern_entry(backend, heads, pattern, BACKENDS[backend](pattern))
+
+
+def pattern_entry(
+    name: str, heads: Heads, pattern: Pattern, attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> dict[str, Any]:
+    """The row of one kernel over a pattern's blocks."""
+    fields = {"block_size": pattern.grid.block_size, "density": pattern.density.item()}
 
     def work() -> Tensor:
         return attention(heads.q, heads.k, heads.v)
 
     flops = 2 * heads.matmul_flops * fields["density"]
-    return entry(backend, work, lambda out: attention_gate(out, heads, pattern), flops) | fields
+    return entry(name, work, lambda out: attention_gate(out, heads, pattern), flops) | fields
 
 
 def random_pattern(heads: Heads, select: float, block_size: int) -> Pattern:

@@ -195,7 +195,9 @@ def run(parser: Parser, argv: list[str] | None, measure: Measure, ratio: str) ->
 
 def table(rows: list[dict[str, Any]], ratio: str) -> str:
     """A line for each kernel: time, speed, and what kept it from being timed."""
-    columns = ["prompt", "kernel", "block", "density", "ms", "quartiles", "TFLOP/s", ratio, "error (allowed)"]
+    columns = [
+        "prompt", "kernel", "block", "density", "first use", "ms", "quartiles", "TFLOP/s", ratio, "error (allowed)",
+    ]  # fmt: skip
     return markdown(columns, [_line(row) for row in rows])
 
 
@@ -205,9 +207,10 @@ def _line(row: dict[str, Any]) -> list[str]:
 
     line = [row["length"], row["kernel"], cell("block_size", "d"), cell("density", ".3f")]
     if "seconds" not in row:
-        return [*line, *["-"] * 4, row.get("fault") or row["unavailable"]]
+        return [*line, *["-"] * 5, row.get("fault") or row["unavailable"]]
     median, quartiles = row["seconds"]["median"], row["seconds"]["quartiles"]
-    times = [f"{1e3 * median:.3f}", " to ".join(f"{1e3 * value:.3f}" for value in quartiles)]
+    spread = " to ".join(f"{1e3 * value:.3f}" for value in quartiles)
+    times = [f"{row['first_use_seconds']:.1f} s", f"{1e3 * median:.3f}", spread]
     return [
         *line,
         *times,
