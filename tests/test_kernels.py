@@ -118,6 +118,7 @@ INTERPRETED = """
 import contextlib
 import torch
 from sparsed.kernels import elementwise
+from standins import tiny_dream, tiny_llada
 from test_kernels import check_elementwise
 
 @contextlib.contextmanager
@@ -128,6 +129,16 @@ def kernels():
 
 check_elementwise(torch.float16, "cpu", 1e-3, kernels)
 check_elementwise(torch.float32, "cpu", 1, kernels)
+
+for model in (tiny_dream(), tiny_llada()):
+    ids, mask = torch.randint(0, 90, (2, 21)), torch.ones(2, 21)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        expected = model(ids, mask, first_row=16)
+        with kernels():
+            got = model(ids, mask, first_row=16)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    assert got.isfinite().all()
 """
 
 
