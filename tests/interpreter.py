@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-POISON = """
+PREPARED = """
 import torch
+torch.manual_seed(0)  # as the fixture does in this process
 empty = torch.empty
 torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
 """
@@ -20,6 +21,6 @@ def interpret(code):
     pytest.importorskip("triton")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    code = f"{POISON}\n{code}\nprint('done')"
+    code = f"{PREPARED}\n{code}\nprint('done')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr[-3000:]
