@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsed import SparseDConfig
 from sparsed.blocks import Pattern
 from sparsed.cli.arguments import Parser
+from sparsed.kernels import error_and_bound
 
 from .common import (
     LENGTHS,
@@ -75,8 +76,7 @@ class Gate:
     @staticmethod
     def of(out: Tensor, dense: Tensor, exact: Tensor) -> "Gate":
         """`out` may err twice as much as `dense`, which is plain bfloat16, plus a rounding."""
-        error, dense_error = ((x.double() - exact).abs().max().item() for x in (out, dense))
-        return Gate(error, 2 * dense_error + torch.finfo(DTYPE).eps * exact.abs().max().item())
+        return Gate(*error_and_bound(out, dense, exact, DTYPE))
 
     @property
     def passed(self) -> bool:

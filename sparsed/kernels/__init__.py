@@ -1,5 +1,6 @@
 """Compute kernels, each beside its plain-torch twin."""
 
+from .accuracy import error_and_bound
 from .block_scores import block_scores, block_scores_torch
 from .compiled import block_sparse_attention, triton_fault
 from .elementwise import add_rms_norm, rms_norm, rotate, silu_product
@@ -11,6 +12,7 @@ __all__ = [
     "block_scores",
     "block_scores_torch",
     "block_sparse_attention",
+    "error_and_bound",
     "flash_block_sparse",
     "flash_fault",
     "full_attention",
