@@ -118,21 +118,26 @@ def generation(model: torch.nn.Module, prompt: torch.Tensor, schedule: Schedule,
 def plan(warm: dict[str, Generation], settings: Settings) -> tuple[dict[str, Schedule], int]:
     """The schedule of each mode, and how often the modes are run in turn, from the steps of the first generations.
 
-    Each phase gets the budget's seconds, but no more steps than it has in a whole run of 128.
+    Each phase gets the budget's seconds, but no more steps than it has in a whole run of 128, and all of those if twice
+    the budget is enough: only a whole run shows what capturing graphs costs.
     """
+
+    def affordable(seconds: float, fewest: int, most: int) -> int:
+        return most if most * seconds <= 2 * settings.budget else clamp(settings.budget / seconds, fewest, most)
+
     steps, n_full = WHOLE[0], settings.config.n_full(WHOLE[0])
     if settings.steps is not None:
         steps, n_full = settings.steps, settings.config.n_full(settings.steps)
         schedules = {"origin": Schedule(steps), "sparsed": Schedule(n_full, steps - n_full)}
         return {mode: schedules[mode] for mode in warm}, 1
     full = min(s for run in warm.values() for s in run.seconds[: run.n_full] if s > 0)
-    schedules = {"origin": Schedule(clamp(settings.budget / full, FEWEST_FULL, steps))}
+    schedules = {"origin": Schedule(affordable(full, FEWEST_FULL, steps))}
     seconds = schedules["origin"].full * full
     if "sparsed" in warm:
         sparse = min(warm["sparsed"].phases.sparse)
         schedules["sparsed"] = Schedule(
-            clamp(settings.budget / full, FEWEST_FULL, n_full),
-            clamp(settings.budget / sparse, FEWEST_SPARSE, steps - n_full),
+            affordable(full, FEWEST_FULL, n_full),
+            affordable(sparse, FEWEST_SPARSE, steps - n_full),
         )
         seconds += schedules["sparsed"].full * full + schedules["sparsed"].sparse * sparse
     return {mode: schedules[mode] for mode in warm}, clamp(MOST_ROUNDS * settings.budget / seconds, 1, MOST_ROUNDS)

@@ -188,8 +188,12 @@ def test_tiles_fit_the_shared_memory(monkeypatch, block_size, group, row_bytes, 
     rows, keys, stages = block_sparse_triton._tile(block_size, group, row_bytes, device)
     assert (rows + 2 * keys * stages) * row_bytes < shared_memory * 1024
     assert rows >= 16 and keys >= 16 and stages >= 1 and rows & (rows - 1) == keys & (keys - 1) == 0
-    tile, stages = block_scores_triton._tile(row_bytes, torch.bfloat16, device)
-    assert (1 + stages) * tile * row_bytes < shared_memory * 1024 and tile >= 16 and tile & (tile - 1) == 0
+    d_tile = row_bytes // 2
+    for held in (False, True) if d_tile <= 128 else (False,):
+        tile, stages = block_scores_triton._tile(d_tile, torch.bfloat16, held, device)
+        first, later = (tile + d_tile, stages * tile) if held else (tile, (1 + stages) * tile)
+        assert max(first, later) * row_bytes < shared_memory * 1024
+        assert tile >= 16 and tile & (tile - 1) == 0 and stages >= 1
 
 
 def test_density_of_a_pattern():

@@ -161,4 +161,3 @@ def test_kernels_are_left_where_a_gradient_is_wanted(monkeypatch):
 def test_elementwise_kernels(dtype):
     # sums of squares are added in another order, which now and then tips a rounding
     check_elementwise(dtype, "cuda", 1e-3 if dtype != torch.float32 else 1)
-

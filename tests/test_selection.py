@@ -241,13 +241,14 @@ def test_ranking_in_chunks_of_heads(monkeypatch, chunk):
 
 INTERPRETED = """
 from test_selection import SCORE_CASES, attention_inputs, check_scores, left_padding, log_sum_exp
-from sparsed.kernels.block_scores_triton import block_scores_triton
+from sparsed.kernels import block_scores, compiled
+compiled.triton_fault = lambda device: None
 for length, block_size, heads, pads in SCORE_CASES:
     for width in (16, 32) if pads is None else (16,):
         q, k = attention_inputs(length, heads, batch=2, width=width)
         valid = None if pads is None else left_padding(length, pads)
         for lse in (None, log_sum_exp(q, k, valid)):
-            scores = block_scores_triton(q, k, block_size=block_size, key_valid=valid, lse=lse)
+            scores = block_scores(q, k, block_size=block_size, key_valid=valid, lse=lse)
             check_scores(scores, q, k, block_size, valid)
 """
 

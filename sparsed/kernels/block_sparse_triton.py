@@ -58,7 +58,7 @@ def block_sparse_attention(
         PIECES=pieces,
         ROWS=rows,
         KEYS=keys,
-        num_warps=4,
+        num_warps=8 if rows == 128 else 4,
         num_stages=stages,
     )  # fmt: skip
     return out
@@ -71,11 +71,11 @@ def _tile(block_size: int, group: int, row_bytes: int, device: torch.device) -> 
     """
     span = block_size * group
     rows = 128 if span % 128 == 0 else 64 if span % 64 == 0 else min(128, max(16, triton.next_power_of_2(span)))
-    keys = 64
+    keys = 128 if block_size % 128 == 0 else 64
     # a tile gathered from several blocks gains nothing from a third stage
     stages = 3 if block_size % keys == 0 else 2
     while not fits((rows + 2 * keys * stages) * row_bytes, device) and (rows, keys, stages) != (16, 16, 1):
-        if stages > 1:
+        if stages == 3 or (stages == 2 and keys <= 64):
             stages -= 1
         elif keys > 16:
             keys //= 2
