@@ -60,17 +60,18 @@ def setup_seconds(generations: list[Steps]) -> float:
 
 
 def whole_run(run: dict[str, Any], steps: int, n_full: int | None) -> float | None:
-    """Seconds of a whole run put together from the medians: n_full full steps, the selection, sparse steps.
+    """Seconds of a whole run put together: n_full full steps, the selection and sparse steps at their medians, setup.
 
     All steps are full without `n_full`; None where a phase that the run has was not measured.
     """
+    setup = run.get("setup_seconds", 0.0)
     if n_full is None:
-        return run["full_step"] and steps * run["full_step"]["median"]
+        return run["full_step"] and steps * run["full_step"]["median"] + setup
     found = [run[name] and run[name]["median"] for name in ("full_step", "selection", "sparse_step")]
     if None in found:
         return None
     full, selection, sparse = found
-    return n_full * full + selection + (steps - n_full) * sparse
+    return n_full * full + selection + (steps - n_full) * sparse + setup
 
 
 def bound(skip: float, full: float, sparse: float) -> float:
@@ -96,7 +97,7 @@ def derive(runs: dict[str, dict[str, Any]], config: SparseDConfig) -> dict[str, 
 def _whole_runs(runs: dict[str, dict[str, Any]], config: SparseDConfig, steps: int) -> dict[str, float]:
     n_full = {"sparsed": config.n_full(steps), "released_sparsed": released_n_full(steps, config.skip)}
     times = {name: whole_run(run, steps, n_full.get(name)) for name, run in runs.items()}
-    if steps == WHOLE[0]:  # short enough to be run: then graph capture counts too
+    if steps == WHOLE[0]:  # short enough to be run
         times |= {name: run.get("measured_whole_seconds") or times[name] for name, run in runs.items()}
     return {name: time for name, time in times.items() if time is not None}
 

@@ -1,4 +1,4 @@
-"""A Markdown table and a plot of the records that `benchmarks.latency` wrote.
+"""Markdown tables and a plot of the records that `benchmarks.latency` wrote.
 
     python -m benchmarks.plot benchmarks/results/latency-*.json --out latency.png
 
@@ -33,6 +33,36 @@ def table(records: list[dict[str, Any]]) -> str:
     return markdown(COLUMNS, lines)
 
 
+def overview(records: list[dict[str, Any]]) -> str:
+    """A line for each length: our steps, how many times faster a whole run with SparseD is than others, memory."""
+    columns = [
+        "model", "prompt", "full step", "sparse step", "choosing blocks", f"{WHOLE[0]} steps", "than --origin",
+        "than released --origin", "than released SparseD", "peak memory (released)",
+    ]  # fmt: skip
+    rows = [(record["family"], row) for record in records for row in record["rows"] if "sparsed" in row["runs"]]
+    rows.sort(key=lambda item: (item[0], item[1]["prompt_tokens"]))
+    return markdown(columns, [_overview_line(family, row) for family, row in rows])
+
+
+def _overview_line(family: str, row: dict[str, Any]) -> list[str]:
+    runs, steps = row["runs"], str(WHOLE[0])
+    full = runs.get("origin", runs["sparsed"])["full_step"]
+    chosen = runs["sparsed"]["selection"] if runs["sparsed"]["backend"] != "full" else None
+    sparse = runs["sparsed"]["sparse_step"] if chosen else None
+    memory = [
+        f"{runs[name]['peak_memory_bytes'] / 1e9:.0f}" if runs.get(name, {}).get("peak_memory_bytes") else "-"
+        for name in ("sparsed", "released_sparsed")
+    ]
+    return [
+        family,
+        row["length"],
+        *(_seconds(phase and phase["median"]) for phase in (full, sparse, chosen)),
+        _seconds(row["whole_seconds"][steps].get("sparsed")),
+        *(_times(row["speedup"][steps].get(name)) for name in ("origin", "released_origin", "released_sparsed")),
+        f"{memory[0]} GB ({memory[1]})",
+    ]
+
+
 def _failure(family: str, row: dict[str, Any], text: str) -> list[str]:
     return [family, row["length"], text, *["-"] * (len(COLUMNS) - 3)]
 
@@ -64,7 +94,7 @@ def _seconds(value: float | None) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> str:
-    """Draw whole runs over the prompt's length, a panel for each family; returns a line that says what became of it."""
+    """Draw whole runs at each length, a panel for each family; returns a line that says what became of it."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no plot: matplotlib is not installed"
     import matplotlib
@@ -85,18 +115,19 @@ def draw(records: list[dict[str, Any]], path: Path) -> str:
 def _panel(panel: Any, family: str, rows: list[dict[str, Any]]) -> None:
     rows = sorted(rows, key=lambda row: row["prompt_tokens"])
     shown = [name for name in RUNS if any(name in row["runs"] for row in rows)]
+    slowest = [max(row["whole_seconds"][str(WHOLE[0])].values(), default=1.0) for row in rows]
     for place, name in enumerate(shown):
-        heights = [row["whole_seconds"][str(WHOLE[0])].get(name, 0) for row in rows]
+        seconds = [row["whole_seconds"][str(WHOLE[0])].get(name, 0) for row in rows]
         middle = [index + (place - (len(shown) - 1) / 2) * 0.2 for index in range(len(rows))]
+        heights = [each / most for each, most in zip(seconds, slowest, strict=True)]
         bars = panel.bar(middle, heights, width=0.2, label=RUNS[name])
-        panel.bar_label(bars, [f"{height:.3g}" if height else "" for height in heights], fontsize=7)
-    panel.set_yscale("log")
+        panel.bar_label(bars, [f"{each:.3g}" if each else "" for each in seconds], fontsize=6)
     panel.set_xticks(range(len(rows)), [row["length"] for row in rows])
     panel.set_xlabel("prompt")
-    panel.set_ylabel(f"seconds, {WHOLE[0]} steps")
+    panel.set_ylabel(f"{WHOLE[0]} steps, slowest = 1 (bars: seconds)")
     panel.set_title(family)
-    panel.margins(y=0.15)
-    panel.legend(fontsize=8, loc="upper left")
+    panel.margins(y=0.3)
+    panel.legend(fontsize=8, loc="upper left", ncols=2)
 
 
 def read(parser: Parser, paths: list[Path]) -> list[dict[str, Any]]:
@@ -125,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         print(draw(records, args.out))
     except (OSError, ValueError) as error:
         parser.error(f"argument --out: {error}")
-    print(table(records))
+    print(f"{table(records)}\n\n{overview(records)}")
 
 
 if __name__ == "__main__":

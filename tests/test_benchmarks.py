@@ -2,6 +2,7 @@
 
 import ast
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparsed.blocks import Pattern
 from sparsed.kernels import block_scores_torch
 
 CONFIG = SparseDConfig()
+ROOT = Path(__file__).parents[1]
 
 
 def run_of(full, choosing=None, sparse=None, **fields):
@@ -89,6 +91,12 @@ def test_steps_by_phase():
     assert (steps.full, steps.sparse) == ([1.0, 1.2], [0.5, 0.4])
     assert steps.selection == pytest.approx(5.0 - 1.1)
     assert phases.split([0.0, 2.0, 3.0]) == phases.Steps([2.0, 3.0], None, [])
+
+
+def test_whole_run_pays_for_its_setup_once():
+    run = run_of(4.0, 5.0, 1.0) | {"setup_seconds": 0.5}
+    assert phases.whole_run(run, 128, None) == 128 * 4.0 + 0.5
+    assert phases.whole_run(run, 128, 26) == 26 * 4.0 + 5.0 + 102 * 1.0 + 0.5
 
 
 def test_setup_is_what_the_medians_do_not_explain():
@@ -441,3 +449,19 @@ def test_pattern_has_the_density_of_a_run(heads):
     pattern = attention.random_pattern(heads, CONFIG.select, 32)
     assert pattern.density.item() == pytest.approx(0.3, abs=0.05)
     assert heads.matmul_flops == 2 * 4 * 1000**2 * 32
+
+
+# --- what the README says
+
+
+def test_the_readme_shows_the_committed_records():
+    """Every number of its GPU table, worked out anew from the samples of the records."""
+    readme = (ROOT / "README.md").read_text()
+    records = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("latency-*.json"))]
+    for record in records:
+        for row in record["rows"]:
+            for run in row["runs"].values():
+                for phase in ("full_step", "selection", "sparse_step"):
+                    assert run[phase] is None or run[phase]["median"] == statistics.median(run[phase]["samples"])
+            row |= phases.derive(row["runs"], SparseDConfig(**record["config"]))
+    assert plot.overview(records) in readme

@@ -182,12 +182,17 @@ def _version() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file is in, None for an installed package or without git."""
+    """The commit of the checkout that this file is in, -dirty if its files have changed since; None without git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        found = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        found = subprocess.run(
+            ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if found.returncode == 0 else None
