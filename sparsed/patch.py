@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .attention import BACKENDS, Problem, SparseAttention, check_backend, choose_backend
 from .blocks import BlockGrid
 from .config import SparseDConfig, check_numbers
-from .kernels import full_attention
-from .selection import choose_blocks, compile_scores
+from .kernels import block_scores, full_attention
+from .selection import SPARSED, Rule, compile_scores
 
 # what a step computes
 FULL, SELECTING, SPARSE = "full", "selecting", "sparse"
@@ -30,16 +30,16 @@ class Run:
 
     Attributes:
         step: index of the next denoising step (inside a forward: of the current one).
-        n_full: number of leading steps with full attention.
+        n_full: number of leading steps with full attention; 0 under a rule that needs none.
         backend, backend_reason: the kernel of the sparse steps and why it was taken; None until blocks are chosen.
         compile_seconds: time spent choosing and compiling kernels, part of step n_full - 1's time.
         phase: what the next step (inside a forward: the current one) computes: FULL, SELECTING or SPARSE.
         pattern_version: changes whenever the chosen blocks do.
     """
 
-    def __init__(self, config: SparseDConfig, steps: int, gen_length: int, backend: str):
-        self.config, self.steps, self.gen_length = config, steps, gen_length
-        self.n_full = config.n_full(steps)
+    def __init__(self, config: SparseDConfig, steps: int, gen_length: int, backend: str, rule: Rule):
+        self.config, self.steps, self.gen_length, self.rule = config, steps, gen_length, rule
+        self.n_full = 0 if rule.blind else config.n_full(steps)
         self.backend: str | None = None
         self.backend_reason: str | None = None
         self.compile_seconds = 0.0
@@ -107,7 +107,7 @@ class Run:
         """The last full step selects, unless no sparse step follows; a run that keeps every block stays full."""
         if self._keeps_all or self.n_full == self.steps or self.step < self.n_full - 1:
             return FULL
-        return SELECTING if self.step == self.n_full - 1 else SPARSE
+        return SELECTING if self.step == max(0, self.n_full - 1) else SPARSE
 
     def current_phase(self) -> str:
         """The phase of the step whose forward is running; RuntimeError if none is."""
@@ -134,23 +134,30 @@ class Run:
         return self._select(layer, q, k, v, mask, full)
 
     def _select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
-        """Full attention, and the blocks that the sparse steps will attend to."""
+        """Full attention, and the blocks that the sparse steps will attend to; a blind rule's at once."""
         length = q.shape[2]
         if k.shape[2] != length:
             raise ValueError(f"sparsify needs all tokens in every forward, got {length} queries and {k.shape[2]} keys")
         if self._grid is None:
             self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
         grid = self._grid.to(q.device)
-        # without a mask, ours is the model's own full attention, and can give the log-sum-exp along with it
-        out, lse = full_attention(q, k, v) if mask is None or isinstance(mask, str) else (full(), None)
+        out = lse = None
+        if not self.rule.blind:
+            # without a mask, ours is the model's own full attention, and can give the log-sum-exp along with it
+            out, lse = full_attention(q, k, v) if mask is None or isinstance(mask, str) else (full(), None)
         first = q.device not in self._devices
         if first:
             self._devices.add(q.device)
             self._timed(lambda: self._prepare(q, k, lse, grid), q.device)
-        pattern = choose_blocks(q, k, grid, self.config.select, lse=lse, compiled=self.backend != "gather")
+
+        def score() -> Tensor:
+            compiled = self.backend != "gather"
+            return block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid, lse=lse, compiled=compiled)
+
+        pattern = self.rule.choose(q, score, grid, self.config.select)
         self._densities.append(pattern.density)
         self._sparse[layer] = BACKENDS[self.backend](pattern)
-        return out
+        return self._sparse[layer](q, k, v) if self.rule.blind else out
 
     def _prepare(self, q: Tensor, k: Tensor, lse: Tensor | None, grid: BlockGrid) -> None:
         """Choose the backend, whose self-check compiles it, and have the scores' kernel compiled."""
@@ -158,7 +165,7 @@ class Run:
             q.device, q.dtype, *q.shape[:2], k.shape[1], q.shape[3], grid.block_size, grid.key_valid is not None
         )
         self.backend, self.backend_reason = choose_backend(self._wanted, problem, grid.length)
-        if self.backend != "gather":
+        if self.backend != "gather" and not self.rule.blind:
             compile_scores(q, k, grid, lse)
 
     def _timed(self, work: Callable[[], Any], device: torch.device) -> None:
@@ -197,7 +204,13 @@ def valid_keys(mask: Any, k: Tensor) -> Tensor | None:
 
 @contextmanager
 def sparsify(
-    model: nn.Module, config: SparseDConfig, *, steps: int, gen_length: int, backend: str = "auto"
+    model: nn.Module,
+    config: SparseDConfig,
+    *,
+    steps: int,
+    gen_length: int,
+    backend: str = "auto",
+    rule: Rule = SPARSED,
 ) -> Iterator[Run]:
     """Patch the attention of any loaded Dream or LLaDA with SparseD while the context is open.
 
@@ -211,6 +224,7 @@ def sparsify(
         steps: denoising steps of one generation, one forward each.
         gen_length: tokens of the generated region, at the end of every forward's sequence.
         backend: auto, flash, triton or gather.
+        rule: how blocks are chosen, for comparisons with other methods.
 
     Yields:
         The `Run`, with `reset()` and what was measured.
@@ -229,7 +243,7 @@ def sparsify(
         raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
     if run_of(model) is not None:
         raise RuntimeError("the model is inside another sparsify already: leave it, or generate without config=")
-    run = Run(config, steps, gen_length, backend)
+    run = Run(config, steps, gen_length, backend, rule)
     with ExitStack() as undo:
         for layer, (module, name, patched) in enumerate(seams):
             _replace(undo, module, name, patched(run, layer, module, getattr(module, name)), run)

@@ -4,6 +4,9 @@ The prompt and the generated region each have their own budget, because the gene
 otherwise win or lose as a whole.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -44,21 +47,24 @@ def _highest(scores: Tensor, keep: int) -> Tensor:
     return above | (level & (level.cumsum(-1) <= room))
 
 
-def choose_blocks(
-    q: Tensor, k: Tensor, grid: BlockGrid, select: float, *, lse: Tensor | None = None, compiled: bool = True
-) -> Pattern:
-    """Score the blocks of q [B, Hq, T, D] and k [B, Hkv, T, D] (after rotary embedding) and keep the best ones.
+@dataclass(frozen=True)
+class Rule:
+    """How a layer's key blocks are chosen.
 
     Args:
-        lse: [B, Hq, T] float32, the log-sum-exp of every query's scaled logits, if full attention gave it.
-        compiled: whether the scores may come from a compiled kernel.
+        choose: (q [B, Hq, T, D], score, grid, select) -> Pattern; score() gives the block scores [B, Hq, nQ, nK].
+        blind: the choice reads no scores, so it needs no full attention first, and holds from step 0 on.
     """
-    scores = block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid, lse=lse, compiled=compiled)
-    return isolated_top_k(scores, grid, select)
+
+    choose: Callable[[Tensor, Callable[[], Tensor], BlockGrid, float], Pattern]
+    blind: bool = False
+
+
+SPARSED = Rule(lambda q, score, grid, select: isolated_top_k(score(), grid, select))
 
 
 def compile_scores(q: Tensor, k: Tensor, grid: BlockGrid, lse: Tensor | None) -> None:
-    """Score a single block, so that `choose_blocks` finds its kernel compiled for these dtypes and sizes."""
+    """Score a single block, so that the choice of blocks finds its kernel compiled for these dtypes and sizes."""
     piece = slice(0, grid.block_size)
     valid = None if grid.key_valid is None else grid.key_valid[:, piece]
     lse = None if lse is None else lse[:, :, piece]
@@ -85,7 +91,8 @@ def select_blocks(
         ValueError: shapes that do not fit each other, or a number outside its range.
     """
     _check_selection(q, k, prompt_len, block_size, select, key_valid)
-    return choose_blocks(q, k, BlockGrid(q.shape[2], prompt_len, block_size, key_valid), select).as_mask()
+    scores = block_scores(q, k, block_size=block_size, key_valid=key_valid)
+    return isolated_top_k(scores, BlockGrid(q.shape[2], prompt_len, block_size, key_valid), select).as_mask()
 
 
 def _check_selection(q, k, prompt_len, block_size, select, key_valid) -> None:

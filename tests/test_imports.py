@@ -20,6 +20,7 @@ ALLOWED = {
     "sampling": {"patch"},
     "prompts": set(),
     "cli": {"sampling", "patch", "attention", "models", "prompts"},
+    "evaluation": {"cli", "sampling", "patch", "attention", "models", "prompts", "selection", "blocks"},
     "__init__": {"sampling", "patch", "selection", "models"},
 }
 LEAVES = {"config", "models", "prompts"}  # not even config

@@ -22,8 +22,8 @@ from standins import DREAM, LLADA, MASK, HubDream
 from standins_llada import llada_sampler
 
 from sparsed import SparseDConfig, patch
+from sparsed.kernels import block_scores
 from sparsed.patch import valid_keys
-from sparsed.selection import choose_blocks
 
 # -------------------------------------------------------------------------------------------------- same as the twin
 
@@ -248,8 +248,8 @@ def test_where_every_block_is_kept_auto_keeps_full_attention(monkeypatch, any_mo
     steps = sequences(STEPS)
     dense = outputs(model, steps)
     scored = []
-    choose = lambda *args, **named: scored.append(1) or choose_blocks(*args, **named)  # noqa: E731
-    monkeypatch.setattr(patch, "choose_blocks", choose)
+    score = lambda *args, **named: scored.append(1) or block_scores(*args, **named)  # noqa: E731
+    monkeypatch.setattr(patch, "block_scores", score)
     with run(model, config=config) as state:
         assert torch.equal(outputs(model, steps), dense)
     assert not scored and (state.backend, state.density, state.step) == ("full", 1.0, STEPS)

@@ -1,20 +1,11 @@
 """From the flags to the answer: load, run, report, and turn what goes wrong into one line and an exit code."""
 
 import argparse
-import contextlib
-import math
-import os
-import signal
-import sys
-import threading
 import time
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import huggingface_hub
 import torch
-import transformers
 
 from ..attention import BackendError
 from ..models import load_model, load_tokenizer
@@ -23,17 +14,10 @@ from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, dem
 from ..sampling.common import PromptError, check_prompt
 from . import report
 from .arguments import parse
+from .ending import blame, guarded
 from .families import DREAM, LLADA, Family
 from .running import Job, first_forward, run_mode
-from .streams import Stdout, StdoutLost, settle, tell
-
-EXIT_WRONG, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 3, 130, 141, 143
-# seconds in which a second Ctrl-C means no more than the first; later ones count, lest a callback swallows the only one
-ONE_WISH = 1.0
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, to be handled as Ctrl-C is."""
+from .streams import Stdout, tell
 
 
 def main_dream(argv: list[str] | None = None) -> int:
@@ -47,31 +31,8 @@ def main_llada(argv: list[str] | None = None) -> int:
 
 
 def _main(family: Family, argv: list[str] | None) -> int:
-    program = os.path.basename(sys.argv[0])
-    try:
-        with _interruptible(ending=argv is None), _quiet_libraries():
-            args = parse(family, argv)
-            _generate(family, args)
-    except SystemExit as stop:  # argparse's way to end
-        return int(stop.code or 0)
-    except KeyboardInterrupt as signalled:
-        terminated = isinstance(signalled, Terminated)
-        tell(f"{program}: {'terminated' if terminated else 'interrupted'}")
-        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
-    except StdoutLost as lost:
-        if isinstance(lost.__cause__, BrokenPipeError):  # the reader has left, as `head` does
-            return EXIT_BROKEN_PIPE
-        tell(f"{program}: error: cannot write to stdout: {lost.__cause__.strerror}")
-        return EXIT_WRONG
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        advice = "try a shorter --prompt or --seq_len, --dtype bfloat16, or a device with more memory"
-        tell(f"{program}: error: out of memory; {advice}")
-        return EXIT_OUT_OF_MEMORY
-    finally:
-        settle()
-    return 0
+    advice = "try a shorter --prompt or --seq_len, --dtype bfloat16, or a device with more memory"
+    return guarded(lambda: _generate(family, parse(family, argv)), advice=advice, ending=argv is None)
 
 
 def _generate(family: Family, args: argparse.Namespace) -> None:
@@ -80,12 +41,12 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
         huggingface_hub.utils.disable_progress_bars()
     path = _model_path(family, args)
     source = "--demo" if args.demo else "--model_path"
-    with _blame(args, source):
+    with blame(args, source):
         tokenizer = load_tokenizer(path)
-    with _blame(args, args.prompt_option), _blame(args, source, (ChatTemplateError,)):
+    with blame(args, args.prompt_option), blame(args, source, (ChatTemplateError,)):
         prompt = _prompt(tokenizer, args)
     started = time.perf_counter()
-    with _blame(args, source):
+    with blame(args, source):
         model = load_model(path, device=args.device, dtype=args.dtype)
     load_seconds = time.perf_counter() - started
     beyond = len(prompt.input_ids) > model.config.max_length
@@ -97,7 +58,7 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
                 f"{model.config.max_length}"
             )
     job = Job(family, model, prompt.input_ids, args)
-    with _blame(args, args.prompt_option, (PromptError,)):
+    with blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
     first_forward_seconds = first_forward(job)
     # a record is worth writing without stdout too
@@ -116,7 +77,7 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
     if args.compare and not args.quiet:
         tell("\n".join(_comparison(record, model, tokenizer)))
     if args.json is not None:
-        with _blame(args, "--json"):
+        with blame(args, "--json"):
             report.write_json(args.json, record)
     stdout.finish()
 
@@ -124,10 +85,10 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
 def _model_path(family: Family, args: argparse.Namespace) -> str:
     """The folder or hub id to load, refused early if it holds the other family."""
     if args.demo:
-        with _blame(args, "--demo"):
+        with blame(args, "--demo"):
             return str(demo_path(family.name))
     path = args.model_path or family.model_path
-    with _blame(args, "--model_path"):
+    with blame(args, "--model_path"):
         found = read_json(checkpoint_folder(path, ["config.json"]) / "config.json").get("model_type")
     other = LLADA if family is DREAM else DREAM
     if str(found).lower() == other.name:
@@ -146,7 +107,7 @@ def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict
     args, stops = job.args, report.stop_ids(job.model.config, tokenizer)
     runs = []
     for mode in ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]:
-        with _blame(args, "--backend", (BackendError,)), _blame(args, "--dtype", (FloatingPointError,)):
+        with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
             run = run_mode(job, mode)
         ids = run["token_ids"]
         run["text"] = report.decode(tokenizer, ids[: report.answer_length(ids, stops)]).strip()
@@ -183,58 +144,3 @@ def _arguments(args: argparse.Namespace, path: str) -> dict[str, Any]:
     hidden = ("config", "parser", "text", "prompt_option")
     values = {name: value for name, value in vars(args).items() if name not in hidden}
     return {**values, "model_path": path, "json": None if args.json is None else str(args.json)}
-
-
-@contextlib.contextmanager
-def _blame(
-    args: argparse.Namespace, option: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)
-) -> Iterator[None]:
-    """Turn these errors of the library into a wrong-call line about `option`."""
-    try:
-        yield
-    except errors as error:
-        args.parser.error(f"argument {option}: {error}")
-
-
-@contextlib.contextmanager
-def _interruptible(ending: bool) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM unwind the stack, so that nothing half-written stays; once, if they come in a burst.
-
-    Args:
-        ending: whether only Python's own exit comes afterwards, which is then not to be interrupted.
-    """
-    latest = -math.inf
-
-    def stop(number: int, _: object) -> None:
-        nonlocal latest
-        before, latest = latest, time.monotonic()
-        if latest - before > ONE_WISH:
-            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # what is ignored stays ignored: Ctrl-C is not meant for a shell's background job
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                handlers[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, signal.SIG_IGN if ending else handler)
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No advice and no warnings from the libraries: what the user should know, this module says."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -1,0 +1,114 @@
+"""How a command ends: what goes wrong becomes one line on stderr and an exit code."""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import huggingface_hub
+import torch
+import transformers
+
+from .streams import StdoutLost, settle, tell
+
+EXIT_WRONG, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 3, 130, 141, 143
+# seconds in which a second Ctrl-C means no more than the first; later ones count, lest a callback swallows the only one
+ONE_WISH = 1.0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, to be handled as Ctrl-C is."""
+
+
+def guarded(work: Callable[[], None], *, advice: str, ending: bool, interrupted: str = "") -> int:
+    """Do the work of a command, and return its exit code.
+
+    Args:
+        advice: what to try when memory runs out.
+        ending: whether only Python's own exit comes afterwards.
+        interrupted: what to add to the line that says so.
+    """
+    program = os.path.basename(sys.argv[0])
+    try:
+        with _interruptible(ending), _quiet_libraries():
+            work()
+    except SystemExit as stop:  # argparse's way to end
+        return int(stop.code or 0)
+    except KeyboardInterrupt as signalled:
+        terminated = isinstance(signalled, Terminated)
+        tell(f"{program}: {'terminated' if terminated else 'interrupted'}{interrupted}")
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+    except StdoutLost as lost:
+        if isinstance(lost.__cause__, BrokenPipeError):  # the reader has left, as `head` does
+            return EXIT_BROKEN_PIPE
+        tell(f"{program}: error: cannot write to stdout: {lost.__cause__.strerror}")
+        return EXIT_WRONG
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        tell(f"{program}: error: out of memory; {advice}")
+        return EXIT_OUT_OF_MEMORY
+    finally:
+        settle()
+    return 0
+
+
+@contextlib.contextmanager
+def blame(
+    args: argparse.Namespace, option: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)
+) -> Iterator[None]:
+    """Turn these errors of the library into a wrong-call line about `option`."""
+    try:
+        yield
+    except errors as error:
+        args.parser.error(f"argument {option}: {error}")
+
+
+@contextlib.contextmanager
+def _interruptible(ending: bool) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM unwind the stack, so that nothing half-written stays; once, if they come in a burst.
+
+    Args:
+        ending: whether only Python's own exit comes afterwards, which is then not to be interrupted.
+    """
+    latest = -math.inf
+
+    def stop(number: int, _: object) -> None:
+        nonlocal latest
+        before, latest = latest, time.monotonic()
+        if latest - before > ONE_WISH:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # what is ignored stays ignored: Ctrl-C is not meant for a shell's background job
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                handlers[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_IGN if ending else handler)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No advice and no warnings from the libraries: what the user should know, this module says."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -1,0 +1,116 @@
+"""The methods that an evaluation compares: each is a schedule, and a rule for the key blocks of its sparse steps.
+
+The baselines and ablations are those of the paper's tables (arXiv 2509.24014), at the density of SparseD's own choice:
+a query block keeps as many key blocks under each of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..blocks import BlockGrid, Pattern
+from ..config import SparseDConfig
+from ..selection import SPARSED, Rule, isolated_top_k
+
+
+@dataclass(frozen=True)
+class JointGrid(BlockGrid):
+    """A grid whose blocks are one part, which keeps as many as prompt and generated region together would."""
+
+    @property
+    def parts(self) -> tuple[slice, ...]:
+        return (slice(0, self.n_blocks),)
+
+    def budgets(self, select: float) -> list[tuple[int, ...]]:
+        return [(sum(row),) for row in _plain(self).budgets(select)]
+
+
+def joint_top_k(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float) -> Pattern:
+    """The highest scores of all blocks, without isolated selection: a part can take the other's room."""
+    joint = JointGrid(grid.length, grid.prompt_len, grid.block_size, grid.key_valid)
+    return replace(isolated_top_k(score(), joint, select), grid=grid)
+
+
+def window(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float, sinks: int = 0) -> Pattern:
+    """The blocks around the query's own, on both sides, and the first `sinks` of the sequence's; blocks of padding
+    count as none. At the ends the window is shifted inward, so that every query block keeps as many.
+    """
+    tokens = grid.block_tokens.expand(q.shape[0], -1)
+    counts = tuple(sum(row) for row in grid.budgets(select))
+    counts = counts * (q.shape[0] // len(counts))
+    rows = []
+    for real, count in zip(tokens, counts, strict=True):
+        first = int((real > 0).int().argmax())  # padding lies on the left
+        fixed = min(sinks, count - 1)
+        wide = count - fixed
+        start = torch.arange(grid.n_blocks) - wide // 2
+        start = start.clamp(first + fixed, grid.n_blocks - wide)
+        kept = start[:, None] + torch.arange(wide)
+        sink = (first + torch.arange(fixed)).expand(grid.n_blocks, fixed)
+        kept = torch.cat((sink, kept), dim=1)
+        rows.append(torch.cat((kept, kept[:, -1:].expand(-1, max(counts) - count)), dim=1))
+    indices = torch.stack(rows).to(q.device, torch.int32)[:, None].expand(-1, q.shape[1], -1, -1)
+    return Pattern(indices.contiguous(), counts, grid)
+
+
+def streaming(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float) -> Pattern:
+    """StreamingLLM (arXiv 2309.17453) without its causal mask: the block of the attention sink, and a window."""
+    return window(q, score, grid, select, sinks=1)
+
+
+def _plain(grid: BlockGrid) -> BlockGrid:
+    return BlockGrid(grid.length, grid.prompt_len, grid.block_size, grid.key_valid)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to run a model.
+
+    Args:
+        title: its name in tables.
+        rule: chooses the blocks; None for full attention throughout.
+        skips: whether the first `skip` of the steps use full attention; else the pattern is chosen at step 0.
+    """
+
+    title: str
+    rule: Rule | None
+    skips: bool = True
+
+    def config(self, config: SparseDConfig) -> SparseDConfig | None:
+        """The numbers of `config` that it uses, those that mean nothing to it at their neutral value; None for full
+        attention."""
+        if self.rule is None:
+            return None
+        return config if self.skips else replace(config, skip=0.0)
+
+
+METHODS = {
+    "origin": Method("full attention", None),
+    "sparsed": Method("SparseD", SPARSED),
+    "no_skip": Method("SparseD without skipping", SPARSED, skips=False),
+    "no_isolation": Method("SparseD without isolated selection", Rule(joint_top_k)),
+    "window": Method("sliding window", Rule(window, blind=True), skips=False),
+    "streaming": Method("StreamingLLM", Rule(streaming, blind=True), skips=False),
+}
+
+
+class RecallMeter:
+    """Watches a rule choose, and notes which share of each layer's attention the chosen blocks hold.
+
+    Attributes:
+        layers: for every layer in turn, the share of each batch row, of all queries and heads.
+    """
+
+    def __init__(self, rule: Rule):
+        self.layers: list[list[float]] = []
+        self.rule = Rule(self._choose, rule.blind)
+        self._watched = rule
+
+    def _choose(self, q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float) -> Pattern:
+        scores = score()
+        pattern = self._watched.choose(q, lambda: scores, grid, select)
+        held = (scores * pattern.as_mask()).sum((1, 2, 3)) / scores.sum((1, 2, 3))
+        self.layers.append(held.tolist())
+        return pattern
