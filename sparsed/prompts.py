@@ -4,7 +4,7 @@ import functools
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ class Language:
         self.kinds = read("facts")
         self.filler = read("filler")
         self.problems = read("problems")
+        self.tasks = read("tasks")
         self._first = {word: index for index, word in enumerate(self.words["first"])}
         self._last = {word: index for index, word in enumerate(self.words["last"])}
 
@@ -168,8 +169,9 @@ class Document:
         other = rng.choice([name for name in words.kinds if name != self.target.kind])
         self.sibling = words.fact(rng, self.target.person, other).fill(rng.choice(words.kinds[other]["facts"]))
         self._persons = (p for p in words.persons(rng) if p[1] != self.target.person[1])
+        self._sentences: list[str] = []
 
-    def sentence(self, index: int) -> str:
+    def _sentence(self, index: int) -> str:
         """The next sentence; a paragraph starts with filler."""
         if index % PARAGRAPH == 0 or self.rng.random() >= FACT_SHARE:
             return self.words.filler_sentence(self.rng)
@@ -178,13 +180,19 @@ class Document:
             if fact.values != self.target.values:
                 return fact.fill(self.rng.choice(self.words.kinds[fact.kind]["facts"]))
 
-    def text(self, sentences: Sequence[str], ending: str = "") -> str:
-        """The user message: introduction, the sentences with the asked fact in their middle, `ending`, the question."""
-        body = list(sentences)
+    def text(self, count: int, ending: str = "") -> str:
+        """The message: introduction, `count` sentences with the asked fact in their middle, `ending`, the question."""
+        self._sentences += [self._sentence(index) for index in range(len(self._sentences), count)]
+        body = self._sentences[:count]
         for place, fact in ((len(body) // 4, self.sibling), (len(body) // 2, self.asked)):
             body[min(place + (place % PARAGRAPH == 0), len(body) - 1)] = fact
-        paragraphs = [" ".join(body[i : i + PARAGRAPH]) for i in range(0, len(body), PARAGRAPH)]
-        return "\n\n".join([self.words.filler["intro"], *paragraphs]) + ending + "\n\n" + self.question
+        return join_message(self.words.filler["intro"], body, ending, self.question)
+
+
+def join_message(opening: str, sentences: list[str], ending: str, question: str, paragraph: int = PARAGRAPH) -> str:
+    """A user message: the opening, paragraphs of `paragraph` sentences, `ending` after the last one, the question."""
+    paragraphs = [" ".join(sentences[i : i + paragraph]) for i in range(0, len(sentences), paragraph)]
+    return "\n\n".join([opening, *paragraphs]) + ending + "\n\n" + question
 
 
 def build_document(tokenizer: Any, length: int, seed: int) -> tuple[Document, Prompt]:
@@ -194,45 +202,66 @@ def build_document(tokenizer: Any, length: int, seed: int) -> tuple[Document, Pr
         ValueError: this tokenizer cannot reach that length exactly, or the length is too short for a document.
     """
     document = Document(random.Random(f"{seed} {length}"), language())
+    count, ending, ids = fit(tokenizer, length, document.text, SHORTEST, "a document")
+    return document, Prompt(document.text(count, ending), document.expected, ids)
 
-    def encode(sentences: Sequence[str], ending: str = "") -> list[int]:
-        return encode_chat(tokenizer, document.text(sentences, ending))
 
-    sentences, total = _grow(document, encode, length)
-    for ending in _endings(encode, sentences[-SHORTEST:], length - total):
-        ids = encode(sentences, ending)
+def fit(
+    tokenizer: Any, length: int, text: Callable[[int, str], str], shortest: int, what: str
+) -> tuple[int, str, list[int]]:
+    """How many sentences, and which ending, make a user message EXACTLY `length` tokens long with the chat template.
+
+    Args:
+        text: the message with so many sentences and with `ending` after the last one, which ends in a full stop; the
+            same for the same arguments.
+        shortest: the smallest number of sentences.
+        what: what the message is, for the errors.
+
+    Returns:
+        The number of sentences, the ending, and the ids of `text` with both.
+
+    Raises:
+        ValueError: this tokenizer cannot reach that length exactly, or the length is too short.
+    """
+
+    def encode(count: int, ending: str = "") -> list[int]:
+        return encode_chat(tokenizer, text(count, ending))
+
+    count, total = _grow(encode, length, shortest, what)
+    for ending in _endings(functools.partial(encode, shortest), length - total):
+        ids = encode(count, ending)
         if len(ids) == length:
-            return document, Prompt(document.text(sentences, ending), document.expected, ids)
-    raise ValueError(f"this tokenizer gives no prompt of exactly {length} tokens")
+            return count, ending, ids
+    raise ValueError(f"this tokenizer gives no prompt of exactly {length} tokens for {what}")
 
 
-def _grow(document: Document, encode: Callable[..., list[int]], length: int) -> tuple[list[str], int]:
+def _grow(encode: Callable[..., list[int]], length: int, shortest: int, what: str) -> tuple[int, int]:
     """As many sentences as fit, with room left for an ending of at least `SPARE` tokens, and the tokens they take."""
-    sentences = [document.sentence(index) for index in range(SHORTEST)]
-    total = start = len(encode(sentences))
+    count, total = shortest, len(encode(shortest))
+    start = total
     if start + SPARE > length:
-        raise ValueError(f"a prompt of {length} tokens is too short for a document: it takes at least {start + SPARE}")
+        raise ValueError(f"a prompt of {length} tokens is too short for {what}: it takes at least {start + SPARE}")
     average, more = 16.0, min(SAMPLE, (length - SPARE - start) // 16)
     while more > 0:
-        sentences += [document.sentence(len(sentences) + i) for i in range(more)]
-        total = len(encode(sentences))
-        average = max(1, total - start) / (len(sentences) - SHORTEST)
+        count += more
+        total = len(encode(count))
+        average = max(1, total - start) / (count - shortest)
         more = int((length - SPARE - total) / average)
     while (surplus := total + SPARE - length) > 0:
-        del sentences[-max(1, int(surplus / average)) :]
-        total = len(encode(sentences))
-    return sentences, total
+        count = max(shortest, count - max(1, int(surplus / average)))
+        total = len(encode(count))
+    return count, total
 
 
-def _endings(encode: Callable[..., list[int]], tail: list[str], missing: int) -> Iterable[str]:
-    """Last sentences ' And and and.' that take `missing` tokens after `tail`, a document short enough to try many."""
-    bare = len(encode(tail))
+def _endings(encode: Callable[[str], list[int]], missing: int) -> Iterable[str]:
+    """Last sentences ' And and and.' that take `missing` tokens, tried with `encode` on a short message."""
+    bare = len(encode(""))
     for filler in FILLERS:
-        base = len(encode(tail, " And.")) - bare
-        each = max(1, (len(encode(tail, " And" + filler * 16 + ".")) - bare - base) // 16)
+        base = len(encode(" And.")) - bare
+        each = max(1, (len(encode(" And" + filler * 16 + ".")) - bare - base) // 16)
         count = max(0, (missing - base) // each)
         for ending in (" And" + filler * number + "." for number in (count, count + 1)):
-            if len(encode(tail, ending)) - bare == missing:
+            if len(encode(ending)) - bare == missing:
                 yield ending
 
 

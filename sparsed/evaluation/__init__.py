@@ -1,1 +1,6 @@
 """Does it keep the quality? Long-context tasks, SparseD beside other methods: `python -m sparsed.evaluation --help`."""
+
+from .scoring import score, wilson
+from .tasks import TASKS, Sample, Task, make_sample, read_samples
+
+__all__ = ["TASKS", "Sample", "Task", "make_sample", "read_samples", "score", "wilson"]

@@ -1,0 +1,125 @@
+"""What the tasks' texts are made of: keys, their values, essays about people and noise, drawn from the caller's rng.
+
+`held_out` says everywhere who draws: an evaluation (True) asks about what training never sees, in texts that may hold
+anything; training (False) meets nothing that is held out.
+"""
+
+import functools
+import random
+import uuid
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+
+from ..prompts import FACT_SHARE, HELD_OUT_EVERY, Fact, language
+
+# of the facts, those about somebody of whom another kind of fact is told, too
+SECOND_FACTS = 0.25
+Key = tuple[str, str]
+Item = TypeVar("Item")
+
+
+@functools.cache
+def key_words() -> tuple[list[str], list[str]]:
+    """The first and the second words that keys such as ("russet", "heron") consist of."""
+    words = language()
+    groups = words.tasks["keys"]
+    first, second = ([word for group in groups[part] for word in words.words[group]] for part in ("first", "second"))
+    return first, second
+
+
+@functools.cache
+def _places() -> tuple[dict[str, int], dict[str, int]]:
+    first, second = ({word: place for place, word in enumerate(words)} for words in key_words())
+    return first, second
+
+
+def key_held_out(key: Key) -> bool:
+    """Whether this pair of words is kept out of training; one in eight is."""
+    first, second = _places()
+    return (first[key[0]] + 3 * second[key[1]]) % HELD_OUT_EVERY == 0
+
+
+def number_held_out(number: int) -> bool:
+    """Whether training never asks for this number, in variable tracking."""
+    return number % HELD_OUT_EVERY == 0
+
+
+def beside(held_out: bool) -> bool | None:
+    """The `held_out` of what is told beside the asked: an evaluation tells anything, training nothing held out."""
+    return None if held_out else False
+
+
+def keys(rng: random.Random, *, held_out: bool | None) -> Iterator[Key]:
+    """All keys for which `key_held_out` has this value, or all (None), in random order."""
+    first, second = key_words()
+    seen: set[Key] = set()
+    while len(seen) < len(first) * len(second):
+        key = (rng.choice(first), rng.choice(second))
+        if key not in seen:
+            seen.add(key)
+            if held_out in (None, key_held_out(key)):
+                yield key
+
+
+def take(items: Iterable[Item], count: int) -> list[Item]:
+    """The first `count` of the items.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    taken = list(islice(items, count))
+    if len(taken) < count:
+        raise ValueError(f"so long a text needs {count} different keys, and there are only {len(taken)}")
+    return taken
+
+
+def key_names(rng: random.Random, asked: int, others: int, *, held_out: bool) -> list[str]:
+    """'the russet heron' and so on: first the asked ones, then others, all different."""
+    first = take(keys(rng, held_out=held_out), asked)
+    rest = take((key for key in keys(rng, held_out=beside(held_out)) if key not in first), others)
+    return [f"the {' '.join(key)}" for key in first + rest]
+
+
+def numbers(rng: random.Random, count: int, digits: int = 7) -> list[str]:
+    """Different numbers of so many digits."""
+    return [str(number) for number in rng.sample(range(10 ** (digits - 1), 10**digits), count)]
+
+
+def uuids(rng: random.Random, count: int) -> list[str]:
+    """Random UUIDs: of 122 random bits, so that they neither repeat nor need to be held out."""
+    return [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(count)]
+
+
+def noise(count: int) -> list[str]:
+    """The same few sentences again and again."""
+    sentences = language().tasks["noise"]
+    return [sentences[place % len(sentences)] for place in range(count)]
+
+
+def essay(rng: random.Random, count: int, *, held_out: bool, without: Collection[Fact] = ()) -> list[str]:
+    """Sentences of filler and of facts about people, each of whom has at most one fact of a kind.
+
+    Args:
+        without: facts whose values stand in no other fact, and whose persons' last names nobody else has.
+    """
+    words = language()
+    kinds = list(words.kinds)
+    values, lasts = {fact.values for fact in without}, {fact.person[1] for fact in without}
+    persons = (person for person in words.persons(rng, held_out=beside(held_out)) if person[1] not in lasts)
+    once: list[Fact] = []
+    sentences: list[str] = []
+    while len(sentences) < count:
+        if rng.random() >= FACT_SHARE:
+            sentences.append(words.filler_sentence(rng))
+            continue
+        before = once.pop(rng.randrange(len(once))) if once and rng.random() < SECOND_FACTS else None
+        if before:
+            fact = words.fact(rng, before.person, rng.choice([kind for kind in kinds if kind != before.kind]))
+        else:
+            fact = words.fact(rng, next(persons), rng.choice(kinds))
+        if fact.values not in values:
+            sentences.append(fact.fill(rng.choice(words.kinds[fact.kind]["facts"])))
+            if not before:
+                once.append(fact)
+    return sentences
