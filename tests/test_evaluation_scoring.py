@@ -1,0 +1,41 @@
+"""Scores against cases made by hand, and intervals against published ones."""
+
+import pytest
+
+from sparsed.evaluation import score, wilson
+
+
+@pytest.mark.parametrize(
+    ("text", "match", "expected"),
+    [
+        ("It is 123 and 456.", "all", 1.0),
+        ("It is 456.", "all", 0.5),
+        ("It is 456.", "part", 1.0),
+        ("I do not know.", "all", 0.0),
+        ("I do not know.", "part", 0.0),
+        ("x1234", "part", 1.0),
+    ],
+)
+def test_score(text, match, expected):
+    assert score(text, ("123", "456"), match) == expected
+
+
+def test_score_ignores_case_and_refuses_what_it_does_not_know():
+    assert score("THE LANTERN", ["Lantern"], "all") == 1.0
+    with pytest.raises(ValueError, match="unknown match 'any'"):
+        score("a", ["a"], "any")
+    with pytest.raises(ValueError, match="no answers"):
+        score("a", [], "all")
+
+
+def test_wilson_gives_published_intervals():
+    assert wilson(10, 20) == pytest.approx((0.299, 0.701), abs=5e-4)
+    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
+    for successes, n in ((0, 0), (3, 2), (-1, 5)):
+        with pytest.raises(ValueError, match="no proportion"):
+            wilson(successes, n)
