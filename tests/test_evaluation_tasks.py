@@ -8,6 +8,7 @@ import pytest
 
 from sparsed.evaluation import TASKS, make_sample, score
 from sparsed.evaluation.puzzles import tracking
+from sparsed.evaluation.tasks import sample_id
 from sparsed.evaluation.texts import key_held_out, key_words
 from sparsed.models import load_tokenizer
 from sparsed.prompts import demo_path, encode_chat, language
@@ -83,7 +84,8 @@ def test_samples_have_exactly_their_length(task, tokenizer, length):
     sample = make_sample(task, tokenizer, length, 3, 5)
     assert len(sample.input_ids) == sample.length == length
     assert sample.input_ids == encode_chat(tokenizer, sample.prompt)
-    assert (sample.id, sample.task) == (f"{task.name}-{length}-3-5", task.name)
+    assert sample.id == sample_id(task, length, 3, 5) == f"{task.name}-{length}-3-5"
+    assert (sample.task, sample.index, sample.match) == (task.name, 5, task.match)
     # the stretched ending takes less than two sentences, which are long with UUIDs
     ending = re.search(r"\. And( and)*\.\n\nQuestion", sample.prompt)[0]
     assert ending.count(" and") < (100 if task.name == "niah_multikey_3" else 40)

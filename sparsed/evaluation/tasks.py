@@ -88,6 +88,11 @@ def _table() -> dict[str, Task]:
 TASKS = _table()
 
 
+def sample_id(task: Task, length: int, seed: int, index: int) -> str:
+    """The id of a sample that `make_sample` makes from the same values."""
+    return f"{task.name}-{length}-{seed}-{index}"
+
+
 def make_sample(task: Task, tokenizer: Any, length: int, seed: int, index: int) -> Sample:
     """A held-out sample, EXACTLY `length` tokens with the chat template under this tokenizer; deterministic.
 
@@ -103,7 +108,7 @@ def make_sample(task: Task, tokenizer: Any, length: int, seed: int, index: int) 
         return puzzle(size).text(ending)
 
     size, ending, ids = fit(tokenizer, length, text, task.shortest, task.name)
-    name = f"{task.name}-{length}-{seed}-{index}"
+    name = sample_id(task, length, seed, index)
     return Sample(name, task.name, length, index, text(size, ending), puzzle(size).answers, ids, task.match)
 
 
