@@ -83,7 +83,9 @@ def needles(
     tasks = language().tasks
     template = tasks["needle"][mode]
     sentences = [template.format(key=names[index // values], value=code) for index, code in enumerate(codes)]
-    straw = {"noise": lambda: noise(size), "essay": lambda: essay(rng, size, held_out=held_out), "needles": list}[hay]()
+    straw = []
+    if hay != "needles":
+        straw = noise(size) if hay == "noise" else essay(rng, size, held_out=held_out)
     text, places = scatter(rng, straw, sentences, in_order=values > 1)
     answers = codes[: asked * values]
     return Puzzle(
