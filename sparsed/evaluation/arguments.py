@@ -1,0 +1,166 @@
+"""The flags of `python -m sparsed.evaluation`, and every check that needs no model."""
+
+import argparse
+import re
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+from ..attention import BACKENDS
+from ..cli.arguments import Parser
+from ..cli.readers import config_field, device, non_empty, shown, whole
+from ..config import SparseDConfig
+from ..models.loading import DTYPES
+from .methods import METHODS
+from .running import Variant, variants
+from .tasks import TASKS
+
+SHORTEST, LONGEST = 256, 128 * 1024  # tokens of a prompt
+EXAMPLES = """\
+tasks (RULER's, over this package's own texts):
+  {tasks}
+methods:
+{methods}
+
+examples:
+  python -m sparsed.evaluation --demo llada --tasks niah_single_2,vt,qa_1 --methods origin,sparsed,window \\
+      --lengths 1k --limit 20 --block_size 32 --out runs/small
+  python -m sparsed.evaluation --model_path GSAI-ML/LLaDA-1.5 --lengths 4k,8k --limit 100 --out runs/llada
+  accelerate launch --num_processes 8 -m sparsed.evaluation --model_path GSAI-ML/LLaDA-1.5 --out runs/llada
+  python -m sparsed.evaluation --demo dream --select 0.1,0.2,0.3,0.5 --block_size 32 --out runs/curve
+
+The same command goes on where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
+130 interrupted (Ctrl-C), 143 terminated.
+"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read and check the flags.
+
+    Returns:
+        The values, with two more: `variants` and `parser` (for later errors).
+
+    Raises:
+        SystemExit: code 2 after a wrong call, 0 after --help.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.tasks is None:
+        args.tasks = [] if args.tasks_file else list(TASKS)
+    args.variants = _variants(args)
+    args.parser = parser
+    return args
+
+
+def build_parser() -> Parser:
+    """The parser, in groups: model, what to measure, SparseD, generation, running."""
+    parser = Parser(
+        prog="python -m sparsed.evaluation",
+        description="Measure the accuracy of SparseD and of other ways to attend, side by side on the same tasks with "
+        "long prompts. Every finished sample is a line of samples.jsonl in the folder --out; summary.json, table.md "
+        "and plots are made of these lines.",
+        epilog=EXAMPLES.format(
+            tasks=", ".join(TASKS),
+            methods="\n".join(f"  {name:<14}{method.title}" for name, method in METHODS.items()),
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_model(parser.add_argument_group("model"))
+    _add_measured(parser.add_argument_group("what to measure"))
+    _add_sparsed(
+        parser.add_argument_group("SparseD (some values with commas between: each of them, in all combinations)")
+    )
+    _add_generation(parser.add_argument_group("generation, greedy"))
+    _add_running(parser.add_argument_group("running"))
+    return parser
+
+
+def _add_model(group) -> None:
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model_path", type=non_empty, metavar="PATH", help="hub id, or a folder in the hub's format")
+    which.add_argument("--demo", choices=("dream", "llada"), help="a bundled demo checkpoint")
+    group.add_argument("--device", type=device, default="auto", help="auto, cuda, cuda:N, cpu or mps (default: auto)")
+    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: auto)")
+
+
+def _add_measured(group) -> None:
+    group.add_argument("--tasks", type=names_of(TASKS), metavar="NAMES", help="some tasks (default: all)")
+    group.add_argument(
+        "--tasks_file",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='tasks of your own, a line each: {"prompt": "...", "answers": ["...", ...]}; all answers must be in the '
+        'text, or one of them with "match": "part"',
+    )
+    group.add_argument(
+        "--methods",
+        type=names_of(METHODS),
+        default="origin,sparsed,window,streaming",
+        metavar="NAMES",
+        help="some methods (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lengths",
+        type=list_of(length),
+        default="4k",
+        metavar="LENGTHS",
+        help="tokens of a prompt, chat template included: 1k to 128k, or numbers (default: %(default)s)",
+    )
+    group.add_argument("--limit", type=whole(1), default=200, metavar="N", help="samples a cell (default: %(default)s)")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the samples (default: %(default)s)")
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+
+
+def _add_sparsed(group) -> None:
+    for name, kind in (("skip", float), ("select", float), ("block_size", int)):
+        default = getattr(SparseDConfig, name)
+        group.add_argument(
+            f"--{name}",
+            type=list_of(config_field(name, kind)),
+            default=[default],
+            metavar="VALUES",
+            help=f"as the scripts' (default: {default})",
+        )
+
+
+def _add_generation(group) -> None:
+    group.add_argument("--seq_len", type=whole(1), metavar="N", help="new tokens (default: as RULER has it, by task)")
+    group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: as many as new tokens)")
+    group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help="LLaDA (default: %(default)s)")
+
+
+def _add_running(group) -> None:
+    group.add_argument("--batch_size", type=whole(1), default=1, metavar="N", help="samples at once (default: 1)")
+    group.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _variants(args: argparse.Namespace) -> list[Variant]:
+    combinations = product(args.block_size, args.skip, args.select)
+    return variants(args.methods, [SparseDConfig(skip, select, size) for size, skip, select in combinations])
+
+
+def list_of(read: Callable[[str], object]) -> Callable[[str], list]:
+    """A reader of values with commas between, each once."""
+    return lambda words: list(dict.fromkeys(read(word) for word in words.split(",")))
+
+
+def names_of(known: dict[str, object]) -> Callable[[str], list[str]]:
+    """A reader of some of the known names, with commas between."""
+
+    def name(word: str) -> str:
+        if word not in known:
+            raise argparse.ArgumentTypeError(f"must be some of {', '.join(known)}, got {shown(word)}")
+        return word
+
+    return list_of(name)
+
+
+def length(word: str) -> int:
+    """A reader of a prompt's length: 4k is 4,096 tokens."""
+    match = re.fullmatch(r"(\d{1,7})(k?)", word)
+    tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
+    if not SHORTEST <= tokens <= LONGEST:
+        raise argparse.ArgumentTypeError(f"must be tokens from {SHORTEST} to 128k, such as 4k, got {shown(word)}")
+    return tokens

@@ -1,0 +1,76 @@
+"""Which samples are answered, in which order and with how many steps."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+from ..cli.ending import blame
+from .results import key
+from .running import Variant, of_one_length
+from .tasks import TASKS, Sample, make_sample, read_samples, sample_id
+
+OWN_NEW_TOKENS = 128  # for tasks of the user's own
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one task and length, made when they are needed: their names are known sooner.
+
+    Args:
+        ids: the samples' names.
+        make: the samples.
+        gen_length, steps: new tokens, and denoising steps.
+    """
+
+    ids: tuple[str, ...]
+    make: Callable[[], tuple[Sample, ...]]
+    gen_length: int
+    steps: int
+
+    def keys(self, variant: Variant) -> list[tuple]:
+        """What the samples' lines of results are known by."""
+        return [key({"id": name, **variant.names}) for name in self.ids]
+
+
+def plan(args: argparse.Namespace, tokenizer: Any) -> list[Batch]:
+    """All batches in the order of the results: by task, length, sample."""
+    batches = []
+    for name, tokens in product(args.tasks, args.lengths):
+        task = TASKS[name]
+        make = partial(make_sample, task, tokenizer, tokens, args.seed)
+        with blame(args, "--lengths"):
+            make(0)
+        for start in range(0, args.limit, args.batch_size):
+            indices = range(start, min(start + args.batch_size, args.limit))
+            ids = tuple(sample_id(task, tokens, args.seed, index) for index in indices)
+            batches.append(
+                _batch(args, ids, lambda make=make, indices=indices: tuple(map(make, indices)), task.gen_length)
+            )
+    if args.tasks_file is not None:
+        with blame(args, "--tasks_file"):
+            own = read_samples(args.tasks_file, tokenizer)
+        for samples in of_one_length(own, args.batch_size):
+            ids = tuple(sample.id for sample in samples)
+            batches.append(_batch(args, ids, lambda samples=samples: samples, OWN_NEW_TOKENS))
+    return batches
+
+
+def _batch(args: argparse.Namespace, ids: tuple[str, ...], make: Callable[[], tuple[Sample, ...]], new: int) -> Batch:
+    gen_length = args.seq_len or new
+    return Batch(ids, make, gen_length, args.steps or gen_length)
+
+
+def check_steps(args: argparse.Namespace, family: str, batches: list[Batch]) -> None:
+    """LLaDA's blocks divide the new tokens, and the steps are shared out among them evenly."""
+    for batch in batches if family == "llada" else ():
+        block = min(args.block_length, batch.gen_length)
+        if batch.gen_length % block:
+            args.parser.error(f"argument --block_length: must divide the {batch.gen_length} new tokens (--seq_len)")
+        if batch.steps % (batch.gen_length // block):
+            args.parser.error(
+                f"argument --steps: must be a multiple of the {batch.gen_length // block} blocks "
+                f"(--block_length) in {batch.gen_length} new tokens"
+            )

@@ -1,0 +1,101 @@
+"""Pictures of a summary: accuracy of the methods by task, accuracy against density, recall by layer."""
+
+from pathlib import Path
+from typing import Any
+
+from .methods import METHODS
+from .results import VARIANT, Record, title_of
+
+
+def draw(summary: dict[str, list[Record]], folder: Path) -> None:
+    """Write `accuracy.png`, where densities differ `density.png`, and where blocks were chosen `recall.png`."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    _draw_accuracy(pyplot, summary, folder / "accuracy.png")
+    if len({round(row["density"], 3) for row in summary["averages"] if row["method"] != "origin"}) > 1:
+        _draw_density(pyplot, summary, folder / "density.png")
+    if any(row["recall_layers"] for row in summary["rows"]):
+        _draw_recall(pyplot, summary, folder / "recall.png")
+
+
+def _lengths(rows: list[Record]) -> list[int | None]:
+    return list(dict.fromkeys(row["length"] for row in rows))
+
+
+def _panels(pyplot: Any, count: int, width: float) -> tuple[Any, list[Any]]:
+    figure, panels = pyplot.subplots(count, 1, figsize=(width, 3.2 * count), squeeze=False)
+    return figure, [row[0] for row in panels]
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_accuracy(pyplot: Any, summary: dict[str, list[Record]], path: Path) -> None:
+    """Bars with intervals: a panel for each length, a group for each task, a bar for each variant."""
+    rows = summary["rows"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    shown = list(dict.fromkeys(tuple(row[name] for name in VARIANT) for row in rows))
+    figure, panels = _panels(pyplot, len(_lengths(rows)), 3 + 1.3 * len(tasks))
+    for panel, length in zip(panels, _lengths(rows), strict=True):
+        width = 0.8 / len(shown)
+        for place, variant in enumerate(shown):
+            cells = [row for row in rows if row["length"] == length and tuple(row[n] for n in VARIANT) == variant]
+            at = [tasks.index(row["task"]) + (place - (len(shown) - 1) / 2) * width for row in cells]
+            errors = [
+                [row["accuracy"] - row["low"] for row in cells],
+                [row["high"] - row["accuracy"] for row in cells],
+            ]
+            panel.bar(at, [row["accuracy"] for row in cells], width, yerr=errors, label=cells and title_of(cells[0]))
+        panel.set_xticks(range(len(tasks)), tasks, fontsize=8)
+        panel.set_ylim(0, 105)
+        panel.set_ylabel("accuracy, %")
+        panel.set_title("" if length is None else f"{length:,} tokens", fontsize=9)
+    panels[0].legend(fontsize=7, ncols=2)
+    _save(pyplot, figure, path)
+
+
+def _draw_density(pyplot: Any, summary: dict[str, list[Record]], path: Path) -> None:
+    """Average accuracy over density: a panel for each length, a line for each method."""
+    averages = summary["averages"]
+    figure, panels = _panels(pyplot, len(_lengths(averages)), 6)
+    for panel, length in zip(panels, _lengths(averages), strict=True):
+        for method in dict.fromkeys(row["method"] for row in averages):
+            rows = [row for row in averages if row["length"] == length and row["method"] == method]
+            rows.sort(key=lambda row: row["density"])
+            errors = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
+            style = "x" if method == "origin" else "o-"
+            panel.errorbar(
+                [row["density"] for row in rows], [row["accuracy"] for row in rows], errors, fmt=style,
+                label=METHODS[method].title, capsize=2,
+            )  # fmt: skip
+        panel.set_xlabel("density")
+        panel.set_ylabel("average accuracy, %")
+        panel.set_title("" if length is None else f"{length:,} tokens", fontsize=9)
+    panels[0].legend(fontsize=7)
+    _save(pyplot, figure, path)
+
+
+def _draw_recall(pyplot: Any, summary: dict[str, list[Record]], path: Path) -> None:
+    """The share of attention that the chosen blocks hold, layer by layer, the mean over tasks."""
+    rows = [row for row in summary["rows"] if row["recall_layers"]]
+    figure, panels = _panels(pyplot, len(_lengths(rows)), 6)
+    for panel, length in zip(panels, _lengths(rows), strict=True):
+        for variant in dict.fromkeys(tuple(row[name] for name in VARIANT) for row in rows):
+            found = [row for row in rows if row["length"] == length and tuple(row[n] for n in VARIANT) == variant]
+            if found:
+                layers = [
+                    sum(layer) / len(found) for layer in zip(*(row["recall_layers"] for row in found), strict=True)
+                ]
+                panel.plot(range(len(layers)), layers, "o-", label=title_of(found[0]))
+        panel.set_xlabel("layer")
+        panel.set_ylabel("attention held")
+        panel.set_ylim(0, 1.05)
+        panel.set_title("" if length is None else f"{length:,} tokens", fontsize=9)
+    panels[0].legend(fontsize=7)
+    _save(pyplot, figure, path)

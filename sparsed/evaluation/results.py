@@ -1,0 +1,244 @@
+"""What an evaluation leaves: a line for every sample, and from these lines alone the summary and the table."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .methods import METHODS
+from .scoring import wilson
+
+RESAMPLES = 2000
+SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "table.md"
+# what tells one way to run from another; None where it means nothing to the method
+VARIANT = ("method", "select", "skip", "block_size")
+
+Record = dict[str, Any]
+
+
+class OtherRun(ValueError):
+    """The folder holds results of other settings."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of one evaluation, which several processes may write to.
+
+    Every process appends the samples that it has finished to a file of its own; in the end they become one, in the
+    order of the plan, so that the result does not depend on their number.
+    """
+
+    path: Path
+    process: int = 0
+
+    def claim(self, settings: Record, about: Record) -> None:
+        """Make the folder this run's, or go on with the run that it holds.
+
+        Args:
+            settings: what decides the results.
+            about: what else is worth knowing: command, environment.
+
+        Raises:
+            OtherRun: it holds results of other settings, or files that are none of an evaluation's.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / RUN
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8")).get("settings", {})
+            changed = [key for key in settings | before if settings.get(key) != before.get(key)]
+            if changed:
+                key = changed[0]
+                raise OtherRun(
+                    f"{self.path} holds results of another configuration ({key} {before.get(key)!r}, "
+                    f"now {settings.get(key)!r}): choose another folder"
+                )
+        elif any(self.path.iterdir()):
+            raise OtherRun(f"{self.path} is not empty and holds no evaluation: choose another folder")
+        elif self.process == 0:
+            write(file, json.dumps({"settings": settings, **about}, indent=2) + "\n")
+
+    def finished(self) -> dict[tuple, Record]:
+        """The samples that are there, by `key`; a line that was cut off, as by a crash, does not count."""
+        found = {}
+        for file in [self.path / SAMPLES, *sorted(self.path.glob(f"{SAMPLES}.*"))]:
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else ():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                found[key(record)] = record
+        return found
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Add finished samples to this process's own file."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with open(self.path / f"{SAMPLES}.{self.process}", "a", encoding="utf-8") as file:
+            file.write(lines)
+
+    def mend(self) -> None:
+        """End the line that a crash has cut off, so that the next one starts anew."""
+        file = self.path / f"{SAMPLES}.{self.process}"
+        if file.is_file() and (text := file.read_bytes()) and not text.endswith(b"\n"):
+            with open(file, "ab") as end:
+                end.write(b"\n")
+
+    def close(self, records: list[Record]) -> None:
+        """Put all samples into one file, in the order given, and take the processes' own away."""
+        write(self.path / SAMPLES, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        for file in self.path.glob(f"{SAMPLES}.*"):
+            file.unlink()
+
+
+def key(record: Record) -> tuple:
+    """What a sample's line is known by."""
+    return (record["id"], *(record[name] for name in VARIANT))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def summarize(records: list[Record]) -> dict[str, list[Record]]:
+    """Accuracy of each task, length and variant, and over the tasks of a length.
+
+    Args:
+        records: lines of the samples file.
+
+    Returns:
+        rows: a cell each: task, length, the variant, n, accuracy in percent with its Wilson interval (low, high),
+            density, recall (mean over layers, None without a pattern), recall_layers, seconds a sample.
+        averages: a length and variant each: the mean over tasks, and its difference to full attention on the same
+            samples, both with 95 % bootstrap intervals, None where there is no full attention to compare with.
+    """
+    cells = [_cell(list(group)) for group in _groups(records, "task", "length", *VARIANT)]
+    averages = [_average(list(group), records) for group in _groups(records, "length", *VARIANT)]
+    return {"rows": cells, "averages": averages}
+
+
+def _groups(records: list[Record], *names: str) -> list[list[Record]]:
+    """Records with the same values of `names`, in the order in which these first occur."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record[name] for name in names), []).append(record)
+    return list(found.values())
+
+
+def _cell(records: list[Record]) -> Record:
+    scores = [record["score"] for record in records]
+    low, high = wilson(sum(scores), len(scores))
+    recalls = [record["recall"] for record in records if record["recall"] is not None]
+    layers = np.mean(recalls, axis=0).tolist() if recalls else None
+    shared = {name: records[0][name] for name in ("task", "length", *VARIANT)}
+    return shared | {
+        "n": len(scores),
+        "accuracy": 100 * sum(scores) / len(scores),
+        "low": 100 * low,
+        "high": 100 * high,
+        "density": float(np.mean([record["density"] for record in records])),
+        "recall": None if layers is None else float(np.mean(layers)),
+        "recall_layers": layers,
+        "seconds": float(np.mean([record["seconds"] for record in records])),
+    }
+
+
+def _average(records: list[Record], everything: list[Record]) -> Record:
+    full = {record["id"]: record["score"] for record in everything if record["method"] == "origin"}
+    tasks = _groups(records, "task")
+    scores = [np.array([record["score"] for record in task]) for task in tasks]
+    low, high = bootstrap(scores)
+    answer = {name: records[0][name] for name in ("length", *VARIANT)} | {
+        "tasks": len(tasks),
+        "n": len(records),
+        "accuracy": 100 * _mean(scores),
+        "low": 100 * low,
+        "high": 100 * high,
+        "density": float(np.mean([record["density"] for record in records])),
+        "difference": None,
+        "difference_low": None,
+        "difference_high": None,
+    }
+    if records[0]["method"] == "origin" or not all(record["id"] in full for record in records):
+        return answer
+    pairs = [np.array([record["score"] - full[record["id"]] for record in task]) for task in tasks]
+    low, high = bootstrap(pairs)
+    return answer | {
+        "difference": 100 * _mean(pairs),
+        "difference_low": 100 * low,
+        "difference_high": 100 * high,
+    }
+
+
+def _mean(groups: list[np.ndarray]) -> float:
+    return float(np.mean([group.mean() for group in groups]))
+
+
+def bootstrap(groups: list[np.ndarray]) -> tuple[float, float]:
+    """95 % percentile interval of the mean of the groups' means, each group resampled on its own; the same every time.
+
+    Args:
+        groups: values [n] of each group.
+    """
+    rng = np.random.default_rng(0)
+    means = [rng.choice(group, (RESAMPLES, len(group))).mean(1) for group in groups]
+    low, high = np.percentile(np.mean(means, axis=0), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def table(summary: dict[str, list[Record]]) -> str:
+    """Markdown in the form of the paper's Table 1: a table for each length, a line for each method, a column a task."""
+    lengths = list(dict.fromkeys(row["length"] for row in summary["rows"]))
+    return "\n".join(_length_table(length, summary) for length in lengths)
+
+
+def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
+    rows = [row for row in summary["rows"] if row["length"] == length]
+    averages = [row for row in summary["averages"] if row["length"] == length]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    counts = sorted({row["n"] for row in rows})
+    samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    title = "prompts of your own" if length is None else f"{length:,} tokens"
+    lines = [
+        f"### {title}\n",
+        f"Accuracy in %, 95 % intervals, {samples} samples a cell.\n",
+        _line(["method", "density", *tasks, "average", "to full attention"]),
+        _line(["---"] * (len(tasks) + 4)),
+    ]
+    for average in averages:
+        variant = [average[name] for name in VARIANT]
+        cells = {row["task"]: row for row in rows if [row[name] for name in VARIANT] == variant}
+        difference = average["difference"]
+        lines.append(
+            _line(
+                [
+                    title_of(average),
+                    f"{average['density']:.2f}",
+                    *(_interval(cells[task]) if task in cells else "-" for task in tasks),
+                    _interval(average),
+                    "-"
+                    if difference is None
+                    else f"{difference:+.1f} ({average['difference_low']:+.1f} to {average['difference_high']:+.1f})",
+                ]
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def title_of(row: Record) -> str:
+    """The method's name, with its numbers."""
+    numbers = [f"{name} {row[name]:g}" for name in VARIANT[1:] if row[name] is not None]
+    return ", ".join([METHODS[row["method"]].title, *numbers])
+
+
+def _interval(row: Record) -> str:
+    return f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

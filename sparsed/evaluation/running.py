@@ -1,0 +1,129 @@
+"""From a plan of samples and variants to lines of results, each sample once."""
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cli.report import answer_length, decode, stop_ids
+from ..config import SparseDConfig
+from ..patch import sparsify, synchronize
+from ..sampling import dream_generate, llada_generate
+from ..sampling.common import OnStep
+from .methods import METHODS, RecallMeter
+from .results import Record
+from .scoring import score
+from .tasks import Sample
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its numbers, None for full attention."""
+
+    method: str
+    config: SparseDConfig | None
+
+    @property
+    def names(self) -> Record:
+        """How lines of results name it: None for a number that means nothing to the method."""
+        config, skips = self.config, METHODS[self.method].skips
+        return {
+            "method": self.method,
+            "select": config and config.select,
+            "skip": config.skip if config and skips else None,
+            "block_size": config and config.block_size,
+        }
+
+
+def variants(methods: list[str], configs: list[SparseDConfig]) -> list[Variant]:
+    """Every method with all the numbers that mean something to it, each once, the methods in their order."""
+    made = (Variant(name, METHODS[name].config(config)) for name in methods for config in configs)
+    return list(dict.fromkeys(made))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How all samples of a run are answered: greedily, by the family's sampler.
+
+    Args:
+        block_length: LLaDA's tokens of a semi-autoregressive block.
+        backend: the kernel of the sparse steps.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    block_length: int
+    backend: str
+
+    @torch.no_grad()
+    def answer(
+        self, samples: tuple[Sample, ...], variant: Variant, gen_length: int, steps: int, on_step: OnStep
+    ) -> list[Record]:
+        """A line of results for each of the samples, which are of one length and make one batch.
+
+        Args:
+            gen_length, steps: new tokens, denoising steps.
+            on_step: called after each step.
+
+        Raises:
+            BackendError: the named backend cannot run.
+            FloatingPointError: the model's logits were not finite.
+        """
+        device = self.model.device
+        ids = torch.tensor([sample.input_ids for sample in samples], device=device)
+        rule = METHODS[variant.method].rule
+        meter = None if rule is None else RecallMeter(rule)
+        options = {"steps": steps, "gen_length": gen_length}
+        attention = nullcontext()
+        if meter is not None:
+            attention = sparsify(self.model, variant.config, backend=self.backend, rule=meter.rule, **options)
+        synchronize(device)
+        start = time.perf_counter()
+        with attention as run:
+            generated = self._generate(ids, **options, on_step=on_step)[:, ids.shape[1] :].tolist()
+            density = 1.0 if run is None else run.density
+        seconds = (time.perf_counter() - start) / len(samples)
+        stops = stop_ids(self.model.config, self.tokenizer)
+        lines = []
+        for row, (sample, tokens) in enumerate(zip(samples, generated, strict=True)):
+            text = decode(self.tokenizer, tokens[: answer_length(tokens, stops)]).strip()
+            lines.append(
+                {
+                    "id": sample.id,
+                    "task": sample.task,
+                    "length": sample.length,
+                    **variant.names,
+                    "score": score(text, sample.answers, sample.match),
+                    "text": text,
+                    "answers": list(sample.answers),
+                    "prompt_tokens": len(sample.input_ids),
+                    "new_tokens": gen_length,
+                    "steps": steps,
+                    "density": density,
+                    "recall": None if meter is None or not meter.layers else [layer[row] for layer in meter.layers],
+                    "seconds": seconds,
+                }
+            )
+        return lines
+
+    def _generate(self, ids: Tensor, **options: Any) -> Tensor:
+        if self.model.family == "dream":
+            return dream_generate(self.model, ids, **options)
+        block_length = min(self.block_length, options["gen_length"])
+        return llada_generate(self.model, ids, block_length=block_length, **options)
+
+
+def of_one_length(samples: list[Sample], size: int) -> Iterator[tuple[Sample, ...]]:
+    """The samples in their order, at most `size` at once, and only those of one prompt length together."""
+    batch: list[Sample] = []
+    for sample in samples:
+        if batch and (len(batch) == size or len(sample.input_ids) != len(batch[0].input_ids)):
+            yield tuple(batch)
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield tuple(batch)

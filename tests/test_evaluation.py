@@ -1,0 +1,292 @@
+"""`python -m sparsed.evaluation`: its results, sums and table, resuming, several processes, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsed.evaluation import cli, results, running
+from sparsed.evaluation.results import Folder, OtherRun, bootstrap, summarize, table
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--demo", "llada", "--lengths", "512", "--seq_len", "8", "--steps", "2", "--block_size", "32", "--quiet"]
+CALL = [*SMALL, "--tasks", "qa_1,fwe", "--methods", "origin,sparsed", "--limit", "3"]
+
+
+def line(name, method, score, task="qa_1", length=512, **changes):
+    numbers = {"select": None, "skip": None, "block_size": None}
+    if method != "origin":
+        numbers = {"select": 0.3, "skip": 0.2, "block_size": 32}
+    rest = {"density": 1.0 if method == "origin" else 0.3, "recall": None, "seconds": 1.0}
+    return {"id": name, "task": task, "length": length, "method": method, "score": score, **numbers, **rest, **changes}
+
+
+# --- sums
+
+
+def test_a_cell_is_the_mean_of_its_scores():
+    lines = [line(f"s{n}", "sparsed", float(n < 15), recall=[0.5, 0.9 if n else 0.7]) for n in range(20)]
+    (row,) = summarize(lines)["rows"]
+    assert (row["n"], row["accuracy"], row["density"]) == (20, 75.0, pytest.approx(0.3))
+    # Wilson's interval of 15 in 20, as published tables have it
+    assert (row["low"], row["high"]) == pytest.approx((53.1, 88.8), abs=0.05)
+    assert row["recall_layers"] == pytest.approx([0.5, 0.89]) and row["recall"] == pytest.approx(0.695)
+
+
+def test_differences_are_between_the_same_samples():
+    full = [line(f"s{n}", "origin", float(n % 2)) for n in range(40)]
+    same = [line(f"s{n}", "sparsed", float(n % 2)) for n in range(40)]
+    worse = [line(f"s{n}", "window", float(n % 2 and n > 20)) for n in range(40)]
+    _, sparsed, window = summarize([*full, *same, *worse])["averages"]
+    assert (sparsed["difference"], sparsed["difference_low"], sparsed["difference_high"]) == (0.0, 0.0, 0.0)
+    assert (
+        window["difference"] == pytest.approx(-25.0) and window["difference_low"] < -25 < window["difference_high"] < 0
+    )
+    alone = summarize(same)["averages"][0]
+    assert alone["difference"] is None
+
+
+def test_an_average_counts_every_task_alike():
+    lines = [line(f"a{n}", "sparsed", 1.0) for n in range(30)]
+    lines += [line(f"b{n}", "sparsed", 0.0, task="vt") for n in range(10)]
+    (average,) = summarize(lines)["averages"]
+    assert (average["accuracy"], average["tasks"], average["n"]) == (50.0, 2, 40)
+
+
+def test_bootstrap_covers_the_normal_interval():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    low, high = bootstrap([values])
+    reach = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.04)
+    assert bootstrap([values]) == (low, high)
+
+
+def test_the_table_has_a_line_for_each_variant_and_a_column_for_each_task():
+    lines = [line(f"{task}{n}", method, 1.0, task=task) for task in ("qa_1", "vt") for method in ("origin", "sparsed")
+             for n in range(4)]  # fmt: skip
+    lines += [line("own", "origin", 0.0, task="mine", length=None)]
+    text = table(summarize(lines))
+    assert "### 512 tokens" in text and "### prompts of your own" in text and "4 samples a cell" in text
+    rows = [row for row in text.splitlines() if row.startswith("| ")]
+    assert rows[0] == "| method | density | qa_1 | vt | average | to full attention |"
+    assert rows[3].startswith("| SparseD, select 0.3, skip 0.2, block_size 32 | 0.30 | 100.0 (51.0 to 100.0) |")
+    assert rows[3].endswith("| +0.0 (+0.0 to +0.0) |") and rows[2].endswith("| - |")
+
+
+# --- the folder
+
+
+def test_a_folder_belongs_to_one_configuration(tmp_path):
+    Folder(tmp_path / "new" / "run").claim({"seed": 0}, {"command": "x"})
+    Folder(tmp_path / "new" / "run").claim({"seed": 0}, {"command": "y"})
+    with pytest.raises(OtherRun, match="seed 0, now 1"):
+        Folder(tmp_path / "new" / "run").claim({"seed": 1}, {})
+    (tmp_path / "letters.txt").write_text("mine")
+    with pytest.raises(OtherRun, match="not empty"):
+        Folder(tmp_path).claim({"seed": 0}, {})
+
+
+def test_a_line_that_a_crash_cut_off_is_done_again(tmp_path):
+    folder = Folder(tmp_path)
+    folder.append([line("s0", "origin", 1.0), line("s1", "origin", 1.0)])
+    file = tmp_path / f"{results.SAMPLES}.0"
+    file.write_text(file.read_text()[:-9])
+    assert [record["id"] for record in folder.finished().values()] == ["s0"]
+    folder.mend()
+    folder.append([line("s1", "origin", 0.5)])
+    assert [record["score"] for record in folder.finished().values()] == [1.0, 0.5]
+
+
+def test_the_processes_files_become_one(tmp_path):
+    lines = [line(f"s{n}", "origin", 1.0) for n in range(4)]
+    for process in (1, 0):
+        Folder(tmp_path, process).append(lines[process::2])
+    Folder(tmp_path).close(lines)
+    assert [path.name for path in tmp_path.iterdir()] == [results.SAMPLES]
+    assert list(Folder(tmp_path).finished().values()) == lines
+
+
+# --- the command
+
+
+def lines_of(folder):
+    records = [json.loads(text) for text in (folder / results.SAMPLES).read_text().splitlines()]
+    for record in records:
+        record.pop("seconds")
+    return records
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation") / "run"
+    assert cli.main([*CALL, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_the_results(done, capsys):
+    records = lines_of(done)
+    assert [(r["task"], r["method"]) for r in records[:2]] == [("qa_1", "origin"), ("qa_1", "sparsed")]
+    assert len(records) == 12 and len({results.key(record) for record in records}) == 12
+    for record in records:
+        assert record["prompt_tokens"] == 512 and 0 <= record["score"] <= 1
+        if record["method"] == "origin":
+            assert (record["density"], record["recall"], record["skip"]) == (1.0, None, None)
+        else:
+            assert 0.3 <= record["density"] < 0.4 and len(record["recall"]) == 6
+            assert all(record["density"] < share <= 1 for share in record["recall"]), "worse than chance"
+    summary = json.loads((done / results.SUMMARY).read_text())
+    assert {"rows", "averages", "settings", "command", "environment"} <= summary.keys()
+    for row in summary["rows"]:
+        assert {"task", "method", "length", "n", "accuracy", "low", "high", "density"} <= row.keys()
+        scores = [r["score"] for r in records if (r["task"], r["method"]) == (row["task"], row["method"])]
+        assert (row["n"], row["accuracy"]) == (3, pytest.approx(100 * sum(scores) / 3))
+    assert (done / results.TABLE).read_text() == table(summary)
+
+
+def test_a_second_call_measures_nothing_again(done, monkeypatch):
+    before = (done / results.SAMPLES).read_bytes()
+    monkeypatch.setattr(running.Sampler, "answer", lambda *_: pytest.fail("measured again"))
+    assert cli.main([*CALL, "--out", str(done)]) == 0
+    assert (done / results.SAMPLES).read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch, capsys):
+    answer, answered = running.Sampler.answer, []
+
+    def counted(self, samples, variant, *rest):
+        if len(answered) == 5:
+            answered.append(None)
+            raise KeyboardInterrupt
+        answered.append((samples[0].id, variant.method))
+        return answer(self, samples, variant, *rest)
+
+    monkeypatch.setattr(running.Sampler, "answer", counted)
+    assert cli.main([*CALL, "--out", str(tmp_path / "run")]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+    assert not (tmp_path / "run" / results.SUMMARY).exists()
+    assert cli.main([*CALL, "--out", str(tmp_path / "run")]) == 0
+    answered.remove(None)
+    assert len(answered) == len(set(answered)) == 12
+    assert lines_of(tmp_path / "run") == lines_of(done)
+
+
+def test_a_larger_limit_adds_to_what_is_there_and_batches_change_nothing(done, tmp_path):
+    folder = tmp_path / "run"
+    first = [word if word != "3" else "1" for word in CALL]
+    assert cli.main([*first, "--out", str(folder)]) == 0
+    assert cli.main([*CALL, "--batch_size", "2", "--out", str(folder)]) == 0
+    for found, expected in zip(lines_of(folder), lines_of(done), strict=True):
+        assert found.pop("recall") == pytest.approx(expected.pop("recall") or None, abs=1e-5)
+        assert found == expected
+
+
+def test_sweeps_run_every_combination_once(tmp_path):
+    sweep = ["--select", "0.2,0.5", "--skip", "0.0,0.5", "--methods", "origin,sparsed,window,no_skip"]
+    words = [*SMALL, "--tasks", "qa_1", *sweep, "--limit", "1", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    found = [(r["method"], r["select"], r["skip"]) for r in lines_of(tmp_path / "run")]
+    expected = [("origin", None, None)]
+    expected += [("sparsed", select, skip) for skip in (0.0, 0.5) for select in (0.2, 0.5)]
+    expected += [(method, select, None) for method in ("window", "no_skip") for select in (0.2, 0.5)]
+    assert found == expected
+
+
+def test_two_processes_leave_what_one_does(done, tmp_path):
+    pytest.importorskip("accelerate")
+    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m sparsed.evaluation"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    words = [*CALL, "--device", "cpu", "--out", str(tmp_path / "run")]
+    ended = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for found, expected in zip(lines_of(tmp_path / "run"), lines_of(done), strict=True):
+        assert found.pop("recall") == pytest.approx(expected.pop("recall") or None, abs=1e-5)
+        assert found == expected
+    assert not list((tmp_path / "run").glob(f"{results.SAMPLES}.*"))
+
+
+def test_tasks_of_a_users_own(tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(
+        '{"prompt": "What is a boat?", "answers": ["ship"]}\n{"prompt": "And now?", "answers": ["x", "y"]}\n'
+    )
+    words = [*SMALL, "--tasks_file", str(file), "--methods", "origin", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    assert [r["task"] for r in lines_of(tmp_path / "run")] == ["mine", "mine"]
+    assert "prompts of your own" in capsys.readouterr().out
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
+    found = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    words = [*SMALL, "--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().err.count("matplotlib") == 1
+
+
+def test_plots(done, tmp_path):
+    pytest.importorskip("matplotlib")
+    from sparsed.evaluation import plots
+
+    summary = json.loads((done / results.SUMMARY).read_text())
+    several = [row | {"density": 0.1 * n, "select": 0.1 * n} for row in summary["averages"] for n in (1, 2)]
+    plots.draw(summary | {"averages": several}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "density.png", "recall.png"]
+
+
+# --- wrong calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "option", "says"),
+    [
+        (["--tasks", "niah_single_9"], "--tasks", "niah_single_1"),
+        (["--methods", "origin,sparse"], "--methods", "streaming"),
+        (["--lengths", "4m"], "--lengths", "4k"),
+        (["--lengths", "100"], "--lengths", "256"),
+        (["--tasks", "cwe", "--lengths", "256"], "--lengths", "cwe"),
+        (["--limit", "0"], "--limit", "at least 1"),
+        (["--select", "0.3,2"], "--select", "at most 1"),
+        (["--block_length", "3"], "--block_length", "divide the 8 new tokens"),
+        (["--seq_len", "64", "--steps", "3"], "--steps", "multiple of the 2 blocks"),
+        (["--tasks_file", "nowhere.jsonl"], "--tasks_file", "nowhere.jsonl"),
+        (["--backend", "flash"], "--backend", "flash"),
+    ],
+)
+def test_a_wrong_call_is_one_line(tmp_path, capsys, changes, option, says):
+    words = [
+        *SMALL,
+        "--tasks",
+        "qa_1",
+        "--methods",
+        "sparsed",
+        "--limit",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+        *changes,
+    ]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"argument {option}: " in error and says in error
+    assert not (tmp_path / "run" / results.SUMMARY).exists()
+
+
+def test_a_line_without_its_fields_is_named(tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a", "answers": ["b"]}\n{"prompt": "a"}\n')
+    assert cli.main([*SMALL, "--tasks_file", str(file), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "line 2" in error and "answers" in error
+
+
+def test_results_of_another_configuration_stay(done, capsys):
+    before = {path.name: path.read_bytes() for path in done.iterdir()}
+    assert cli.main([*CALL, "--seed", "1", "--out", str(done)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "argument --out: " in error and "seed 0, now 1" in error
+    assert {path.name: path.read_bytes() for path in done.iterdir()} == before
