@@ -90,6 +90,14 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
         Folder(tmp_path).claim({"seed": 0}, {})
 
 
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": 3}'])
+def test_a_file_of_somebody_elses_is_refused(tmp_path, content):
+    (tmp_path / results.RUN).write_text(content)
+    with pytest.raises(OtherRun, match="none of an evaluation's"):
+        Folder(tmp_path).claim({"seed": 0}, {})
+    assert (tmp_path / results.RUN).read_text() == content
+
+
 def test_a_line_that_a_crash_cut_off_is_done_again(tmp_path):
     folder = Folder(tmp_path)
     folder.append([line("s0", "origin", 1.0), line("s1", "origin", 1.0)])

@@ -48,7 +48,7 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / RUN
         if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8")).get("settings", {})
+            before = _settings_in(file)
             changed = [key for key in settings | before if settings.get(key) != before.get(key)]
             if changed:
                 key = changed[0]
@@ -91,6 +91,13 @@ class Folder:
         write(self.path / SAMPLES, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         for file in self.path.glob(f"{SAMPLES}.*"):
             file.unlink()
+
+
+def _settings_in(file: Path) -> Record:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, LookupError, TypeError):
+        raise OtherRun(f"{file} is none of an evaluation's: choose another folder") from None
 
 
 def key(record: Record) -> tuple:
