@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from sparsed.evaluation import cli, results, running
-from sparsed.evaluation.results import Folder, OtherRun, bootstrap, summarize, table
+from sparsed.evaluation import cli, results, running, wilson
+from sparsed.evaluation.results import Folder, OtherRun, summarize, table
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--demo", "llada", "--lengths", "512", "--seq_len", "8", "--steps", "2", "--block_size", "32", "--quiet"]
@@ -42,7 +41,9 @@ def test_differences_are_between_the_same_samples():
     same = [line(f"s{n}", "sparsed", float(n % 2)) for n in range(40)]
     worse = [line(f"s{n}", "window", float(n % 2 and n > 20)) for n in range(40)]
     _, sparsed, window = summarize([*full, *same, *worse])["averages"]
-    assert (sparsed["difference"], sparsed["difference_low"], sparsed["difference_high"]) == (0.0, 0.0, 0.0)
+    # nothing differs in 40: Wilson's upper end of 0 in 40 on both sides
+    assert sparsed["difference"] == 0 and sparsed["difference_high"] == pytest.approx(8.76, abs=0.01)
+    assert sparsed["difference_low"] == -sparsed["difference_high"]
     assert (
         window["difference"] == pytest.approx(-25.0) and window["difference_low"] < -25 < window["difference_high"] < 0
     )
@@ -57,14 +58,6 @@ def test_an_average_counts_every_task_alike():
     assert (average["accuracy"], average["tasks"], average["n"]) == (50.0, 2, 40)
 
 
-def test_bootstrap_covers_the_normal_interval():
-    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    low, high = bootstrap([values])
-    reach = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.04)
-    assert bootstrap([values]) == (low, high)
-
-
 def test_the_table_has_a_line_for_each_variant_and_a_column_for_each_task():
     lines = [line(f"{task}{n}", method, 1.0, task=task) for task in ("qa_1", "vt") for method in ("origin", "sparsed")
              for n in range(4)]  # fmt: skip
@@ -74,7 +67,8 @@ def test_the_table_has_a_line_for_each_variant_and_a_column_for_each_task():
     rows = [row for row in text.splitlines() if row.startswith("| ")]
     assert rows[0] == "| method | density | qa_1 | vt | average | to full attention |"
     assert rows[3].startswith("| SparseD, select 0.3, skip 0.2, block_size 32 | 0.30 | 100.0 (51.0 to 100.0) |")
-    assert rows[3].endswith("| +0.0 (+0.0 to +0.0) |") and rows[2].endswith("| - |")
+    # nothing differs in two times four: +-49 / sqrt(2)
+    assert rows[3].endswith("| +0.0 (-34.6 to +34.6) |") and rows[2].endswith("| - |")
 
 
 # --- the folder
@@ -242,7 +236,9 @@ def test_plots(done, tmp_path):
 
     summary = json.loads((done / results.SUMMARY).read_text())
     several = [row | {"density": 0.1 * n, "select": 0.1 * n} for row in summary["averages"] for n in (1, 2)]
-    plots.draw(summary | {"averages": several}, tmp_path)
+    rows = [row | dict(zip(("accuracy", "low", "high"), (100.0, *(100 * x for x in wilson(n, n))), strict=True))
+            for n, row in enumerate(summary["rows"], 20)]  # fmt: skip
+    plots.draw({"rows": rows, "averages": several}, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.png", "density.png", "recall.png"]
 
 

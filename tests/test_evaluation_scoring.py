@@ -1,8 +1,11 @@
 """Scores against cases made by hand, and intervals against published ones."""
 
+import random
+
 import pytest
 
 from sparsed.evaluation import score, wilson
+from sparsed.evaluation.scoring import mean_of, paired_difference, proportion
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,40 @@ def test_wilson_gives_published_intervals():
     for successes, n in ((0, 0), (3, 2), (-1, 5)):
         with pytest.raises(ValueError, match="no proportion"):
             wilson(successes, n)
+
+
+# how many of the intervals of repeated experiments hold the truth; 95 % should
+EXPERIMENTS = 1500
+
+
+def share_that_hold(truth, draw):
+    rng = random.Random(3)
+    intervals = [draw(rng) for _ in range(EXPERIMENTS)]
+    assert all(low <= value <= high for value, low, high in intervals)
+    return sum(low <= truth <= high for _, low, high in intervals) / EXPERIMENTS
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0.05, 0.03), (0.3, 0.3), (0.0, 0.02)])
+def test_differences_of_pairs_hold_the_truth(won, lost):
+    def draw(rng):
+        changes = [rng.random() for _ in range(200)]
+        scores = [float(change < won) for change in changes]
+        others = [float(change > 1 - lost) for change in changes]
+        return paired_difference(scores, others)
+
+    assert 0.93 <= share_that_hold(won - lost, draw) <= 0.995
+
+
+def test_means_of_tasks_hold_the_truth():
+    shares = (0.98, 0.9, 0.5, 0.7)
+
+    def draw(rng):
+        return mean_of([proportion([float(rng.random() < share) for _ in range(100)]) for share in shares])
+
+    assert 0.93 <= share_that_hold(sum(shares) / 4, draw) <= 0.98
+
+
+def test_a_task_alone_is_its_own_mean():
+    scores = [1.0, 0.0, 0.5, 1.0]
+    assert mean_of([proportion(scores)]) == pytest.approx((0.625, *wilson(2.5, 4)))
+    assert paired_difference(scores, scores) == pytest.approx((0.0, -wilson(0, 4)[1], wilson(0, 4)[1]))

@@ -30,9 +30,14 @@ def _panels(pyplot: Any, count: int, width: float) -> tuple[Any, list[Any]]:
     return figure, [row[0] for row in panels]
 
 
+def _legend(panel: Any) -> None:
+    """Above the first panel, where it hides nothing."""
+    panel.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1.1))
+
+
 def _save(pyplot: Any, figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -56,7 +61,7 @@ def _draw_accuracy(pyplot: Any, summary: dict[str, list[Record]], path: Path) ->
         panel.set_ylim(0, 105)
         panel.set_ylabel("accuracy, %")
         panel.set_title("" if length is None else f"{length:,} tokens", fontsize=9)
-    panels[0].legend(fontsize=7, ncols=2)
+    _legend(panels[0])
     _save(pyplot, figure, path)
 
 
@@ -77,7 +82,7 @@ def _draw_density(pyplot: Any, summary: dict[str, list[Record]], path: Path) -> 
         panel.set_xlabel("density")
         panel.set_ylabel("average accuracy, %")
         panel.set_title("" if length is None else f"{length:,} tokens", fontsize=9)
-    panels[0].legend(fontsize=7)
+    _legend(panels[0])
     _save(pyplot, figure, path)
 
 
@@ -97,5 +102,5 @@ def _draw_recall(pyplot: Any, summary: dict[str, list[Record]], path: Path) -> N
         panel.set_ylabel("attention held")
         panel.set_ylim(0, 1.05)
         panel.set_title("" if length is None else f"{length:,} tokens", fontsize=9)
-    panels[0].legend(fontsize=7)
+    _legend(panels[0])
     _save(pyplot, figure, path)

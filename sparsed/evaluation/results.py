@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from .methods import METHODS
-from .scoring import wilson
+from .scoring import mean_of, paired_difference, proportion
 
-RESAMPLES = 2000
 SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "table.md"
 # what tells one way to run from another; None where it means nothing to the method
 VARIANT = ("method", "select", "skip", "block_size")
@@ -122,7 +121,7 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
         rows: a cell each: task, length, the variant, n, accuracy in percent with its Wilson interval (low, high),
             density, recall (mean over layers, None without a pattern), recall_layers, seconds a sample.
         averages: a length and variant each: the mean over tasks, and its difference to full attention on the same
-            samples, both with 95 % bootstrap intervals, None where there is no full attention to compare with.
+            samples, both with 95 % intervals, None where there is no full attention to compare with.
     """
     cells = [_cell(list(group)) for group in _groups(records, "task", "length", *VARIANT)]
     averages = [_average(list(group), records) for group in _groups(records, "length", *VARIANT)]
@@ -139,13 +138,13 @@ def _groups(records: list[Record], *names: str) -> list[list[Record]]:
 
 def _cell(records: list[Record]) -> Record:
     scores = [record["score"] for record in records]
-    low, high = wilson(sum(scores), len(scores))
+    value, low, high = proportion(scores)
     recalls = [record["recall"] for record in records if record["recall"] is not None]
     layers = np.mean(recalls, axis=0).tolist() if recalls else None
     shared = {name: records[0][name] for name in ("task", "length", *VARIANT)}
     return shared | {
         "n": len(scores),
-        "accuracy": 100 * sum(scores) / len(scores),
+        "accuracy": 100 * value,
         "low": 100 * low,
         "high": 100 * high,
         "density": float(np.mean([record["density"] for record in records])),
@@ -158,12 +157,12 @@ def _cell(records: list[Record]) -> Record:
 def _average(records: list[Record], everything: list[Record]) -> Record:
     full = {record["id"]: record["score"] for record in everything if record["method"] == "origin"}
     tasks = _groups(records, "task")
-    scores = [np.array([record["score"] for record in task]) for task in tasks]
-    low, high = bootstrap(scores)
+    scores = [[record["score"] for record in task] for task in tasks]
+    value, low, high = mean_of([proportion(task) for task in scores])
     answer = {name: records[0][name] for name in ("length", *VARIANT)} | {
         "tasks": len(tasks),
         "n": len(records),
-        "accuracy": 100 * _mean(scores),
+        "accuracy": 100 * value,
         "low": 100 * low,
         "high": 100 * high,
         "density": float(np.mean([record["density"] for record in records])),
@@ -173,29 +172,9 @@ def _average(records: list[Record], everything: list[Record]) -> Record:
     }
     if records[0]["method"] == "origin" or not all(record["id"] in full for record in records):
         return answer
-    pairs = [np.array([record["score"] - full[record["id"]] for record in task]) for task in tasks]
-    low, high = bootstrap(pairs)
-    return answer | {
-        "difference": 100 * _mean(pairs),
-        "difference_low": 100 * low,
-        "difference_high": 100 * high,
-    }
-
-
-def _mean(groups: list[np.ndarray]) -> float:
-    return float(np.mean([group.mean() for group in groups]))
-
-
-def bootstrap(groups: list[np.ndarray]) -> tuple[float, float]:
-    """95 % percentile interval of the mean of the groups' means, each group resampled on its own; the same every time.
-
-    Args:
-        groups: values [n] of each group.
-    """
-    rng = np.random.default_rng(0)
-    means = [rng.choice(group, (RESAMPLES, len(group))).mean(1) for group in groups]
-    low, high = np.percentile(np.mean(means, axis=0), (2.5, 97.5))
-    return float(low), float(high)
+    others = [[full[record["id"]] for record in task] for task in tasks]
+    value, low, high = mean_of(list(map(paired_difference, scores, others)))
+    return answer | {"difference": 100 * value, "difference_low": 100 * low, "difference_high": 100 * high}
 
 
 def table(summary: dict[str, list[Record]]) -> str:

@@ -1,6 +1,7 @@
 """How answers are scored, and how sure a mean score is."""
 
 import math
+import statistics
 from collections.abc import Sequence
 
 MATCHES = ("all", "part")
@@ -45,4 +46,42 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     centre = share + z**2 / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    return max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
+    # rounding must not put the share outside
+    return max(0.0, min(share, (centre - reach) / scale)), min(1.0, max(share, (centre + reach) / scale))
+
+
+Interval = tuple[float, float, float]  # value, low, high
+
+
+def proportion(scores: Sequence[float]) -> Interval:
+    """The mean of scores between 0 and 1, with its Wilson interval."""
+    return sum(scores) / len(scores), *wilson(sum(scores), len(scores))
+
+
+def paired_difference(scores: Sequence[float], others: Sequence[float]) -> Interval:
+    """The mean difference of two scores of the same samples: what is won less what is lost, each with its interval.
+
+    The intervals are put together by the method of variance estimates recovery (G. Y. Zou and A. Donner, Statistics in
+    Medicine 27, 2008), which has a width where nothing differs, too.
+    """
+    changes = [score - other for score, other in zip(scores, others, strict=True)]
+    gains, losses = [max(change, 0.0) for change in changes], [max(-change, 0.0) for change in changes]
+    won, won_low, won_high = proportion(gains)
+    lost, lost_low, lost_high = proportion(losses)
+    # a sample is won or lost, never both: what is won more often is lost less often
+    spread = statistics.pstdev(gains) * statistics.pstdev(losses)
+    correlation = -won * lost / spread if spread else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(one**2 + other**2 - 2 * correlation * one * other)
+
+    value = won - lost
+    return value, value - reach(won - won_low, lost_high - lost), value + reach(won_high - won, lost - lost_low)
+
+
+def mean_of(intervals: Sequence[Interval]) -> Interval:
+    """The mean of independent values, with an interval put together from theirs as in `paired_difference`."""
+    value = sum(middle for middle, _, _ in intervals) / len(intervals)
+    low = math.hypot(*(middle - low for middle, low, _ in intervals)) / len(intervals)
+    high = math.hypot(*(high - middle for middle, _, high in intervals)) / len(intervals)
+    return value, value - low, value + high
