@@ -1,0 +1,298 @@
+"""Dream and LLaDA in EleutherAI's lm-evaluation-harness, as its model `sparsed`, with full attention or SparseD.
+
+    python -m sparsed.evaluation.harness run --model sparsed --model_args pretrained=PATH,select=0.3 --tasks gsm8k
+
+The harness has no plug-ins for models, so this module registers the class and hands over to the harness' own command
+line. `torchrun --nproc_per_node 4 -m sparsed.evaluation.harness ...`, or `accelerate launch`, spreads the requests over
+processes, each with a model of its own. A process runs one request at a time: SparseD's gain is in long prompts, which
+fill a GPU by themselves.
+"""
+
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from tqdm import tqdm
+
+from ..attention import check_backend
+from ..cli.report import answer_length, decode, stop_ids
+from ..config import SparseDConfig, check_numbers
+from ..models import load_model, load_tokenizer
+from ..sampling import dream_generate, llada_generate
+from .likelihood import attention_of, is_greedy, log_likelihood
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import handle_arg_string
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('sparsed.evaluation.harness needs lm-eval: pip install "sparsed[harness]"') from error
+
+# what a task or --gen_kwargs may set beside length, stops and temperature
+SAMPLING = {
+    "dream": ("alg", "alg_temp", "top_p", "top_k", "eps"),
+    "llada": ("cfg_scale", "remasking", "logits_eos_inf", "confidence_eos_eot_inf"),
+}
+# the harness passes these on to every model; code of a checkpoint never runs, whatever they say
+IGNORED = ("max_batch_size", "trust_remote_code")
+
+
+class OptionError(ValueError):
+    """The model cannot be made from the options of --model_args."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What --model_args may set.
+
+    Args:
+        pretrained: folder or hub id of a Dream or LLaDA checkpoint.
+        origin: full attention in every step.
+        skip, select, block_size: SparseD's three numbers.
+        backend: kernel of the sparse steps.
+        steps: denoising steps of one answer; None takes as many as it has tokens.
+        max_gen_toks: tokens of an answer whose task does not say.
+        block_length: LLaDA's block, at most the answer's length; an answer that does not fill its last is cut.
+        mc_num: draws of one log-likelihood.
+        check_greedy: find out whether the target is what the model would write, which few metrics ask for, in as
+            many forwards as it has tokens; else the answer is always no.
+        add_bos_token: put the tokenizer's bos_token before every context that does not have it.
+        device, dtype: as for `load_model`.
+        seed: of the draws, those of every log-likelihood anew, and of sampling above temperature 0.
+        batch_size: 1.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+
+    pretrained: str
+    origin: bool = False
+    skip: float = 0.2
+    select: float = 0.3
+    block_size: int = 128
+    backend: str = "auto"
+    steps: int | None = None
+    max_gen_toks: int = 256
+    block_length: int = 32
+    mc_num: int = 128
+    check_greedy: bool = True
+    add_bos_token: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    batch_size: int = 1
+
+    def __post_init__(self):
+        SparseDConfig(self.skip, self.select, self.block_size)
+        check_backend(self.backend)
+        check_numbers(max_gen_toks=self.max_gen_toks, block_length=self.block_length, mc_num=self.mc_num)
+        if self.steps is not None:
+            check_numbers(steps=self.steps)
+        for name in ("origin", "check_greedy", "add_bos_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0, got {self.seed!r}")
+        if self.batch_size != 1:
+            raise ValueError(f"batch_size must be 1, got {self.batch_size!r}: requests run one at a time")
+
+    @classmethod
+    def parse(cls, given: dict[str, Any]) -> "Options":
+        """Options from a dict whose numbers and flags may be strings.
+
+        Raises:
+            ValueError: an unknown option, or one that is missing or out of range; the line names it.
+        """
+        kinds = {field.name: field.type for field in fields(cls)}
+        given = {name: value for name, value in given.items() if name not in IGNORED}
+        unknown = next((name for name in given if name not in kinds), None)
+        if unknown is not None:
+            raise ValueError(f"unknown option {unknown!r}; there are {', '.join(kinds)}")
+        if "pretrained" not in given:
+            raise ValueError("pretrained is missing: the folder or hub id of a checkpoint")
+        values = {
+            name: str(value) if kinds[name] is str else handle_arg_string(value) if isinstance(value, str) else value
+            for name, value in given.items()
+        }
+        return cls(**values)
+
+    @property
+    def config(self) -> SparseDConfig | None:
+        """SparseD's numbers; None for full attention."""
+        return None if self.origin else SparseDConfig(self.skip, self.select, self.block_size)
+
+
+@register_model("sparsed")
+class SparseDLM(TemplateLM):
+    """The harness' view of a Dream or LLaDA model: answers by its sampler, log-likelihoods by Monte Carlo.
+
+    Args:
+        options: fields of `Options` by name.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or nothing can be loaded from `pretrained`.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        try:
+            self.options = Options.parse(options)
+            self.processes = PartialState(cpu=not torch.cuda.is_available())
+            self._rank, self._world_size = self.processes.process_index, self.processes.num_processes
+            device = self.options.device if self.world_size == 1 else self.processes.device
+            self.model = load_model(self.options.pretrained, device=device, dtype=self.options.dtype)
+            self.tokenizer = load_tokenizer(self.options.pretrained)
+        except ValueError as error:
+            raise OptionError(f"--model_args: {error}") from error
+        self.generator = torch.Generator(self.model.device).manual_seed(self.options.seed + self.rank)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "SparseDLM":
+        """The model of the harness' command line: --model_args win over its own flags."""
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if flags.get("device") == "cuda:0":  # also if nobody said so, and without a GPU
+            del flags["device"]
+        return cls(**(flags | arg_dict))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.model.config.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a target without a context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the name of the harness' cache of requests."""
+        return self.options.pretrained.replace("/", "__")
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        if self.world_size == 1:
+            return [obj]
+        gathered = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, gathered, dst=dst)
+        return gathered
+
+    def barrier(self) -> None:
+        self.processes.wait_for_everyone()
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text, ready for the answer, or for the rest of the last message."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text whose control tokens, such as those of a chat template, are written out in it."""
+        bos = self.tokenizer.bos_token or ""
+        if self.options.add_bos_token and add_special_tokens is not False and not string.startswith(bos):
+            string = bos + string
+        return self.tokenizer.encode(string, add_special_tokens=False)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of its continuation, to which the context's last spaces move.
+
+        The harness moves line breaks, too. With a chat template that would hide the template's own last ones, which
+        the models have never seen masked, and cost many nats.
+        """
+        spaces = len(context) - len(context.rstrip(" "))
+        head = self.tok_encode(context[: len(context) - spaces])
+        return head, self.tok_encode(context + continuation)[len(head) :]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The answers to requests (context, generation settings), up to their first stop string or end token.
+
+        Raises:
+            ValueError: a setting that the family's sampler does not have or cannot follow.
+        """
+        answers = []
+        for request in self._progress(requests, "Generating", disable_tqdm):
+            context, settings = request.args
+            answers.append(self._answer(context, normalize_gen_kwargs(settings, self.options.max_gen_toks)))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+        return answers
+
+    def _answer(self, context: str, settings: dict[str, Any]) -> str:
+        length, until = settings.pop("max_gen_toks"), [stop for stop in settings.pop("until") if stop]
+        settings.pop("do_sample")  # its temperature is 0 where there is none
+        token_ids = self._generate(self.tok_encode(context), length, settings)[:length]
+        vocabulary = self.tokenizer.get_added_vocab()
+        stops = stop_ids(self.model.config, self.tokenizer) | {vocabulary[stop] for stop in until if stop in vocabulary}
+        text = decode(self.tokenizer, token_ids[: answer_length(token_ids, stops)])
+        return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
+
+    def _generate(self, context: list[int], length: int, settings: dict[str, Any]) -> list[int]:
+        """At least `length` new ids of the family's sampler."""
+        family, options = self.model.family, self.options
+        for name in settings:
+            if name not in ("temperature", *SAMPLING[family]):
+                raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(SAMPLING[family])}")
+        if family == "llada":
+            block_length = min(options.block_length, length)
+            length += -length % block_length
+            settings["block_length"] = block_length
+        steps = options.steps or length
+        sampler = {"dream": dream_generate, "llada": llada_generate}[family]
+        ids = torch.tensor([context or [self.prefix_token_id]])
+        with attention_of(self.model, options.config, options.backend, steps, length):
+            out = sampler(self.model, ids, gen_length=length, steps=steps, generator=self.generator, **settings)
+        return out[0, ids.shape[1] :].tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether it is greedy) of each ((context, target), context ids, target ids)."""
+        options, answers = self.options, []
+        attention = {"config": options.config, "backend": options.backend}
+        for texts, context, target in self._progress(requests, "Scoring", disable_tqdm):
+            # the same draws for all targets of one length: their differences are not those of the draws
+            generator = torch.Generator().manual_seed(options.seed)
+            score = log_likelihood(
+                self.model, context, target, samples=options.mc_num, generator=generator, **attention
+            )
+            greedy = options.check_greedy and is_greedy(self.model, context, target, **attention)
+            answers.append((score, greedy))
+            self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError("sparsed estimates likelihoods of targets after a context, not of whole documents")
+
+    def _progress(self, requests: list[Any], what: str, disable: bool) -> Iterable[Any]:
+        return tqdm(requests, desc=what, disable=disable or self.rank != 0)
+
+
+def main() -> int:
+    """The harness' own command line, with the model `sparsed` in it; returns the exit code."""
+    try:
+        cli_evaluate()
+    except OptionError as error:
+        logging.getLogger(__name__).error(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""How likely a masked diffusion model finds a target after a prompt, by Monte Carlo, with full attention or SparseD.
+
+The estimate is the one of LLaDA (arXiv 2502.09992, appendix B.5, and `eval_llada.py` of its repository): hide l of the
+target's L tokens, l uniform on 1 ... L, and take the hidden tokens' cross-entropy times L / l; its mean over many draws
+bounds the negative log-likelihood from above. Dream's harness estimates the same expectation with tokens hidden
+independently of each other, which varies more; what it adds is the shift: row t - 1 of the logits predicts token t.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import SparseDConfig, check_numbers
+from ..patch import SPARSE, Run, sparsify
+from ..sampling.common import check_prompt
+from ..sampling.denoiser import Denoiser
+
+
+def attention_of(
+    model: nn.Module, config: SparseDConfig | None, backend: str, steps: int, gen_length: int
+) -> AbstractContextManager[Run | None]:
+    """SparseD with a kernel of choice around `steps` forwards, or full attention without a config."""
+    if config is None:
+        return nullcontext()
+    return sparsify(model, config, steps=steps, gen_length=gen_length, backend=backend)
+
+
+def draw_masks(samples: int, length: int, generator: torch.Generator) -> Tensor:
+    """Which of `length` tokens each of `samples` draws hides: bool [samples, length], those that hide most first.
+
+    The numbers of hidden tokens are uniform on 1 ... length and stratified: evenly spaced from a random start on.
+
+    Args:
+        generator: source of randomness, on the CPU, so that every device sees the same draws.
+    """
+    start = torch.randint(length, (), generator=generator).item()
+    offsets = (torch.arange(samples, dtype=torch.float64) * length / samples).round().long()
+    hidden = ((start + offsets) % length + 1).sort(descending=True).values
+    ranks = torch.rand(samples, length, generator=generator).argsort(-1)
+    return ranks < hidden[:, None]
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: nn.Module,
+    prompt: Sequence[int],
+    target: Sequence[int],
+    *,
+    samples: int,
+    generator: torch.Generator,
+    config: SparseDConfig | None = None,
+    backend: str = "auto",
+) -> float:
+    """Monte Carlo estimate of log p(target | prompt), in nats.
+
+    The draws are SparseD's steps, in the order of a generation: those that hide most come first, with full attention,
+    and choose the blocks. A draw that comes again with the same attention is not computed again, so a target of one
+    token takes one forward with full attention, and its estimate is exact.
+
+    Args:
+        model: a DreamModel or LLaDAModel.
+        prompt, target: ids, at least one each.
+        samples: number of draws.
+        generator: source of randomness, on the CPU.
+        config: SparseD; None means full attention.
+        backend: kernel of the sparse steps.
+
+    Raises:
+        ValueError: no prompt, no target, an id outside the vocabulary, or a mask token among them.
+        FloatingPointError: the model's logits were not finite.
+    """
+    check_numbers(samples=samples)
+    ids = _sequence(model, prompt, target)
+    masks = draw_masks(samples, len(target), generator)
+    losses: dict[tuple, float] = {}
+    total = 0.0
+    with attention_of(model, config, backend, samples, len(target)) as run:
+        denoiser = _denoiser(model, prompt, target)
+        for mask in masks:
+            draw = (run is not None and run.phase == SPARSE, *mask.tolist())
+            if draw not in losses or not denoiser.skip(ids):
+                hidden = len(prompt) + mask.nonzero().squeeze(-1).to(ids.device)
+                logits = denoiser(_masked(model, ids, hidden), hidden - _shift(model)).float()
+                loss = F.cross_entropy(logits, ids[0, hidden], reduction="sum").item()
+                losses[draw] = loss * len(target) / len(hidden)
+            total += losses[draw]
+        denoiser.check()
+    return -total / samples
+
+
+@torch.no_grad()
+def is_greedy(
+    model: nn.Module,
+    prompt: Sequence[int],
+    target: Sequence[int],
+    *,
+    config: SparseDConfig | None = None,
+    backend: str = "auto",
+) -> bool:
+    """Whether the model writes exactly the target if it commits its most confident token, one in each step.
+
+    Ends at the first token that differs; arguments and errors are those of `log_likelihood`.
+    """
+    ids = _sequence(model, prompt, target)
+    hidden = len(prompt) + torch.arange(len(target), device=ids.device)
+    with attention_of(model, config, backend, len(target), len(target)):
+        denoiser = _denoiser(model, prompt, target)
+        while len(hidden):
+            logits = denoiser(_masked(model, ids, hidden), hidden - _shift(model)).float()
+            confidence, tokens = logits.softmax(-1).max(-1)
+            best = confidence.argmax()
+            if tokens[best] != ids[0, hidden[best]]:
+                return False
+            hidden = torch.cat((hidden[:best], hidden[best + 1 :]))
+        denoiser.check()
+    return True
+
+
+def _sequence(model: nn.Module, prompt: Sequence[int], target: Sequence[int]) -> Tensor:
+    """Prompt and target on the model's device, int64 [1, n]."""
+    if not prompt or not target:
+        raise ValueError("a likelihood needs at least one token of prompt and one of target")
+    ids = torch.tensor([[*prompt, *target]], device=model.device)
+    check_prompt(ids, model.config.mask_token_id, model.config.vocab_size)
+    return ids
+
+
+def _shift(model: nn.Module) -> int:
+    """How far before a token the row of the logits stands that predicts it."""
+    return int(model.family == "dream")
+
+
+def _denoiser(model: nn.Module, prompt: Sequence[int], target: Sequence[int]) -> Denoiser:
+    return Denoiser(model, None, len(prompt) - _shift(model), len(target))
+
+
+def _masked(model: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
+    masked = ids.clone()
+    masked[0, hidden] = model.config.mask_token_id
+    return masked

@@ -1,0 +1,275 @@
+"""The model `sparsed` of lm-evaluation-harness: options, answers, scores, the harness' own command line."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sampling_cases import GENERATE
+from tiny_folders import tiny_folder
+
+from sparsed import SparseDConfig
+from sparsed.prompts import demo_path
+
+pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "sparsed[harness]"')
+harness = importlib.import_module("sparsed.evaluation.harness")
+
+QUESTIONS = [
+    ("Nils finds 3 eggs and then 9 more, but loses 2 of them. How many eggs are left?", "The answer is 10 eggs."),
+    (
+        "Linus starts with 8 apples, adds 4 and then another 4. How many apples are there in all?",
+        "The answer is 16 apples.",
+    ),
+]
+TASKS = {
+    "local_answers": {
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"max_gen_toks": 32, "until": ["\n"], "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "local_choices": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {family: tiny_folder(root / family, family) for family in GENERATE}
+
+
+@pytest.fixture
+def make(folders, family):
+    """A function from options to the harness' model, tiny and random."""
+    return lambda **options: harness.SparseDLM(pretrained=str(folders[family]), device="cpu", **options)
+
+
+def ask(lm, context, **settings):
+    return lm.generate_until([SimpleNamespace(args=(context, settings))], disable_tqdm=True)[0]
+
+
+def score(lm, context, target):
+    return lm.loglikelihood([SimpleNamespace(args=(context, target))], disable_tqdm=True)[0]
+
+
+def sampled(lm, context, length, **options):
+    """The family's sampler alone: the new ids."""
+    ids = torch.tensor([lm.tok_encode(context)])
+    if lm.model.family == "llada":
+        options.setdefault("block_length", 8)
+    out = GENERATE[lm.model.family](lm.model, ids, gen_length=length, steps=length, **options)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def test_an_answer_is_the_samplers_own(make):
+    lm = make(select=0.5, block_size=16, block_length=8, backend="gather")
+    context = "What is on the table in the kitchen? " * 3
+    config = SparseDConfig(select=0.5, block_size=16)
+    tokens = sampled(lm, context, 24, config=config)
+    assert tokens != sampled(lm, context, 24)
+    assert ask(lm, context, max_gen_toks=24, until=[]) == lm.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_an_answer_ends_at_the_first_stop(make, monkeypatch):
+    lm = make()
+    written = lm.tokenizer.encode("one two three<|endoftext|>four")
+    monkeypatch.setattr(lm, "_generate", lambda *_: written)
+    assert ask(lm, "x", until=[]) == "one two three"
+    assert ask(lm, "x", until="wo") == "one t"
+    assert ask(lm, "x", until=["three", "two", "four", ""]) == "one "
+    assert ask(lm, "x", until=[], max_gen_toks=5) == "one t"
+    special = {"dream": "<|im_start|>", "llada": "<|start_header_id|>"}[lm.model.family]
+    monkeypatch.setattr(lm, "_generate", lambda *_: lm.tokenizer.encode(f"one{special}two"))
+    assert ask(lm, "x", until=[special]) == "one"
+
+
+def test_an_answer_need_not_fill_lladas_blocks(make):
+    lm = make(origin=True, block_length=8)
+    longer = 24 if lm.model.family == "llada" else 20
+    tokens = sampled(lm, "What?", longer)[:20]
+    assert ask(lm, "What?", max_gen_toks=20, until=[]) == lm.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_settings_reach_the_sampler_or_are_refused(make):
+    lm = make(origin=True, block_length=8)
+    own = {"dream": {"alg": "entropy"}, "llada": {"logits_eos_inf": True}}[lm.model.family]
+    expected = lm.tokenizer.decode(sampled(lm, "What?", 8, **own), skip_special_tokens=True)
+    assert ask(lm, "What?", max_gen_toks=8, until=[], **own) == expected
+    with pytest.raises(ValueError, match="num_beams"):
+        ask(lm, "What?", until=[], num_beams=4)
+
+
+def test_selecting_every_block_is_full_attention(make):
+    context, target = "What is on the table in the kitchen? " * 3, "A red cup, two books"
+    full, sparse = make(origin=True, mc_num=20), make(select=1, block_size=16, mc_num=20, backend="gather")
+    assert ask(sparse, context, max_gen_toks=32, until=[]) == ask(full, context, max_gen_toks=32, until=[])
+    assert score(sparse, context, target)[0] == pytest.approx(score(full, context, target)[0], rel=1e-5)
+    fewer = make(select=0.3, block_size=16, mc_num=20, backend="gather")
+    assert score(fewer, context, target)[0] != pytest.approx(score(full, context, target)[0], rel=1e-5)
+
+
+def test_what_the_model_scores(make, monkeypatch):
+    """A context's last spaces belong to the target, its line breaks do not; without context it is the first token."""
+    lm, seen = make(origin=True, check_greedy=False), []
+    monkeypatch.setattr(
+        harness, "log_likelihood", lambda model, context, target, **_: seen.append((context, target)) or 0.0
+    )
+    texts = [("Why?\n\n", "Because"), ("Why? ", "Because"), ("", "Because")]
+    for context, target in texts:
+        score(lm, context, target)
+    decoded = [tuple(map(lm.tokenizer.decode, pair)) for pair in seen]
+    assert decoded == [("Why?\n\n", "Because"), ("Why?", " Because"), ("<|endoftext|>", "Because")]
+
+
+def test_a_score_does_not_hang_on_what_came_before(make):
+    lm = make(origin=True, mc_num=8)
+    first = score(lm, "Why is it so?", " Because")
+    score(lm, "And then?", " Nothing at all")
+    assert score(lm, "Why is it so?", " Because") == first
+    assert score(make(origin=True, mc_num=8, seed=1), "Why is it so?", " Because") != first
+
+
+def test_chats_and_their_unfinished_answers(make):
+    lm = make(origin=True)
+    chat = [{"role": "user", "content": "Why?"}]
+    asked = lm.apply_chat_template(chat)
+    assert "assistant" in asked and "Why?" in asked
+    begun = lm.apply_chat_template([*chat, {"role": "assistant", "content": "Because"}], add_generation_prompt=False)
+    assert begun.startswith(asked.rstrip("\n")) and begun.endswith("\nBecause")
+
+
+def test_add_bos_token_adds_one_where_there_is_none(make):
+    lm = make(origin=True, add_bos_token=True)
+    lm.tokenizer.bos_token = "<|endoftext|>"
+    bos = lm.tokenizer.bos_token_id
+    assert lm.tok_encode("ab") == [bos, *lm.tokenizer.encode("ab")] == lm.tok_encode("<|endoftext|>ab")
+    assert lm.tok_encode("ab", add_special_tokens=False) == lm.tokenizer.encode("ab")
+    other = make(origin=True)
+    other.tokenizer.bos_token = "<|endoftext|>"
+    assert other.tok_encode("ab") == lm.tokenizer.encode("ab")
+
+
+def test_rolling_likelihoods_are_refused(make):
+    with pytest.raises(NotImplementedError, match="whole documents"):
+        make().loglikelihood_rolling([])
+
+
+def test_options_may_be_strings():
+    given = {"pretrained": "x", "origin": "False", "skip": "0.5", "block_size": "64", "steps": "None", "mc_num": 4}
+    options = harness.Options.parse(given | {"trust_remote_code": True, "max_batch_size": None})
+    assert options.config == SparseDConfig(0.5, 0.3, 64) and options.steps is None
+    assert harness.Options.parse(given | {"origin": "True"}).config is None
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("selct", 0.3),
+        ("origin", "maybe"),
+        ("skip", 2),
+        ("select", "0"),
+        ("block_size", 20),
+        ("backend", "fast"),
+        ("steps", 0),
+        ("max_gen_toks", 1.5),
+        ("block_length", "x"),
+        ("mc_num", -1),
+        ("check_greedy", 1),
+        ("seed", -1),
+        ("batch_size", "auto"),
+        ("device", "tpu"),
+        ("dtype", "int8"),
+    ],
+)
+def test_a_bad_option_is_named(folders, name, value):
+    with pytest.raises(harness.OptionError, match=name):
+        harness.SparseDLM(**{"pretrained": str(folders["dream"]), "device": "cpu"} | {name: value})
+
+
+def test_the_command_line_ends_with_one_line_at_a_bad_option(monkeypatch, caplog):
+    def cli(error):
+        monkeypatch.setattr(harness, "cli_evaluate", lambda: harness.SparseDLM(**error))
+        return harness.main()
+
+    assert cli({"pretrained": "x", "selct": 1}) == 2 and "unknown option 'selct'" in caplog.text
+    assert cli({}) == 2 and "pretrained is missing" in caplog.text
+
+
+def test_model_args_win_over_the_harness_flags(folders, monkeypatch):
+    seen = []
+    monkeypatch.setattr(harness.SparseDLM, "__init__", lambda self, **options: seen.append(options))
+    create = harness.SparseDLM.create_from_arg_obj
+    create({"device": "cpu"}, {"device": "cuda:1", "batch_size": 1, "max_batch_size": None})
+    create({}, {"device": "cuda:0"})  # what the harness says by default
+    create({}, {"device": "cuda:1"})
+    assert seen == [{"device": "cpu", "batch_size": 1}, {}, {"device": "cuda:1"}]
+
+
+def test_the_package_does_not_import_the_harness():
+    code = "import sys, sparsed, sparsed.evaluation; sys.exit(any(m.startswith('lm_eval') for m in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with two tasks of the harness, as JSON, which is YAML, and their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    docs = [
+        {"question": question, "answer": answer, "choices": ["The answer is 1.", answer], "label": 1}
+        for question, answer in QUESTIONS
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}}}
+    shared = data | {"test_split": "test", "doc_to_text": "{{question}}"}
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name} | shared | task))
+    return folder
+
+
+def records(folder, pattern):
+    """The lines of the one file of that name in what the harness wrote."""
+    (file,) = folder.rglob(pattern)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, launcher",
+    [("llada", []), ("dream", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])],
+    ids=["llada", "dream, two processes"],
+)
+def test_the_harness_own_command_line(family, launcher, tasks, tmp_path):
+    """Both tasks offline with the demo: the right answers, and the scores that the class gives for the same texts."""
+    # of larger blocks, the prompts of 34 and 43 tokens have too few to choose from
+    options = {"pretrained": str(demo_path(family)), "device": "cpu", "select": 0.5, "block_size": 16, "mc_num": 16}
+    model_args = ",".join(f"{name}={value}" for name, value in options.items())
+    command = [sys.executable, *launcher, "-m", "sparsed.evaluation.harness", "run", "--model", "sparsed"]
+    command += ["--model_args", model_args, "--tasks", ",".join(TASKS), "--include_path", str(tasks)]
+    command += ["--apply_chat_template", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    # more threads would only wait for each other
+    environment = os.environ | offline | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
+    assert results["local_answers"]["exact_match,none"] == 1
+    lm, accuracies = harness.SparseDLM(**options), []
+    answers, choices = (records(tmp_path / "out", f"samples_{name}_*.jsonl") for name in TASKS)
+    assert len(answers) == len(choices) == len(QUESTIONS)
+    for answer, choice in zip(answers, choices, strict=True):
+        question = [{"role": "user", "content": answer["doc"]["question"]}]
+        prompt = lm.apply_chat_template(question)
+        assert answer["arguments"]["gen_args_0"]["arg_0"] == prompt
+        expected = [score(lm, prompt, text)[0] for text in answer["doc"]["choices"]]
+        assert [float(response[0][0]) for response in choice["resps"]] == pytest.approx(expected, rel=1e-4)
+        accuracies.append(expected[1] > expected[0])
+    assert results["local_choices"]["acc,none"] == sum(accuracies) / len(accuracies)
