@@ -108,6 +108,16 @@ def test_settings_reach_the_sampler_or_are_refused(make):
         ask(lm, "What?", until=[], num_beams=4)
 
 
+def test_a_task_sets_its_steps(make, monkeypatch):
+    lm, seen = make(block_length=8, steps=24, origin=True), []
+    sampler = f"{lm.model.family}_generate"
+    original = getattr(harness, sampler)
+    monkeypatch.setattr(harness, sampler, lambda *a, **k: seen.append(k["steps"]) or original(*a, **k))
+    for settings in ({"steps": 6}, {}):
+        ask(lm, "Where is it?", max_gen_toks=24, until=[], **settings)
+    assert seen == [6, 24]
+
+
 def test_selecting_every_block_is_full_attention(make):
     context, target = "What is on the table in the kitchen? " * 3, "A red cup, two books"
     full, sparse = make(origin=True, mc_num=20), make(select=1, block_size=16, mc_num=20, backend="gather")

@@ -35,7 +35,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('sparsed.evaluation.harness needs lm-eval: pip install "sparsed[harness]"') from error
 
-# what a task or --gen_kwargs may set beside length, stops and temperature
+# what a task or --gen_kwargs may set beside length, steps, stops and temperature
 SAMPLING = {
     "dream": ("alg", "alg_temp", "top_p", "top_k", "eps"),
     "llada": ("cfg_scale", "remasking", "logits_eos_inf", "confidence_eos_eot_inf"),
@@ -57,7 +57,7 @@ class Options:
         origin: full attention in every step.
         skip, select, block_size: SparseD's three numbers.
         backend: kernel of the sparse steps.
-        steps: denoising steps of one answer; None takes as many as it has tokens.
+        steps: denoising steps of one answer whose task does not say; None takes as many as it has tokens.
         max_gen_toks: tokens of an answer whose task does not say.
         block_length: LLaDA's block, at most the answer's length; an answer that does not fill its last is cut.
         mc_num: draws of one log-likelihood.
@@ -247,13 +247,13 @@ class SparseDLM(TemplateLM):
         """At least `length` new ids of the family's sampler."""
         family, options = self.model.family, self.options
         for name in settings:
-            if name not in ("temperature", *SAMPLING[family]):
+            if name not in ("temperature", "steps", *SAMPLING[family]):
                 raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(SAMPLING[family])}")
         if family == "llada":
             block_length = min(options.block_length, length)
             length += -length % block_length
             settings["block_length"] = block_length
-        steps = options.steps or length
+        steps = settings.pop("steps", None) or options.steps or length
         sampler = {"dream": dream_generate, "llada": llada_generate}[family]
         ids = torch.tensor([context or [self.prefix_token_id]])
         with attention_of(self.model, options.config, options.backend, steps, length):
