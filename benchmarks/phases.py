@@ -97,8 +97,10 @@ def derive(runs: dict[str, dict[str, Any]], config: SparseDConfig) -> dict[str, 
 def _whole_runs(runs: dict[str, dict[str, Any]], config: SparseDConfig, steps: int) -> dict[str, float]:
     n_full = {"sparsed": config.n_full(steps), "released_sparsed": released_n_full(steps, config.skip)}
     times = {name: whole_run(run, steps, n_full.get(name)) for name, run in runs.items()}
-    if steps == WHOLE[0]:  # short enough to be run
-        times |= {name: run.get("measured_whole_seconds") or times[name] for name, run in runs.items()}
+    measured = {name: runs[name].get("measured_whole_seconds") for name in ("origin", "sparsed") if name in runs}
+    # runs of one kind: a measured one lacks the steps that commit nothing, one that is put together has them
+    if steps == WHOLE[0] and all(measured.values()):
+        times |= measured
     return {name: time for name, time in times.items() if time is not None}
 
 

@@ -16,11 +16,11 @@ torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
 """
 
 
-def interpret(code):
+def interpret(code, interpreted=True):
     """Run `code`, in which `torch.empty` hands out NaN; its assertions are the test's."""
     pytest.importorskip("triton")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted)), "PYTHONPATH": paths}
     code = f"{PREPARED}\n{code}\nprint('done')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr[-3000:]

@@ -181,19 +181,35 @@ def test_triton_kernel_interpreted():
 @pytest.mark.parametrize(("block_size", "group"), [(16, 4), (32, 2), (48, 1), (64, 1), (80, 1), (128, 1), (256, 1)])
 def test_tiles_fit_the_shared_memory(monkeypatch, block_size, group, row_bytes, shared_memory):
     pytest.importorskip("triton")
-    from sparsed.kernels import block_scores_triton, block_sparse_triton, launch
+    from sparsed.kernels import block_sparse_triton, launch
 
     monkeypatch.setattr(launch, "CONSUMER_SHARED_MEMORY", shared_memory * 1024)
     device = torch.device("cpu")  # its kernels are interpreted with a consumer GPU's tiles
     rows, keys, stages = block_sparse_triton._tile(block_size, group, row_bytes, device)
     assert (rows + 2 * keys * stages) * row_bytes < shared_memory * 1024
     assert rows >= 16 and keys >= 16 and stages >= 1 and rows & (rows - 1) == keys & (keys - 1) == 0
-    d_tile = row_bytes // 2
-    for held in (False, True) if d_tile <= 128 else (False,):
-        tile, stages = block_scores_triton._tile(d_tile, torch.bfloat16, held, device)
-        first, later = (tile + d_tile, stages * tile) if held else (tile, (1 + stages) * tile)
-        assert max(first, later) * row_bytes < shared_memory * 1024
-        assert tile >= 16 and tile & (tile - 1) == 0 and stages >= 1
+
+
+CARDS = {"RTX 3090": (86, 99), "RTX 4090": (89, 99), "A100": (80, 163), "H100": (90, 227), "RTX 5090": (120, 99)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(("block_size", "width"), [(16, 128), (32, 128), (64, 128), (128, 128), (32, 80), (128, 256)])
+def test_the_scores_kernel_fits_the_shared_memory_as_compiled(monkeypatch, card, block_size, width):
+    """Compiled for the card by Triton and its assembler, which need no GPU."""
+    pytest.importorskip("triton")
+    capability, kibibytes = CARDS[card]
+    code = f"""
+import torch
+from compiled_kernels import scores_kernel
+from sparsed.kernels import block_scores_triton, launch
+launch.CONSUMER_SHARED_MEMORY = {kibibytes} * 1024
+tile = block_scores_triton._tile({width}, torch.bfloat16, torch.device("cpu"))
+shared = scores_kernel(tile, min(tile.rows, {block_size}), {width}, {capability}).metadata.shared
+assert shared <= tile.shared_memory <= {kibibytes} * 1024, (shared, tile)
+"""
+    interpret(code, interpreted=False)
 
 
 def test_density_of_a_pattern():

@@ -35,9 +35,9 @@ def block_scores(
     """
     # a block longer than the sequence is the sequence; in 16s, for the kernel is compiled for its block size
     block_size = min(block_size, -(-q.shape[2] // 16) * 16)
-    if compiled and usable(q, k):
-        scores, cells = block_scores_triton(q, k, block_size=block_size, key_valid=key_valid, lse=lse)
-        return scores if cells == 1 else F.avg_pool2d(scores, cells, ceil_mode=True, divisor_override=1)
+    # the kernel's tiles hold whole blocks, or parts of them that are not too small
+    if compiled and block_size % 16 == 0 and usable(q, k):
+        return block_scores_triton(q, k, block_size=block_size, key_valid=key_valid, lse=lse)
     return block_scores_torch(q, k, block_size=block_size, key_valid=key_valid)
 
 

@@ -1,6 +1,9 @@
 """Block scores on the GPU in one kernel: no T x T tensor, no float32 copy of q or k."""
 
+from dataclasses import dataclass, replace
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,65 +13,103 @@ from .launch import fits, on_device_of
 LOG2_E = 1.4426950408889634
 # rows and keys of a tile; with float32 inputs, a quarter of it fits the same registers
 TILE, TILE_FLOAT32 = 128, 32
+# shared memory, in bytes, that the sums over cells need beside the tiles, at most
+SCRATCH = 8192
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program of the kernel holds.
+
+    Args:
+        rows: query rows, and keys, of a tile.
+        stages: tiles of keys in flight.
+        width: head size, padded to a power of two.
+        itemsize: bytes of an element.
+        held: the queries lie in registers, once they have been multiplied by an identity matrix.
+    """
+
+    rows: int
+    stages: int
+    width: int
+    itemsize: int
+    held: bool
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of it that a program needs."""
+        rows = max(self.rows + self.width, self.stages * self.rows) if self.held else (1 + self.stages) * self.rows
+        return rows * self.width * self.itemsize + SCRATCH
 
 
 @on_device_of
 def block_scores_triton(
     q: Tensor, k: Tensor, *, block_size: int, key_valid: Tensor | None = None, lse: Tensor | None = None
-) -> tuple[Tensor, int]:
-    """`block_scores` as a Triton kernel: one pass over the keys with the log-sum-exp given, two without.
+) -> Tensor:
+    """`block_scores` as a Triton kernel, for block sizes that 16 divides: one pass over the keys with the log-sum-exp
+    given, two without.
 
-    A program takes a tile of queries past tiles of keys. A tile holds whole cells, each of the largest power of two of
-    tokens that divides a block; what it gets are the scores of cells.
-
-    Returns:
-        the scores, float32 [B, Hq, nC, nC], and the number of cells along a block.
+    A program takes a tile of queries past tiles of keys, which hold whole cells, each of the largest power of two of
+    tokens that divides a block. Larger blocks are summed from their cells, for one key head after the other, for cells
+    may be many.
     """
     batch, heads, length, head_dim = q.shape
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    d_tile = max(16, triton.next_power_of_2(head_dim))
-    held = q.dtype != torch.float32 and d_tile <= TILE
-    tile, stages = _tile(d_tile, q.dtype, held, q.device)
-    cell = min(tile, block_size & -block_size)
+    key_valid = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
+    tile = _tile(head_dim, q.dtype, q.device)
+    cell = min(tile.rows, block_size & -block_size)
+    if cell == block_size:
+        return _cell_scores(q, k, key_valid, lse, cell, tile)
+    n_blocks = triton.cdiv(length, block_size)
+    scores = torch.empty(batch, heads, n_blocks, n_blocks, device=q.device, dtype=torch.float32)
+    group = heads // k.shape[1]
+    for head in range(k.shape[1]):
+        own = slice(head * group, (head + 1) * group)
+        given = None if lse is None else lse[:, own]
+        cells = _cell_scores(q[:, own], k[:, head : head + 1], key_valid, given, cell, tile)
+        scores[:, own] = F.avg_pool2d(cells, block_size // cell, ceil_mode=True, divisor_override=1)
+    return scores
+
+
+def _cell_scores(q: Tensor, k: Tensor, key_valid: Tensor | None, lse: Tensor | None, cell: int, tile: Tile) -> Tensor:
+    """Scores of cells, [B, Hq, nC, nC]."""
+    batch, heads, length, head_dim = q.shape
     n_cells = triton.cdiv(length, cell)
     scores = torch.empty(batch, heads, n_cells, n_cells, device=q.device, dtype=torch.float32)
-    # so few registers a thread that two programs share a multiprocessor
-    limits = {"maxnreg": 128} if held and torch.version.hip is None else {}
-    _block_scores_kernel[(triton.cdiv(length, tile), batch * heads)](
-        q, k,
-        None if lse is None else lse.contiguous(),
-        None if key_valid is None else key_valid.contiguous().view(torch.uint8),
-        scores,
-        *q.stride()[:3], *k.stride()[:3],
+    _block_scores_kernel[(triton.cdiv(length, tile.rows), batch * heads)](
+        q, k, None if lse is None else lse.contiguous(), key_valid, scores, *q.stride()[:3], *k.stride()[:3],
         length, n_cells, heads, heads // k.shape[1], head_dim**-0.5 * LOG2_E,
         GIVEN=lse is not None,
         PADDED=key_valid is not None,
         D=head_dim,
-        D_TILE=d_tile,
+        D_TILE=tile.width,
         CELL=cell,
-        TILE=tile,
-        HELD=held,
-        num_warps=8 if tile == 128 else 4,
-        num_stages=stages,
-        **limits,
+        TILE=tile.rows,
+        HELD=tile.held,
+        num_warps=8 if tile.rows == 128 else 4,
+        num_stages=tile.stages,
+        **_limits(tile, q.device),
     )  # fmt: skip
-    return scores, block_size // cell
+    return scores
 
 
-def _tile(d_tile: int, dtype: torch.dtype, held: bool, device: torch.device) -> tuple[int, int]:
-    """Rows, and keys, of a tile, and tiles of keys in flight: the fastest on an H100, cut down until they fit.
+def _tile(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The fastest on an H100, cut down until it fits."""
+    width = max(16, triton.next_power_of_2(head_dim))
+    held = dtype != torch.float32 and width <= TILE
+    tile = Tile(TILE_FLOAT32 if dtype == torch.float32 else TILE, 3, width, dtype.itemsize, held)
+    while not fits(tile.shared_memory, device) and (tile.rows, tile.stages) != (16, 1):
+        less = {"stages": tile.stages - 1} if tile.stages > 1 else {"rows": tile.rows // 2}
+        tile = replace(tile, **less)
+    return tile
 
-    Args:
-        held: the queries lie in registers, once they have been multiplied by an identity matrix.
-    """
-    tile, stages = TILE_FLOAT32 if dtype == torch.float32 else TILE, 3
 
-    def rows() -> int:
-        return max(tile + d_tile, stages * tile) if held else (1 + stages) * tile
-
-    while not fits(rows() * d_tile * dtype.itemsize, device) and (tile, stages) != (16, 1):
-        tile, stages = (tile, stages - 1) if stages > 1 else (tile // 2, 1)
-    return tile, stages
+def _limits(tile: Tile, device: torch.device) -> dict[str, int]:
+    """So few registers a thread that two programs of 8 warps share a multiprocessor, where its memory holds two."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {}
+    together = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return {"maxnreg": 128} if 2 * tile.shared_memory <= together else {}
 
 
 @triton.jit

@@ -66,6 +66,8 @@ def _flash_agrees(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
     exact = logits.softmax(-1) @ wide_v
     try:
         out, lse = flash_dense(q, k, v)
+    except torch.OutOfMemoryError:  # says nothing about the kernel
+        raise
     except Exception:  # a kernel that does not compile here: torch's own serves
         return False
     dense = F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads)
