@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def line(name, method, score, task="qa_1", length=512, **changes):
     numbers = {"select": None, "skip": None, "block_size": None}
     if method != "origin":
         numbers = {"select": 0.3, "skip": 0.2, "block_size": 32}
-    rest = {"density": 1.0 if method == "origin" else 0.3, "recall": None, "seconds": 1.0}
+    rest = {"seed": 0, "density": 1.0 if method == "origin" else 0.3, "recall": None, "seconds": 1.0}
     return {"id": name, "task": task, "length": length, "method": method, "score": score, **numbers, **rest, **changes}
 
 
@@ -75,8 +76,9 @@ def test_the_table_has_a_line_for_each_variant_and_a_column_for_each_task():
 
 
 def test_a_folder_belongs_to_one_configuration(tmp_path):
-    Folder(tmp_path / "new" / "run").claim({"seed": 0}, {"command": "x"})
-    Folder(tmp_path / "new" / "run").claim({"seed": 0}, {"command": "y"})
+    for command in "xy":
+        Folder(tmp_path / "new" / "run").claim({"seed": 0}, {"command": command})
+    assert results.about(tmp_path / "new" / "run" / results.RUN)["calls"] == [{"command": "x"}, {"command": "y"}]
     with pytest.raises(OtherRun, match="seed 0, now 1"):
         Folder(tmp_path / "new" / "run").claim({"seed": 1}, {})
     (tmp_path / "letters.txt").write_text("mine")
@@ -84,7 +86,18 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
         Folder(tmp_path).claim({"seed": 0}, {})
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": 3}'])
+@pytest.mark.parametrize("damage", ["{}\n", "5\n", "\n", "not JSON\n"])
+def test_damaged_lines_do_not_count(tmp_path, damage):
+    folder = Folder(tmp_path)
+    folder.append([line("s0", "origin", 1.0)])
+    (tmp_path / f"{results.SAMPLES}.0").open("ab").write(damage.encode() + b'{"id": "\xc3\n')
+    (tmp_path / f"{results.SAMPLES}.bak").write_text("mine")
+    assert [record["id"] for record in folder.finished().values()] == ["s0"]
+    folder.close(list(folder.finished().values()))
+    assert (tmp_path / f"{results.SAMPLES}.bak").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": 3, "calls": []}', '{"settings": {}}'])
 def test_a_file_of_somebody_elses_is_refused(tmp_path, content):
     (tmp_path / results.RUN).write_text(content)
     with pytest.raises(OtherRun, match="none of an evaluation's"):
@@ -141,7 +154,8 @@ def test_the_results(done, capsys):
             assert 0.3 <= record["density"] < 0.4 and len(record["recall"]) == 6
             assert all(record["density"] < share <= 1 for share in record["recall"]), "worse than chance"
     summary = json.loads((done / results.SUMMARY).read_text())
-    assert {"rows", "averages", "settings", "command", "environment"} <= summary.keys()
+    assert {"rows", "averages", "settings", "calls"} <= summary.keys()
+    assert {"command", "date", "environment"} == summary["calls"][0].keys()
     for row in summary["rows"]:
         assert {"task", "method", "length", "n", "accuracy", "low", "high", "density"} <= row.keys()
         scores = [r["score"] for r in records if (r["task"], r["method"]) == (row["task"], row["method"])]
@@ -198,17 +212,57 @@ def test_sweeps_run_every_combination_once(tmp_path):
 
 
 def test_two_processes_leave_what_one_does(done, tmp_path):
-    pytest.importorskip("accelerate")
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m sparsed.evaluation"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+    # what `accelerate launch` starts on several GPUs; on a CPU it starts one process
+    options = "--standalone --nproc_per_node 2 -m sparsed.evaluation"
+    launch = [sys.executable, "-m", "torch.distributed.run", *options.split()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     words = [*CALL, "--device", "cpu", "--out", str(tmp_path / "run")]
-    ended = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    with subprocess.Popen([*launch, *words], stderr=subprocess.PIPE, text=True, env=environment) as ended:
+        parts = set()
+        while ended.poll() is None:
+            parts |= {path.name for path in (tmp_path / "run").glob(f"{results.SAMPLES}.*")}
+            time.sleep(0.02)
+        assert ended.returncode == 0, ended.stderr.read()[-2000:]
+    assert parts == {f"{results.SAMPLES}.0", f"{results.SAMPLES}.1"}
     for found, expected in zip(lines_of(tmp_path / "run"), lines_of(done), strict=True):
         assert found.pop("recall") == pytest.approx(expected.pop("recall") or None, abs=1e-5)
         assert found == expected
     assert not list((tmp_path / "run").glob(f"{results.SAMPLES}.*"))
+
+
+def test_more_seeds_add_to_a_cell(tmp_path):
+    words = [*SMALL, "--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--seed", "0,5"]) == 0
+    assert [r["seed"] for r in lines_of(tmp_path / "run")] == [0, 5]
+    (row,) = json.loads((tmp_path / "run" / results.SUMMARY).read_text())["rows"]
+    assert (row["n"], row["seeds"]) == (2, [0, 5])
+
+
+def test_where_no_step_is_sparse(tmp_path):
+    words = [*SMALL, "--tasks", "qa_1", "--methods", "sparsed,window", "--skip", "0.5,1", "--limit", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
+    found = {(r["method"], r["skip"]): r["density"] for r in lines_of(tmp_path / "run")}
+    # as many blocks, but a window's are seldom the short last one
+    assert found["sparsed", 1.0] == 1.0 and found["sparsed", 0.5] < found["window", None] < 0.4
+
+
+def test_a_changed_file_is_another_configuration(tmp_path, capsys):
+    file, words = tmp_path / "mine.jsonl", [*SMALL, "--methods", "origin", "--out", str(tmp_path / "run")]
+    for answers, code in (("a", 0), ("a", 0), ("b", 2)):
+        file.write_text(json.dumps({"prompt": "What is a boat?", "answers": [answers]}))
+        assert cli.main([*words, "--tasks_file", str(file)]) == code
+    assert "another configuration (tasks_file" in capsys.readouterr().err
+
+
+def test_a_log_gets_lines_with_the_time_left(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "EVERY", 0.0)
+    words = [word for word in SMALL if word != "--quiet"]
+    assert (
+        cli.main([*words, "--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "r")]) == 0
+    )
+    lines = [text for text in capsys.readouterr().err.splitlines() if "step" in text]
+    assert len(lines) == 2 and "qa_1 origin 1/1" in lines[0] and "1/2 [" in lines[0] and "\r" not in lines[0]
 
 
 def test_tasks_of_a_users_own(tmp_path, capsys):
@@ -259,6 +313,7 @@ def test_plots(done, tmp_path):
         (["--seq_len", "64", "--steps", "3"], "--steps", "multiple of the 2 blocks"),
         (["--tasks_file", "nowhere.jsonl"], "--tasks_file", "nowhere.jsonl"),
         (["--backend", "flash"], "--backend", "flash"),
+        (["--tasks", "niah_multikey_3", "--lengths", "375", "--limit", "9"], "--lengths", "niah_multikey_3"),
     ],
 )
 def test_a_wrong_call_is_one_line(tmp_path, capsys, changes, option, says):
@@ -290,7 +345,7 @@ def test_a_line_without_its_fields_is_named(tmp_path, capsys):
 
 def test_results_of_another_configuration_stay(done, capsys):
     before = {path.name: path.read_bytes() for path in done.iterdir()}
-    assert cli.main([*CALL, "--seed", "1", "--out", str(done)]) == 2
+    assert cli.main([*CALL, "--steps", "4", "--out", str(done)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "argument --out: " in error and "seed 0, now 1" in error
+    assert error.count("\n") == 1 and "argument --out: " in error and "steps 2, now 4" in error
     assert {path.name: path.read_bytes() for path in done.iterdir()} == before

@@ -5,7 +5,6 @@ import contextlib
 import math
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -26,15 +25,15 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, to be handled as Ctrl-C is."""
 
 
-def guarded(work: Callable[[], None], *, advice: str, ending: bool, interrupted: str = "") -> int:
+def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool, interrupted: str = "") -> int:
     """Do the work of a command, and return its exit code.
 
     Args:
+        program: its name, for the line.
         advice: what to try when memory runs out.
         ending: whether only Python's own exit comes afterwards.
         interrupted: what to add to the line that says so.
     """
-    program = os.path.basename(sys.argv[0])
     try:
         with _interruptible(ending), _quiet_libraries():
             work()

@@ -1,6 +1,8 @@
 """From the flags to the answer: load, run, report, and turn what goes wrong into one line and an exit code."""
 
 import argparse
+import os
+import sys
 import time
 from typing import Any
 
@@ -32,7 +34,8 @@ def main_llada(argv: list[str] | None = None) -> int:
 
 def _main(family: Family, argv: list[str] | None) -> int:
     advice = "try a shorter --prompt or --seq_len, --dtype bfloat16, or a device with more memory"
-    return guarded(lambda: _generate(family, parse(family, argv)), advice=advice, ending=argv is None)
+    program = os.path.basename(sys.argv[0])
+    return guarded(lambda: _generate(family, parse(family, argv)), program, advice=advice, ending=argv is None)
 
 
 def _generate(family: Family, args: argparse.Namespace) -> None:

@@ -107,8 +107,16 @@ def _add_measured(group) -> None:
         metavar="LENGTHS",
         help="tokens of a prompt, chat template included: 1k to 128k, or numbers (default: %(default)s)",
     )
-    group.add_argument("--limit", type=whole(1), default=200, metavar="N", help="samples a cell (default: %(default)s)")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the samples (default: %(default)s)")
+    group.add_argument(
+        "--limit", type=whole(1), default=200, metavar="N", help="samples a cell and seed (default: %(default)s)"
+    )
+    group.add_argument(
+        "--seed",
+        type=list_of(whole(0)),
+        default=[0],
+        metavar="NUMBERS",
+        help="of the samples, some with commas between (default: 0)",
+    )
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
 
 

@@ -1,15 +1,19 @@
 """`python -m sparsed.evaluation`: from the flags to the table."""
 
 import argparse
+import hashlib
 import importlib.util
+import io
 import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -23,17 +27,20 @@ from ..prompts import ChatTemplateError, demo_path
 from . import plots
 from .arguments import parse
 from .planning import Batch, check_steps, plan
-from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, summarize, table, write
+from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table, write
 from .running import Sampler
 from .tasks import Sample
 
+ENDS = 1 << 20  # bytes of a file's beginning, and of its end, that its fingerprint reads
+EVERY = 30.0  # seconds between the lines that a log gets
 ADVICE = "try a smaller --batch_size, shorter --lengths, --dtype bfloat16, or a device with more memory"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate with these words (None: the process's own); returns the exit code."""
     going_on = "; the same command goes on from here"
-    return guarded(lambda: evaluate(parse(argv)), advice=ADVICE, ending=argv is None, interrupted=going_on)
+    program = "python -m sparsed.evaluation"
+    return guarded(lambda: evaluate(parse(argv)), program, advice=ADVICE, ending=argv is None, interrupted=going_on)
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,19 @@ class Team:
 
     @staticmethod
     def of(device: str) -> "Team":
-        """This process's place in it; the processes' own devices replace a device that is left open."""
+        """This process's place in it; several have a device each.
+
+        Raises:
+            ValueError: one GPU was named for several processes.
+        """
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return Team(0, 1, lambda: None, None)
+        if device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"must be auto, cuda or cpu with several processes, got {device!r}")
         from accelerate import PartialState  # seconds to import
 
-        state = PartialState(cpu=device == "cpu")
+        # the first to finish waits for the last
+        state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
         return Team(state.process_index, state.num_processes, state.wait_for_everyone, str(state.device))
 
     @contextmanager
@@ -73,13 +87,17 @@ def evaluate(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(path)
     with blame(args, source, (ChatTemplateError,)):
         batches = plan(args, tokenizer)
-    team = Team.of(args.device)
+    with blame(args, "--device"):
+        team = Team.of(args.device)
     with blame(args, source):
         model = load_model(path, device=team.device or args.device, dtype=args.dtype)
     check_steps(args, model.family, batches)
+    longest = max([*args.lengths, 0])
+    if longest > model.config.max_length and team.index == 0 and not args.quiet:
+        tell(f"warning: prompts of {longest} tokens; this model was trained on at most {model.config.max_length}")
     folder = Folder(args.out, team.index)
     with blame(args, "--out", (OtherRun, OSError)), team.first():
-        folder.claim(_settings(args, path, model), _about(model))
+        folder.claim(_settings(args, path, model), _call(model))
     _run(args, Sampler(model, tokenizer, args.block_length, args.backend), folder, team, batches)
     team.wait()
     if team.index == 0:
@@ -89,12 +107,28 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace, path: str, model: torch.nn.Module) -> Record:
     """What decides a sample's result, beyond what its line says."""
-    chosen = {name: getattr(args, name) for name in ("seed", "seq_len", "steps", "block_length", "backend")}
-    own = None if args.tasks_file is None else str(args.tasks_file)
-    return {"model": args.demo or path, **chosen, "dtype": str(model.dtype).removeprefix("torch."), "tasks_file": own}
+    return {
+        "model": args.demo or path,
+        "weights": fingerprint(sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []),
+        **{name: getattr(args, name) for name in ("seq_len", "steps", "block_length", "backend")},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tasks_file": fingerprint([args.tasks_file] if args.tasks_file else []),
+    }
 
 
-def _about(model: torch.nn.Module) -> Record:
+def fingerprint(files: list[Path]) -> str | None:
+    """Tells other contents from the same: a digest of the sizes, beginnings and ends; None without a file."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        with open(file, "rb") as content:
+            digest.update(b"%d" % size + content.read(ENDS))
+            content.seek(max(0, size - ENDS))
+            digest.update(content.read())
+    return digest.hexdigest() if files else None
+
+
+def _call(model: torch.nn.Module) -> Record:
     return {
         "command": shlex.join(["python", "-m", "sparsed.evaluation", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -104,7 +138,9 @@ def _about(model: torch.nn.Module) -> Record:
 
 def _run(args: argparse.Namespace, sampler: Sampler, folder: Folder, team: Team, batches: list[Batch]) -> None:
     """Answer this process's share of what the folder lacks; every finished batch is a few lines in it."""
-    finished = folder.finished()
+    with blame(args, "--out", (OSError,)):
+        finished = folder.finished()
+        folder.mend()
     todo = []
     for number, batch in enumerate(batches):
         for variant in args.variants if number % team.count == team.index else ():
@@ -115,26 +151,46 @@ def _run(args: argparse.Namespace, sampler: Sampler, folder: Folder, team: Team,
                 todo.append((batch, variant, missing))
     if finished and team.index == 0 and not args.quiet:
         tell(f"{args.out}: {len(finished)} samples are there already")
-    folder.mend()
     total = sum(batch.steps for batch, _, _ in todo)
     made: dict[int, tuple[Sample, ...]] = {}
-    with _progress(args, team, total) as bar:
+    with Progress(total, hidden=args.quiet or team.index > 0) as bar:
         for number, (batch, variant, missing) in enumerate(todo):
             if id(batch) not in made:
-                made = {id(batch): batch.make()}
+                with blame(args, "--lengths"):
+                    made = {id(batch): batch.make()}
             samples = tuple(sample for sample in made[id(batch)] if sample.id in missing)
-            bar.set_description(f"{samples[0].task} {variant.method} {number + 1}/{len(todo)}", refresh=False)
+            bar.start(f"{samples[0].task} {variant.method} {number + 1}/{len(todo)}")
             with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
-                lines = sampler.answer(samples, variant, batch.gen_length, batch.steps, lambda *_: bar.update())
+                lines = sampler.answer(samples, variant, batch.gen_length, batch.steps, bar.step)
             with blame(args, "--out", (OSError,)):
                 folder.append(lines)
 
 
-def _progress(args: argparse.Namespace, team: Team, steps: int) -> tqdm:
-    """Denoising steps, with the time that is left; a line now and then where stderr is no terminal."""
-    every = 0.1 if sys.stderr is not None and sys.stderr.isatty() else 30.0
-    hidden = args.quiet or team.index > 0 or sys.stderr is None
-    return tqdm(total=steps, unit="step", disable=hidden, mininterval=every, smoothing=0.05, dynamic_ncols=True)
+class Progress:
+    """Denoising steps and the time that is left: a bar in a terminal, elsewhere a line now and then."""
+
+    def __init__(self, steps: int, hidden: bool):
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+        stream = sys.stderr if self.terminal else io.StringIO()
+        self.bar = tqdm(total=steps, unit="step", disable=hidden, file=stream, smoothing=0.05, dynamic_ncols=True)
+        self.told = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def start(self, what: str) -> None:
+        """Name what is measured now."""
+        self.bar.set_description(what, refresh=False)
+
+    def step(self, *_: object) -> None:
+        """A step is done."""
+        self.bar.update()
+        if not self.terminal and not self.bar.disable and time.monotonic() - self.told > EVERY:
+            self.told = time.monotonic()
+            tell(str(self.bar))
 
 
 def _report(args: argparse.Namespace, folder: Folder, batches: list[Batch]) -> None:
@@ -144,14 +200,13 @@ def _report(args: argparse.Namespace, folder: Folder, batches: list[Batch]) -> N
     records = [finished.pop(name) for names in samples for name in names]
     folder.close([*records, *finished.values()])  # an earlier call may have measured more
     summary = summarize([*records, *finished.values()])
-    about = json.loads((folder.path / RUN).read_text(encoding="utf-8"))
-    write(folder.path / SUMMARY, json.dumps({**summary, **about}, indent=2) + "\n")
+    write(folder.path / SUMMARY, json.dumps({**summary, **about(folder.path / RUN)}, indent=2) + "\n")
     text = table(summary)
     write(folder.path / TABLE, text)
-    Stdout().say(text)
     if importlib.util.find_spec("matplotlib") is None:
         tell('no plots: matplotlib is not installed (pip install ".[plots]")')
     else:
         plots.draw(summary, folder.path)
     if not args.quiet:
         tell(f"written to {folder.path}")
+    Stdout().say(text)

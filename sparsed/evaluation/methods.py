@@ -5,7 +5,8 @@ a query block keeps as many key blocks under each of them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,12 @@ class JointGrid(BlockGrid):
         return (slice(0, self.n_blocks),)
 
     def budgets(self, select: float) -> list[tuple[int, ...]]:
-        return [(sum(row),) for row in _plain(self).budgets(select)]
+        return [(sum(row),) for row in BlockGrid(**_fields(self)).budgets(select)]
 
 
 def joint_top_k(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float) -> Pattern:
     """The highest scores of all blocks, without isolated selection: a part can take the other's room."""
-    joint = JointGrid(grid.length, grid.prompt_len, grid.block_size, grid.key_valid)
+    joint = JointGrid(**_fields(grid))
     return replace(isolated_top_k(score(), joint, select), grid=grid)
 
 
@@ -60,8 +61,8 @@ def streaming(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: f
     return window(q, score, grid, select, sinks=1)
 
 
-def _plain(grid: BlockGrid) -> BlockGrid:
-    return BlockGrid(grid.length, grid.prompt_len, grid.block_size, grid.key_valid)
+def _fields(grid: BlockGrid) -> dict[str, Any]:
+    return {field.name: getattr(grid, field.name) for field in fields(grid)}
 
 
 @dataclass(frozen=True)

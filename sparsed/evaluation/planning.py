@@ -36,26 +36,36 @@ class Batch:
 
 
 def plan(args: argparse.Namespace, tokenizer: Any) -> list[Batch]:
-    """All batches in the order of the results: by task, length, sample."""
+    """All batches in the order of the results: by task, length, seed, sample."""
     batches = []
-    for name, tokens in product(args.tasks, args.lengths):
+    for name, tokens, seed in product(args.tasks, args.lengths, args.seed):
         task = TASKS[name]
-        make = partial(make_sample, task, tokenizer, tokens, args.seed)
+        make = partial(make_sample, task, tokenizer, tokens, seed)
         with blame(args, "--lengths"):
             make(0)
         for start in range(0, args.limit, args.batch_size):
             indices = range(start, min(start + args.batch_size, args.limit))
-            ids = tuple(sample_id(task, tokens, args.seed, index) for index in indices)
+            ids = tuple(sample_id(task, tokens, seed, index) for index in indices)
             batches.append(
                 _batch(args, ids, lambda make=make, indices=indices: tuple(map(make, indices)), task.gen_length)
             )
     if args.tasks_file is not None:
         with blame(args, "--tasks_file"):
-            own = read_samples(args.tasks_file, tokenizer)
+            own = read_samples(args.tasks_file, tokenizer)[: args.limit]
         for samples in of_one_length(own, args.batch_size):
             ids = tuple(sample.id for sample in samples)
             batches.append(_batch(args, ids, lambda samples=samples: samples, OWN_NEW_TOKENS))
+    _check_names(args, batches)
     return batches
+
+
+def _check_names(args: argparse.Namespace, batches: list[Batch]) -> None:
+    """A user's own sample may not have the name of another."""
+    seen: set[str] = set()
+    for name in (name for batch in batches for name in batch.ids):
+        if name in seen:
+            args.parser.error(f"argument --tasks_file: the id {name!r} is that of a sample of --tasks")
+        seen.add(name)
 
 
 def _batch(args: argparse.Namespace, ids: tuple[str, ...], make: Callable[[], tuple[Sample, ...]], new: int) -> Batch:

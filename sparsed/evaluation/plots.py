@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from .methods import METHODS
 from .results import VARIANT, Record, title_of
 
 
@@ -56,7 +55,9 @@ def _draw_accuracy(pyplot: Any, summary: dict[str, list[Record]], path: Path) ->
                 [row["accuracy"] - row["low"] for row in cells],
                 [row["high"] - row["accuracy"] for row in cells],
             ]
-            panel.bar(at, [row["accuracy"] for row in cells], width, yerr=errors, label=cells and title_of(cells[0]))
+            named = next(row for row in rows if tuple(row[n] for n in VARIANT) == variant)
+            heights = [row["accuracy"] for row in cells]
+            panel.bar(at, heights, width, yerr=errors, color=f"C{place}", label=title_of(named))
         panel.set_xticks(range(len(tasks)), tasks, fontsize=8)
         panel.set_ylim(0, 105)
         panel.set_ylabel("accuracy, %")
@@ -70,14 +71,16 @@ def _draw_density(pyplot: Any, summary: dict[str, list[Record]], path: Path) -> 
     averages = summary["averages"]
     figure, panels = _panels(pyplot, len(_lengths(averages)), 6)
     for panel, length in zip(panels, _lengths(averages), strict=True):
-        for method in dict.fromkeys(row["method"] for row in averages):
-            rows = [row for row in averages if row["length"] == length and row["method"] == method]
+        curves = dict.fromkeys((row["method"], row["skip"], row["block_size"]) for row in averages)
+        for curve in curves:
+            rows = [row for row in averages if row["length"] == length]
+            rows = [row for row in rows if (row["method"], row["skip"], row["block_size"]) == curve]
             rows.sort(key=lambda row: row["density"])
             errors = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
-            style = "x" if method == "origin" else "o-"
             panel.errorbar(
-                [row["density"] for row in rows], [row["accuracy"] for row in rows], errors, fmt=style,
-                label=METHODS[method].title, capsize=2,
+                [row["density"] for row in rows], [row["accuracy"] for row in rows], errors, capsize=2,
+                fmt="x" if curve[0] == "origin" else "o-",
+                label=title_of(dict(zip(("method", "skip", "block_size"), curve, strict=True), select=None)),
             )  # fmt: skip
         panel.set_xlabel("density")
         panel.set_ylabel("average accuracy, %")
@@ -91,13 +94,14 @@ def _draw_recall(pyplot: Any, summary: dict[str, list[Record]], path: Path) -> N
     rows = [row for row in summary["rows"] if row["recall_layers"]]
     figure, panels = _panels(pyplot, len(_lengths(rows)), 6)
     for panel, length in zip(panels, _lengths(rows), strict=True):
-        for variant in dict.fromkeys(tuple(row[name] for name in VARIANT) for row in rows):
+        variants = dict.fromkeys(tuple(row[name] for name in VARIANT) for row in rows)
+        for place, variant in enumerate(variants):
             found = [row for row in rows if row["length"] == length and tuple(row[n] for n in VARIANT) == variant]
             if found:
                 layers = [
                     sum(layer) / len(found) for layer in zip(*(row["recall_layers"] for row in found), strict=True)
                 ]
-                panel.plot(range(len(layers)), layers, "o-", label=title_of(found[0]))
+                panel.plot(range(len(layers)), layers, "o-", color=f"C{place}", label=title_of(found[0]))
         panel.set_xlabel("layer")
         panel.set_ylabel("attention held")
         panel.set_ylim(0, 1.05)

@@ -34,69 +34,89 @@ class Folder:
     path: Path
     process: int = 0
 
-    def claim(self, settings: Record, about: Record) -> None:
+    def claim(self, settings: Record, call: Record) -> None:
         """Make the folder this run's, or go on with the run that it holds.
 
         Args:
             settings: what decides the results.
-            about: what else is worth knowing: command, environment.
+            call: what else is worth knowing of this call: command, date, environment.
 
         Raises:
             OtherRun: it holds results of other settings, or files that are none of an evaluation's.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / RUN
+        calls = []
         if file.is_file():
-            before = _settings_in(file)
-            changed = [key for key in settings | before if settings.get(key) != before.get(key)]
+            before = about(file)
+            changed = [
+                name for name in settings | before["settings"] if settings.get(name) != before["settings"].get(name)
+            ]
             if changed:
-                key = changed[0]
+                name = changed[0]
                 raise OtherRun(
-                    f"{self.path} holds results of another configuration ({key} {before.get(key)!r}, "
-                    f"now {settings.get(key)!r}): choose another folder"
+                    f"{self.path} holds results of another configuration ({name} {before['settings'].get(name)!r}, "
+                    f"now {settings.get(name)!r}): choose another folder"
                 )
+            calls = before["calls"]
         elif any(self.path.iterdir()):
             raise OtherRun(f"{self.path} is not empty and holds no evaluation: choose another folder")
-        elif self.process == 0:
-            write(file, json.dumps({"settings": settings, **about}, indent=2) + "\n")
+        if self.process == 0:
+            write(file, json.dumps({"settings": settings, "calls": [*calls, call]}, indent=2) + "\n")
 
     def finished(self) -> dict[tuple, Record]:
         """The samples that are there, by `key`; a line that was cut off, as by a crash, does not count."""
         found = {}
-        for file in [self.path / SAMPLES, *sorted(self.path.glob(f"{SAMPLES}.*"))]:
-            for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else ():
+        for file in (self.path / SAMPLES, *self._parts()):
+            for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else ():
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:
+                    found[key(record)] = record
+                except (ValueError, LookupError, TypeError):
                     continue
-                found[key(record)] = record
         return found
 
     def append(self, records: Iterable[Record]) -> None:
         """Add finished samples to this process's own file."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with open(self.path / f"{SAMPLES}.{self.process}", "a", encoding="utf-8") as file:
-            file.write(lines)
+        with open(self._part(self.process), "ab") as file:
+            file.write(_lines(records).encode())
 
     def mend(self) -> None:
         """End the line that a crash has cut off, so that the next one starts anew."""
-        file = self.path / f"{SAMPLES}.{self.process}"
+        file = self._part(self.process)
         if file.is_file() and (text := file.read_bytes()) and not text.endswith(b"\n"):
             with open(file, "ab") as end:
                 end.write(b"\n")
 
     def close(self, records: list[Record]) -> None:
         """Put all samples into one file, in the order given, and take the processes' own away."""
-        write(self.path / SAMPLES, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        for file in self.path.glob(f"{SAMPLES}.*"):
+        write(self.path / SAMPLES, _lines(records))
+        for file in self._parts():
             file.unlink()
 
+    def _part(self, process: int) -> Path:
+        return self.path / f"{SAMPLES}.{process}"
 
-def _settings_in(file: Path) -> Record:
+    def _parts(self) -> list[Path]:
+        """The processes' own files, however many there were."""
+        return sorted(file for file in self.path.glob(f"{SAMPLES}.*") if file.suffix[1:].isdigit())
+
+
+def about(file: Path) -> Record:
+    """What run.json says: settings, and the calls that made the results.
+
+    Raises:
+        OtherRun: it is none of an evaluation's.
+    """
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {"settings": dict(found["settings"]), "calls": list(found["calls"])}
     except (ValueError, LookupError, TypeError):
         raise OtherRun(f"{file} is none of an evaluation's: choose another folder") from None
+
+
+def _lines(records: Iterable[Record]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def key(record: Record) -> tuple:
@@ -107,8 +127,11 @@ def key(record: Record) -> tuple:
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def summarize(records: list[Record]) -> dict[str, list[Record]]:
@@ -118,13 +141,15 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
         records: lines of the samples file.
 
     Returns:
-        rows: a cell each: task, length, the variant, n, accuracy in percent with its Wilson interval (low, high),
+        rows: a cell each: task, length, the variant, seeds, n, accuracy in percent with its Wilson interval (low and
+            high), its difference to full attention on the same samples (None where there is nothing to compare with),
             density, recall (mean over layers, None without a pattern), recall_layers, seconds a sample.
-        averages: a length and variant each: the mean over tasks, and its difference to full attention on the same
-            samples, both with 95 % intervals, None where there is no full attention to compare with.
+        averages: a length and variant each: the means over tasks of accuracy and difference, with 95 % intervals.
     """
-    cells = [_cell(list(group)) for group in _groups(records, "task", "length", *VARIANT)]
-    averages = [_average(list(group), records) for group in _groups(records, "length", *VARIANT)]
+    records = sorted(records, key=lambda record: (record["length"] is None, record["length"]))
+    full = {record["id"]: record["score"] for record in records if record["method"] == "origin"}
+    cells = [_cell(group, full) for group in _groups(records, "task", "length", *VARIANT)]
+    averages = [_average(group, full) for group in _groups(records, "length", *VARIANT)]
     return {"rows": cells, "averages": averages}
 
 
@@ -136,45 +161,44 @@ def _groups(records: list[Record], *names: str) -> list[list[Record]]:
     return list(found.values())
 
 
-def _cell(records: list[Record]) -> Record:
-    scores = [record["score"] for record in records]
-    value, low, high = proportion(scores)
+def _cell(records: list[Record], full: dict[str, float]) -> Record:
     recalls = [record["recall"] for record in records if record["recall"] is not None]
     layers = np.mean(recalls, axis=0).tolist() if recalls else None
-    shared = {name: records[0][name] for name in ("task", "length", *VARIANT)}
-    return shared | {
-        "n": len(scores),
-        "accuracy": 100 * value,
-        "low": 100 * low,
-        "high": 100 * high,
-        "density": float(np.mean([record["density"] for record in records])),
+    return {
+        **{name: records[0][name] for name in ("task", "length", *VARIANT)},
+        "seeds": sorted({record["seed"] for record in records if record["seed"] is not None}),
+        **_accuracy([records], full),
         "recall": None if layers is None else float(np.mean(layers)),
         "recall_layers": layers,
         "seconds": float(np.mean([record["seconds"] for record in records])),
     }
 
 
-def _average(records: list[Record], everything: list[Record]) -> Record:
-    full = {record["id"]: record["score"] for record in everything if record["method"] == "origin"}
+def _average(records: list[Record], full: dict[str, float]) -> Record:
     tasks = _groups(records, "task")
+    variant = {name: records[0][name] for name in ("length", *VARIANT)}
+    return {**variant, "tasks": len(tasks), **_accuracy(tasks, full)}
+
+
+def _accuracy(tasks: list[list[Record]], full: dict[str, float]) -> Record:
+    """Accuracy over some tasks, and its difference to full attention's scores, which are known by the samples' ids."""
+    records = [record for task in tasks for record in task]
     scores = [[record["score"] for record in task] for task in tasks]
-    value, low, high = mean_of([proportion(task) for task in scores])
-    answer = {name: records[0][name] for name in ("length", *VARIANT)} | {
-        "tasks": len(tasks),
+    difference = (None, None, None)
+    if records[0]["method"] != "origin" and all(record["id"] in full for record in records):
+        others = [[full[record["id"]] for record in task] for task in tasks]
+        difference = _percent(mean_of(list(map(paired_difference, scores, others))))
+    accuracy = _percent(mean_of([proportion(task) for task in scores]))
+    return {
         "n": len(records),
-        "accuracy": 100 * value,
-        "low": 100 * low,
-        "high": 100 * high,
+        **dict(zip(("accuracy", "low", "high"), accuracy, strict=True)),
+        **dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True)),
         "density": float(np.mean([record["density"] for record in records])),
-        "difference": None,
-        "difference_low": None,
-        "difference_high": None,
     }
-    if records[0]["method"] == "origin" or not all(record["id"] in full for record in records):
-        return answer
-    others = [[full[record["id"]] for record in task] for task in tasks]
-    value, low, high = mean_of(list(map(paired_difference, scores, others)))
-    return answer | {"difference": 100 * value, "difference_low": 100 * low, "difference_high": 100 * high}
+
+
+def _percent(values: Iterable[float]) -> list[float]:
+    return [100 * value for value in values]
 
 
 def table(summary: dict[str, list[Record]]) -> str:

@@ -85,7 +85,7 @@ class Sampler:
         start = time.perf_counter()
         with attention as run:
             generated = self._generate(ids, **options, on_step=on_step)[:, ids.shape[1] :].tolist()
-            density = 1.0 if run is None else run.density
+            density = None if run is None else run.density
         seconds = (time.perf_counter() - start) / len(samples)
         stops = stop_ids(self.model.config, self.tokenizer)
         lines = []
@@ -96,6 +96,7 @@ class Sampler:
                     "id": sample.id,
                     "task": sample.task,
                     "length": sample.length,
+                    "seed": sample.seed,
                     **variant.names,
                     "score": score(text, sample.answers, sample.match),
                     "text": text,
@@ -103,7 +104,7 @@ class Sampler:
                     "prompt_tokens": len(sample.input_ids),
                     "new_tokens": gen_length,
                     "steps": steps,
-                    "density": density,
+                    "density": 1.0 if density is None else density,  # no step was sparse
                     "recall": None if meter is None or not meter.layers else [layer[row] for layer in meter.layers],
                     "seconds": seconds,
                 }

@@ -22,7 +22,7 @@ class Sample:
         id: unique within a run, such as 'niah_single_1-4096-0-17': task, tokens, seed, index.
         task: the task's name; of a user's file, the file's name without its ending.
         length: tokens of the prompt that were asked for; None for a user's file.
-        index: which of the task's samples, from 0.
+        seed, index: which of the task's samples, the index from 0; no seed in a user's file.
         prompt: the user message.
         answers: what a right answer contains.
         input_ids: the prompt with the chat template.
@@ -32,6 +32,7 @@ class Sample:
     id: str
     task: str
     length: int | None
+    seed: int | None
     index: int
     prompt: str
     answers: tuple[str, ...]
@@ -109,7 +110,7 @@ def make_sample(task: Task, tokenizer: Any, length: int, seed: int, index: int) 
 
     size, ending, ids = fit(tokenizer, length, text, task.shortest, task.name)
     name = sample_id(task, length, seed, index)
-    return Sample(name, task.name, length, index, text(size, ending), puzzle(size).answers, ids, task.match)
+    return Sample(name, task.name, length, seed, index, text(size, ending), puzzle(size).answers, ids, task.match)
 
 
 def read_samples(path: str | Path, tokenizer: Any) -> list[Sample]:
@@ -139,7 +140,7 @@ def read_samples(path: str | Path, tokenizer: Any) -> list[Sample]:
             raise ValueError(f"{path}, line {number}: {error}") from None
         prompt, answers = fields["prompt"], tuple(fields["answers"])
         ids = encode_chat(tokenizer, prompt)
-        samples.append(Sample(fields["id"], path.stem, None, len(samples), prompt, answers, ids, fields["match"]))
+        samples.append(Sample(fields["id"], path.stem, None, None, len(samples), prompt, answers, ids, fields["match"]))
     if not samples:
         raise ValueError(f"{path}: holds no samples")
     return samples
@@ -148,9 +149,11 @@ def read_samples(path: str | Path, tokenizer: Any) -> list[Sample]:
 def _fields(line: bytes) -> dict[str, Any]:
     """The fields of one line, checked."""
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not JSON of an object with strings and lists of strings") from None
     if not isinstance(fields, dict):
         raise ValueError('not an object with "prompt" and "answers"')
     for name in ("prompt", "answers"):
@@ -162,7 +165,7 @@ def _fields(line: bytes) -> dict[str, Any]:
         wanted, right = _CHECKS[name]
         if not right(value):
             raise ValueError(f'"{name}" must be {wanted}')
-    fields["prompt"].encode("utf-8")
+    json.dumps(fields, ensure_ascii=False).encode("utf-8")
     return fields
 
 
