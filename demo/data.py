@@ -1,316 +1,330 @@
-"""Training batches: documents with questions and word problems as token ids, with masks and known attention sources."""
+"""Training batches: documents with questions, the evaluation's tasks and word problems, masked, with known sources."""
 
 import random
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from sparsed.prompts import PARAGRAPH, Fact, Language
+from sparsed.evaluation.puzzles import scatter
+from sparsed.prompts import Fact, Language
 
-GEN_LENGTHS = (16, 32, 64, 128)
+from .sequences import Answer, Chat, Encoder, Link, Part, Sequence, Told, Turn
+from .tasks import ANSWERS, PUZZLES, Teller, intro
+
+SIZES = (256, 512, 1056, 4128)
+GEN_LENGTHS = (16, 32, 64, 64, 128)
+NUMBERS = ("number_0", "number_1", "number_2")
+HEADS = ("names", "copies", "keys", "late", "chains", *NUMBERS)  # whose attention rows have known sources
+KINDS = ("problems", "documents", "hops", *dict.fromkeys(kind for kind, _ in PUZZLES))
+ONE_SHOT = {"problems", "documents", "hops"}  # kinds whose answers a trained model knows at once
+PROBLEMS = 0.25  # share of the batches
+DOCUMENTS, HOPS = 0.3, 0.08  # of the other sequences, those that ask for one fact, and those that need two
 IGNORE = -1
 POOL = 4000
-ROWS = 96  # attention rows supervised a sequence and head, at most
-ANSWER_ROWS = 56  # of them the last ones, those of the answers, first
-
-
-@dataclass
-class Turn:
-    """One question and its answer as ids; `name` is the last name's index in the question, `slots` the values'."""
-
-    question: list[int]
-    answer: list[int]
-    name: int | None = None
-    slots: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)  # positions of the values in the document
-    numbers: list[int] = field(default_factory=list)  # of a word problem: the numbers' places in the question
-
-
-@dataclass
-class Sentence:
-    """A sentence's ids without its full stop; `plain` marks filler, which may start a paragraph (`opening`)."""
-
-    ids: list[int]
-    opening: list[int] | None = None
-    name: int = 0
-    slots: list[int] = field(default_factory=list)
-    turn: Turn | None = None
-
-
-class Encoder:
-    """Ids of pieces of text, remembered: BPE never joins across the words' borders, so pieces can be concatenated."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.known = tokenizer, {}
-
-    def __call__(self, text: str) -> list[int]:
-        if text not in self.known:
-            self.known[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return self.known[text]
-
-    def fill(self, template: str, fact: Fact) -> tuple[list[int], int | None, list[int]]:
-        """Ids of a filled template, the last name's index in them, and the index of each value's token."""
-        ids, name, slots = [], None, {}
-        for piece in re.findall(r" ?\{\w+\}|(?:(?! ?\{).)+", template):
-            space, slot = (" " if piece[0] == " " else ""), piece.strip(" {}")
-            if "{" not in piece:
-                ids += self(piece)
-            elif slot == "name":
-                ids += self(space + fact.person[0]) + self(" " + fact.person[1])
-                name = len(ids) - 1
-            else:
-                ids += self(space + fact.values[int(slot)])
-                slots[int(slot)] = len(ids) - 1
-        return ids, name, [slots[index] for index in sorted(slots)]
-
-
-class Chat:
-    """The chat template's pieces of one family."""
-
-    def __init__(self, family: str, encode: Encoder):
-        def ids(text: str) -> list[int]:
-            return encode.tokenizer.encode(text, add_special_tokens=False).ids
-
-        if family == "dream":
-            user = "<|im_start|>user\n"
-            self.start = ids("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + user)
-            self.asked = ids("<|im_end|>\n<|im_start|>assistant\n")
-            self.end, self.next = ids("<|im_end|>"), ids("\n" + user)
-        else:
-            user = "<|start_header_id|>user<|end_header_id|>\n\n"
-            self.start = ids("<|startoftext|>" + user)
-            self.asked = ids("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
-            self.end, self.next = ids("<|eot_id|>"), ids(user)
-        self.eos = encode.tokenizer.token_to_id("<|endoftext|>")
-        self.mask = encode.tokenizer.token_to_id("<|mask|>" if family == "dream" else "<|mdm_mask|>")
-
-
-class Sequence:
-    """Ids under construction, with what training needs to know about them."""
-
-    def __init__(self):
-        self.ids: list[int] = []
-        self.names: list[tuple[int, int]] = []  # attention row, the last name it should find
-        self.copies: list[tuple[int, int]] = []  # attention row, the source of the token that it predicts
-        self.numbers: list[list[tuple[int, int]]] = [[], [], []]  # attention row, the problem's n-th number
-        self.answers: list[tuple[int, int, int]] = []  # start, end of the answer with its end token, end of the padding
+ROWS = 128  # attention rows supervised a sequence and head, at most
+ANSWER_ROWS = 88  # of them those of the answers
+ROOM = 16  # tokens left for a text's last sentence, at most
+ENDING = 3  # and at least
+INTRO = 24  # tokens of a text's first line, at most
 
 
 class Builder:
-    """Draws training sequences of one family; `shift` is 1 if row t predicts token t + 1 (Dream), else 0."""
+    """Draws training sequences of one family."""
 
     def __init__(self, language: Language, tokenizer: Tokenizer, family: str, seed: str):
         self.rng = random.Random(seed)
         self.language, self.encode = language, Encoder(tokenizer)
         self.chat = Chat(family, self.encode)
-        self.shift = int(family == "dream")
-        self.digits = {self.encode(digit)[0] for digit in "0123456789"}
-        self.pool = [self._filler() for _ in range(POOL)]
+        self.teller = Teller(self.rng, self.encode)
+        self.pool = [self.encode.sentence(language.filler_sentence(self.rng)[:-1]) for _ in range(POOL)]
 
-    def _filler(self) -> Sentence:
-        text = self.language.filler_sentence(self.rng)[:-1]
-        return Sentence(self.encode(" " + text), opening=self.encode(text))
+    def document(self, length: int, questions: int, gen_length: int | None, density: float, hops: int = 1) -> Sequence:
+        """Exactly `length` ids: a document, then `questions` turns, or one padded to gen_length if that is given.
 
-    def _fact(self, person: tuple[str, str], kind: str, asked: bool) -> Sentence:
-        fact = self.language.fact(self.rng, person, kind)
-        templates = self.language.kinds[kind]
-        ids, name, slots = self.encode.fill(" " + self.rng.choice(templates["facts"])[:-1], fact)
-        sentence = Sentence(ids, name=name, slots=slots)
-        if asked:
-            question, name, _ = self.encode.fill("Question: " + self.rng.choice(templates["questions"]), fact)
-            answer, _, places = self.encode.fill(templates["answer"], fact)
-            sentence.turn = Turn(question, answer, name, places)
-        return sentence
+        Args:
+            density: share of the text that is facts which nobody asks for.
+            hops: 2 for questions about "the person who ...", known by another fact.
+        """
+        persons = iter(self.language.persons(self.rng, held_out=False))
+        drawn = (self._asked(next(persons), hops) for _ in range(questions if gen_length is None else 1))
+        told = self._fitting(drawn, length)
+        sequence, budget = self._begin("documents", told, length, gen_length)
+        room = self._room(told, budget)
+        others = self._others(persons, told if hops == 1 else [], int(density * room / 12))
+        facts = [part for one in told + others for part in one.sentences]
+        sentences = self._filled(facts[: len(facts) - len(others)], facts[len(facts) - len(others) :], room)
+        self.rng.shuffle(sentences)
+        told_facts = {id(part) for part in facts}
+        filler = [index for index, part in enumerate(sentences) if id(part) not in told_facts]
+        if filler and self.rng.random() < 0.5:  # as in the presets, whose paragraphs start with filler
+            for part in facts:
+                part.opening = None
+            sentences[0], sentences[filler[0]] = sentences[filler[0]], sentences[0]
+        return self._end(sequence, sentences, budget, told, [link for one in others for link in one.links], gen_length)
 
-    def _facts(self, asked: int, others: int) -> list[Sentence]:
-        """Facts about known names, a quarter of them about a person of whom another kind of fact is told, too."""
-        kinds, rng = list(self.language.kinds), self.rng
-        persons, told, facts = self.language.persons(rng, held_out=False), [], []
-        for index in range(asked + others):
-            if told and rng.random() < 0.25:
-                person, known = told.pop(rng.randrange(len(told)))
-                kind = rng.choice([kind for kind in kinds if kind != known])
-            else:
-                person, kind = next(persons), rng.choice(kinds)
-                told.append((person, kind))
-            facts.append(self._fact(person, kind, index < asked))
-        return facts
+    def puzzle(self, kind: str, hay: str, length: int, gen_length: int | None) -> Sequence:
+        """Exactly `length` ids: an evaluation's task, several questions or one padded to gen_length if that is given.
 
-    def document(self, length: int, questions: int, gen_length: int | None, density: float) -> Sequence:
-        """Exactly `length` ids: a document, then `questions` turns, or one padded to gen_length if that is given."""
-        fits = max(1, (length - 60) // 40)
-        questions = min(questions, fits) if gen_length is None else 1
-        budget = length - len(self.chat.start) - len(self._intro())
-        others = int(density * (budget - questions * 36) / 12)
-        sentences = self._facts(questions, max(0, others))
-        turns = [sentence.turn for sentence in sentences[:questions]]
-        budget -= self._tail_length(turns, gen_length)
-        sentences = self._fit(sentences, questions, budget)
-        sequence = Sequence()
-        sequence.ids += self.chat.start + self._intro()
-        self._lay_out(sequence, sentences, budget)
-        self._turns(sequence, turns, gen_length)
-        return sequence
+        Args:
+            kind, hay: one of `PUZZLES`.
+        """
+        if kind == "frequent":
+            return self._frequent(length, gen_length)
+        rng = self.rng
+        told = [self.teller.told(kind)] if gen_length is not None else self._fitting(self.teller.several(kind), length)
+        sequence, budget = self._begin(kind, told, length, gen_length)
+        room = self._room(told, budget)
+        links: list[Link] = []
+        if hay == "needles":
+            straw, links = self.teller.needle_hay(room, told)
+        elif hay == "noise":
+            straw = self.teller.noise_hay(room)
+        else:
+            persons = self.language.persons(rng, held_out=False)
+            facts = [part for one in self._others(persons, [], int(0.4 * room / 12)) for part in one.sentences]
+            straw = self._filled([], facts, room)
+            rng.shuffle(straw)
+        sentences, _ = scatter(rng, straw, self.teller.interleave(told), in_order=True)
+        return self._end(sequence, sentences, budget, told, links, gen_length)
 
     def problems(self, length: int, gen_length: int | None) -> Sequence:
         """Word problems, one a turn, as many as fit into `length` ids, the rest padding; one if gen_length is given."""
-        sequence = Sequence()
-        sequence.ids += self.chat.start
-        turns, used = [], len(sequence.ids)
+        sequence, turns, links = Sequence(self.chat), [], []
+        used = len(sequence.ids)
         while True:
             text, answer, _ = self.language.problem(self.rng, held_out=False)
-            turn = Turn(self._words(text), self._words(answer))
-            turn.numbers = [place for place, token in enumerate(turn.question) if token in self.digits]
-            used += self._tail_length([turn], None) + len(self.chat.next)
+            turn = Turn("problems", Part(self.encode.pieces(text)), Part(self.encode.pieces(answer), predicted=True))
+            used += len(turn.question.ids) + len(turn.answer.ids) + self.chat.frame(2) - self.chat.frame(1)
             if turns and (gen_length is not None or used > length):
                 break
             turns.append(turn)
-        self._turns(sequence, turns, gen_length)
+            # the padding's rows too, so that all rows of a block look at the same place
+            rows = len(turn.answer.ids) + 1 if gen_length is None else length - used
+            numbers = [index for index, token in enumerate(turn.question.ids) if token in self.teller.digits]
+            for head, number in zip(NUMBERS, numbers, strict=False):
+                links += [(head, turn.answer, row, turn.question, number) for row in range(rows)]
+        sequence.converse(turns, gen_length)
         sequence.ids += [self.chat.eos] * (length - len(sequence.ids))
         if gen_length is not None:
-            start, end, _ = sequence.answers[0]
-            sequence.answers[0] = (start, end, length)
+            first = sequence.answers[0]
+            sequence.answers[0] = Answer(first.kind, first.start, first.end, length, ())
+        sequence.link([link for link in links if link[1].start + link[2] < length])
         return sequence
 
-    def _words(self, text: str) -> list[int]:
-        return self.encode.tokenizer.encode(text, add_special_tokens=False).ids
+    def _frequent(self, length: int, gen_length: int | None) -> Sequence:
+        """A list of names; its question is always the same, so its size is known before it."""
+        one = self.teller.frequent(90)
+        sequence, budget = self._begin("frequent", [one], length, gen_length)
+        one = self.teller.frequent(budget - ENDING)
+        return self._end(sequence, one.sentences, budget, [one], [], gen_length)
 
-    def _intro(self) -> list[int]:
-        return self.encode(self.language.filler["intro"] + "\n\n")
+    def _asked(self, person: tuple[str, str], hops: int) -> Told:
+        """A fact and a question about it; with two hops also the fact that tells who is meant."""
+        rng, words = self.rng, self.language
+        kinds = rng.sample(list(words.kinds), 2)
+        fact, clue = (words.fact(rng, person, kind) for kind in kinds)
+        told, slots, links = self._told(fact)
+        kind = words.kinds[fact.kind]
+        answer, _, places = self.encode.fill(kind["answer"], fact)
+        answer = Part(answer, predicted=True)
+        template = "Question: " + rng.choice(kind["questions"])
+        rows = range(len(answer.ids))
+        if hops == 1:
+            ids, name, _ = self.encode.fill(template, fact)
+            question, sentences = Part(ids), [told]
+            links += [("names", answer, row, question, name) for row in rows]
+        else:
+            ids, _, clues = self.encode.fill(template.replace("{name}", words.tasks["person"][clue.kind]), clue)
+            other, others, more = self._told(clue)
+            question, sentences = Part(ids), [told, other]
+            links += more + [("keys", answer, row, question, clues[-1]) for row in rows]
+            links += [("chains", question, clues[-1], other, others[-1])]
+        copies = "copies" if hops == 1 else "late"
+        links += [(copies, answer, place, told, slot) for place, slot in zip(places, slots, strict=True)]
+        turn = Turn("documents" if hops == 1 else "hops", question, answer, places)
+        return Told(sentences, turn, links, about=(person, fact.kind))
 
-    def _tail_length(self, turns: list[Turn], gen_length: int | None) -> int:
-        chat = self.chat
+    def _told(self, fact: Fact) -> tuple[Part, list[int], list[Link]]:
+        """A fact's sentence, where its values stand in it, and their links to the name."""
+        template = self.rng.choice(self.language.kinds[fact.kind]["facts"])[:-1]
+        ids, name, slots = self.encode.fill(" " + template, fact)
+        part = Part(ids, opening=self.encode.fill(template, fact)[0])
+        return part, slots, [("names", part, slot, part, name) for slot in slots]
+
+    def _others(self, persons, told: list[Told], count: int) -> list[Told]:
+        """Facts that nobody asks for, a quarter of them another kind's about somebody of whom one is told."""
+        rng, kinds, others = self.rng, list(self.language.kinds), []
+        once = [one.about for one in told]
+        for _ in range(count):
+            if once and rng.random() < 0.25:
+                person, known = once.pop(rng.randrange(len(once)))
+                kind = rng.choice([kind for kind in kinds if kind != known])
+            else:
+                person, kind = next(persons), rng.choice(kinds)
+                once.append((person, kind))
+            part, _, links = self._told(self.language.fact(rng, person, kind))
+            others.append(Told([part], None, links))
+        return others
+
+    def _begin(self, kind: str, told: list[Told], length: int, gen_length: int | None) -> tuple[Sequence, int]:
+        """A sequence up to its text, and how many tokens the text takes if the whole is `length` tokens long."""
+        sequence, chat = Sequence(self.chat), self.chat
+        sequence.ids += self.encode(intro(kind))
+        tail = sum(len(one.turn.question.ids) for one in told)
         if gen_length is not None:
-            return len(turns[0].question) + len(chat.asked) + gen_length
-        each = len(chat.asked) + len(chat.end) + len(chat.next)
-        return sum(len(turn.question) + len(turn.answer) + each for turn in turns) - len(chat.next)
+            tail += len(chat.asked) + gen_length
+        else:
+            tail += sum(len(one.turn.answer.ids) for one in told) + chat.frame(len(told))
+        return sequence, length - len(sequence.ids) - tail
 
-    def _fit(self, sentences: list[Sentence], asked: int, budget: int) -> list[Sentence]:
-        """Filler added, or facts that nobody asks for dropped, until the sentences and a short ending fit; shuffled."""
-        room = budget - 2 - sum(len(sentence.ids) + 1 for sentence in sentences)
-        while room < 0 and len(sentences) > asked:
-            room += len(sentences.pop().ids) + 1
-        while room > 16:
+    def _fitting(self, drawn: Iterable[Told], length: int) -> list[Told]:
+        """The first of what is drawn, and as many more as leave a part of `length` tokens for other sentences."""
+        each = self.chat.frame(2) - self.chat.frame(1)
+        room, told = int(0.9 * length) - len(self.chat.start) - INTRO, []
+        for one in drawn:
+            room -= one.size + each
+            if told and room < 0:
+                break
+            told.append(one)
+        return told
+
+    def _room(self, told: list[Told], budget: int) -> int:
+        """Tokens left for other sentences."""
+        return budget - ENDING - sum(len(part.ids) + 1 for one in told for part in one.sentences)
+
+    def _filled(self, sentences: list[Part], others: list[Part], room: int) -> list[Part]:
+        """The sentences, as many of the others as there is room for, and filler."""
+        sentences = list(sentences)
+        for part in others:
+            if room <= ROOM:
+                break
+            sentences.append(part)
+            room -= len(part.ids) + 1
+        while room > ROOM:
             sentences.append(self.rng.choice(self.pool))
             room -= len(sentences[-1].ids) + 1
-        self.rng.shuffle(sentences)
-        first = next((index for index, sentence in enumerate(sentences) if sentence.opening), 0)
-        sentences[0], sentences[first] = sentences[first], sentences[0]
         return sentences
 
-    def _lay_out(self, sequence: Sequence, sentences: list[Sentence], budget: int) -> None:
-        """The document's ids: exactly `budget` of them, the last sentence stretched as `sparsed.prompts` does."""
-        ids = sequence.ids
-        end = len(ids) + budget
-        full_stop, break_ = self.encode("."), self.encode(".\n\n")
-        for index, sentence in enumerate(sentences):
-            opens = sentence.opening is not None and index % PARAGRAPH == 0
-            if index:
-                ids += break_ if opens else full_stop
-            start = len(ids)
-            ids += sentence.opening if opens else sentence.ids
-            for slot in sentence.slots:
-                sequence.names.append((start + slot, start + sentence.name))
-            if sentence.turn is not None:
-                sentence.turn.sources = [start + slot for slot in sentence.slots]
-        ids += full_stop + self.encode(" And")
-        ids += self.encode(" and") * (end - len(ids) - 1) + break_
-
-    def _turns(self, sequence: Sequence, turns: list[Turn], gen_length: int | None) -> None:
-        ids, chat = sequence.ids, self.chat
-        for index, turn in enumerate(turns):
-            if index:
-                ids += chat.next
-            name = None if turn.name is None else len(ids) + turn.name
-            numbers = [len(ids) + place for place in turn.numbers]
-            ids += turn.question + chat.asked
-            start = len(ids)
-            ids += turn.answer + chat.end
-            end = len(ids)
-            if gen_length is not None:
-                ids += [chat.eos] * (start + gen_length - end)
-            sequence.answers.append((start, end, len(ids)))
-            if name is not None:
-                sequence.names += [(row - self.shift, name) for row in range(start, end - 1)]
-            for pairs, number in zip(sequence.numbers, numbers, strict=False):
-                # the padding's rows too, so that all rows of a block look at the same place
-                pairs += [(row - self.shift, number) for row in range(start, len(ids))]
-            for slot, source in zip(turn.slots, turn.sources, strict=True):
-                sequence.copies.append((start + slot - self.shift, source))
+    def _end(
+        self,
+        sequence: Sequence,
+        sentences: list[Part],
+        budget: int,
+        told: list[Told],
+        links: list[Link],
+        gen_length: int | None,
+    ) -> Sequence:
+        """The text, the turns, and the links of what is told."""
+        sequence.lay_out(sentences, budget)
+        sequence.converse([one.turn for one in told], gen_length)
+        sequence.link([*links, *(link for one in told for link in one.links)])
+        return sequence
 
     def batch(self, sequences: list[Sequence]) -> dict[str, np.ndarray]:
         """Arrays of a batch.
 
         ids [B, T], answers masked. For each of the n masked tokens: rows [n] (flat position of its logit row), targets
-        [n], weights [n] in the loss, numbers [n] (its question's, negative unless the whole answer is masked).
-        Supervised attention rows with their sources: names, copies [B, ROWS, 2], numbers_seen [3, B, ROWS, 2].
+        [n], weights [n] in the loss, kinds [n] (index in `KINDS`), groups [n] (tokens that must be right together to
+        count as one right answer have one number above 0; 0 if the token does not count).
+        Attention rows with their sources: links [heads, B, ROWS, 2], heads as in `HEADS`.
         """
         clean = np.array([sequence.ids for sequence in sequences], dtype=np.int64)
         noisy = clean.copy()
         tokens = []
-        question = 0
+        group = 0
         for row, sequence in enumerate(sequences):
-            for start, end, padded in sequence.answers:
-                question += 1
-                masked, whole = self._masked(start, end, padded)
+            for answer in sequence.answers:
+                group += 1
+                masked, counted = self._masked(answer)
                 noisy[row, masked] = self.chat.mask
                 for place in masked:
-                    weight = 1.0 if place < end else 0.05
-                    if clean[row, place] in self.digits:
-                        weight = 3.0
-                    number = question if whole and place < end else -question
-                    tokens.append((row * clean.shape[1] + place - self.shift, clean[row, place], weight, number))
-        rows, targets, weights, numbers = zip(*tokens, strict=True)
-        batch = {"ids": noisy, "rows": np.array(rows), "targets": np.array(targets), "numbers": np.array(numbers)}
-        batch["weights"] = np.array(weights, dtype=np.float32)
-        for key in ("names", "copies"):
-            batch[key] = np.stack([self._pairs(getattr(sequence, key)) for sequence in sequences])
-        batch["numbers_seen"] = np.stack(
-            [np.stack([self._pairs(sequence.numbers[index]) for sequence in sequences]) for index in range(3)]
-        )
+                    weight = self._weight(answer, place, place in counted, clean[row, place])
+                    counts = group if place in counted else 0
+                    flat = row * clean.shape[1] + place - self.chat.shift
+                    tokens.append((flat, clean[row, place], weight, KINDS.index(answer.kind), counts))
+        rows, targets, weights, kinds, groups = (np.array(column) for column in zip(*tokens, strict=True))
+        batch = {"ids": noisy, "rows": rows, "targets": targets, "kinds": kinds, "groups": groups}
+        batch["weights"] = weights.astype(np.float32)
+        batch["links"] = np.stack([[self._pairs(sequence, head) for sequence in sequences] for head in HEADS])
         return batch
 
-    def _masked(self, start: int, end: int, padded: int) -> tuple[list[int], bool]:
-        """Masked places of an answer and its padding, and whether all of them are: as in decoding, often all."""
-        if self.rng.random() < 0.4:
-            return list(range(start, padded)), True
-        ratio = self.rng.random()
-        masked = [place for place in range(start, padded) if self.rng.random() < ratio]
-        if padded - start > 32 and self.rng.random() < 0.3:
-            # blockwise decoding: everything after the first block is still masked
-            masked = [place for place in masked if place < start + 32] + list(range(start + 32, padded))
-        return masked or [start], False
+    def _weight(self, answer: Answer, place: int, counted: bool, token: int) -> float:
+        """In the loss: word problems' numbers more, padding less, and what can hardly be known yet."""
+        if place >= answer.end:
+            return 0.05
+        if answer.kind == "problems":
+            return 3.0 if token in self.teller.digits else 1.0
+        return 1.0 if counted or answer.kind in ONE_SHOT or place not in answer.slots else 0.5
 
-    def _pairs(self, pairs: list[tuple[int, int]]) -> np.ndarray:
-        """ROWS pairs [ROWS, 2], all rows of the answers kept, IGNORE in the second column where there is none."""
-        others = pairs[:-ANSWER_ROWS]
-        kept = pairs[-ANSWER_ROWS:] + self.rng.sample(others, min(ROWS - ANSWER_ROWS, len(others)))
+    def _masked(self, answer: Answer) -> tuple[list[int], set[int]]:
+        """Masked places of an answer and its padding, and those of them that its accuracy is counted by.
+
+        As in decoding, often all are masked; answers that are found one token after another are also often revealed up
+        to some token, which counts.
+        """
+        rng, start, end, padded = self.rng, answer.start, answer.end, answer.padded
+        places = range(start, padded)
+        alone = answer.kind in ONE_SHOT
+        chance = rng.random()
+        if chance < (0.4 if alone else 0.2):
+            return list(places), set(range(start, end)) if alone else set()
+        fixed = {place for place in places if place not in answer.slots}
+        shown = fixed if not alone and rng.random() < 0.5 else set()
+        if not alone and chance < 0.65:
+            cut = rng.choice(answer.slots)
+            masked, counted = [place for place in places if place >= cut and place not in shown], {cut}
+        else:
+            ratio = rng.random()
+            masked, counted = [place for place in places if rng.random() < ratio and place not in shown], set()
+        if padded - start > 32 and rng.random() < 0.3:
+            # blockwise decoding: everything after the first block is still masked
+            later = range(start + 32, padded)
+            masked = [place for place in masked if place < later[0]] + list(later)
+            counted = {place for place in counted if place <= later[0]}
+        return masked or [start], counted
+
+    def _pairs(self, sequence: Sequence, head: str) -> np.ndarray:
+        """ROWS pairs [ROWS, 2], those of the answers first, IGNORE in the second column where there is none."""
+        first = sequence.answers[0].start - self.chat.shift
+        pairs = sequence.pairs[head]
+        answers, others = [pair for pair in pairs if pair[0] >= first], [pair for pair in pairs if pair[0] < first]
+        kept = answers if len(answers) <= ANSWER_ROWS else self.rng.sample(answers, ANSWER_ROWS)
+        kept = kept + self.rng.sample(others, min(ROWS - len(kept), len(others)))
         return np.array(kept + [(0, IGNORE)] * (ROWS - len(kept)), dtype=np.int64)
 
 
 def batches(builder: Builder, length, tokens: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of about `tokens` ids without end; `length()` is the curriculum's present document length.
+    """Batches of about `tokens` ids without end; `length()` is the curriculum's present length of texts.
 
-    Two in five are word problems, and of the documents' one in four is shorter than the present length; three in four
-    hold several questions, the fourth one question with the answer padded to a whole generation length.
+    Some are word problems; the others hold documents and tasks side by side, of one length, a quarter of the present
+    one or less. Three in five hold several questions, the others one question with the answer padded to a whole
+    generation length, as in an evaluation.
     """
     rng = builder.rng
+    puzzles, shares = list(PUZZLES), list(PUZZLES.values())
     while True:
         longest = length()
-        several = rng.random() < 0.75
-        gen_length = None if several else rng.choice(GEN_LENGTHS)
-        if rng.random() < 0.4:
-            size = 256 if several else 96 + gen_length
-            count = max(1, min(tokens // size, 224))
+        gen_length = None if rng.random() < 0.6 else rng.choice(GEN_LENGTHS)
+        if rng.random() < PROBLEMS:
+            size = 256 if gen_length is None else 96 + gen_length
+            count = max(1, min(tokens // size, 128))
             yield builder.batch([builder.problems(size, gen_length) for _ in range(count)])
             continue
-        size = longest if longest <= 256 or rng.random() < 0.75 else rng.choice((256, 512, 1056))
-        size = min(size, longest) + rng.choice((0, 0, 16, -16))
-        density = rng.uniform(0.15, 0.6) if size > 300 else 0.9
-        if gen_length is not None and size < 300:
+        size = rng.choice([size for size in SIZES if size < longest] or [longest])
+        size = longest if rng.random() < 0.7 else size
+        size += rng.choice((0, 0, 16, -16))
+        if gen_length is not None and size < 600:
             size += gen_length - 16
-        count = max(1, tokens // size)
-        yield builder.batch([builder.document(size, 8, gen_length, density) for _ in range(count)])
+        sequences = []
+        for _ in range(max(1, tokens // size)):
+            chance = rng.random()
+            if chance < DOCUMENTS + HOPS:
+                density = rng.uniform(0.15, 0.6) if size > 300 else 0.9
+                sequences.append(builder.document(size, 8, gen_length, density, 1 if chance < DOCUMENTS else 2))
+                continue
+            kind, hay = rng.choices(puzzles, shares)[0]
+            while gen_length is not None and ANSWERS[kind] > gen_length:
+                kind, hay = rng.choices(puzzles, shares)[0]
+            sequences.append(builder.puzzle(kind, hay, size, gen_length))
+        yield builder.batch(sequences)

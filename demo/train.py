@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,16 +18,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from demo.data import IGNORE, Builder, batches
+from demo.data import HEADS, IGNORE, KINDS, Builder, batches
 from demo.model import build, prepare, save
 from sparsed.models import load_tokenizer
 from sparsed.prompts import language
 
-STAGES = (256, 512, 1056, 4128)  # document lengths, in tokens
-READY = 0.97  # share of right answers that ends a stage
-OFFSETS = (-1, -2, -3, 1)  # what layer 0's heads look at
-NAME_LAYER, NUMBER_LAYER, COPY_LAYER = 1, 2, 3
+STAGES = (256, 512, 1056, 4128, 8224)  # lengths of texts, in tokens
+LATEST = (0.12, 0.22, 0.36, 0.75)  # shares of the time at which the stages end, ready or not
+READY = 0.97  # what the shares of right answers of these kinds must exceed to end a stage earlier
+NEEDED = ("documents", "hops", "code", "codes", "things")
+LONG = 4096  # of texts so long, attention is supervised less
+# (layer, head, offset): heads that look at a token nearby
+OFFSETS = ((0, 0, -1), (0, 1, -2), (0, 2, -3), (0, 3, 1), (1, 1, -4), (1, 2, -8))
 OFFSET_ROWS = 128
+# layer and head of the rows with known sources
+PLACES = {
+    "names": (1, 0),
+    "number_0": (2, 0),
+    "number_1": (2, 1),
+    "number_2": (2, 2),
+    "chains": (2, 3),
+    "copies": (3, 0),
+    "keys": (3, 2),
+    "late": (5, 0),
+}
 BALANCE_EVERY = 20
 
 
@@ -53,7 +67,7 @@ class Attention:
     def __init__(self, model: nn.Module):
         self.seen = {}
         layers = model.model.layers if model.family == "dream" else model.model.transformer.blocks
-        for index in (0, NAME_LAYER, NUMBER_LAYER, COPY_LAYER):
+        for index in {layer for layer, *_ in (*OFFSETS, *PLACES.values())}:
             module = layers[index].self_attn if model.family == "dream" else layers[index]
             module.attend = self._recorder(index, module.attend)
 
@@ -66,18 +80,20 @@ class Attention:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the supervised heads' attention rows against their known sources."""
-        offsets = [self._offset_loss(head, offset) for head, offset in enumerate(OFFSETS)]
-        names, copies = self._row_loss(NAME_LAYER, batch["names"]), self._row_loss(COPY_LAYER, batch["copies"])
-        numbers = [self._row_loss(NUMBER_LAYER, pairs, head) for head, pairs in enumerate(batch["numbers_seen"])]
-        return sum(offsets) / len(OFFSETS) + names + copies + sum(numbers) / len(numbers)
+        offsets = [self._offset_loss(*place) for place in OFFSETS]
+        sourced = {
+            name: self._row_loss(*PLACES[name], pairs) for name, pairs in zip(HEADS, batch["links"], strict=True)
+        }
+        numbers = [sourced.pop(name) for name in HEADS if name.startswith("number")]
+        return sum(offsets) / len(offsets) + sum(sourced.values()) + sum(numbers) / len(numbers)
 
-    def _offset_loss(self, head: int, offset: int) -> Tensor:
-        length = self.seen[0][0].shape[2]
-        rows = torch.randint(3, length - 1, (min(OFFSET_ROWS, length),), device=self.seen[0][0].device)
-        pairs = torch.stack((rows, rows + offset), dim=-1).expand(self.seen[0][0].shape[0], -1, -1)
-        return self._row_loss(0, pairs, head)
+    def _offset_loss(self, layer: int, head: int, offset: int) -> Tensor:
+        q = self.seen[layer][0]
+        rows = torch.randint(max(0, -offset), q.shape[2] - 1, (min(OFFSET_ROWS, q.shape[2]),), device=q.device)
+        pairs = torch.stack((rows, rows + offset), dim=-1).expand(q.shape[0], -1, -1)
+        return self._row_loss(layer, head, pairs)
 
-    def _row_loss(self, layer: int, pairs: Tensor, head: int = 0) -> Tensor:
+    def _row_loss(self, layer: int, head: int, pairs: Tensor) -> Tensor:
         """pairs [B, R, 2]: attention row, source (IGNORE for none)."""
         q, k = self.seen[layer]
         keys = k[:, head * k.shape[1] // q.shape[1]]
@@ -90,30 +106,34 @@ class Attention:
 
 @dataclass
 class Progress:
-    """Where a run is; `documents` and `problems` are running shares of wholly masked answers that are right."""
+    """Where a run is; `right` holds a running share of right answers for each kind, at the stage's length.
+
+    An answer is right if all of it is, from nothing; an answer that is written token after token counts one token, the
+    first that is missing.
+    """
 
     step: int = 0
     stage: int = 0
     seconds: float = 0.0
-    documents: float = 0.0
-    problems: float = 0.0
     loss: float = 0.0
+    right: dict[str, float] = field(default_factory=dict)
 
 
-def is_documents(batch: dict[str, Tensor]) -> bool:
-    """Whether a batch holds documents; word problems have no sources to copy from."""
-    return bool((batch["copies"][..., 1] != IGNORE).any())
+def is_problems(batch: dict[str, Tensor]) -> bool:
+    """Whether a batch holds word problems, which come alone."""
+    return bool(batch["kinds"][0] == KINDS.index("problems"))
 
 
-def answer_accuracy(logits: Tensor, batch: dict[str, Tensor]) -> float | None:
-    """Share of the wholly masked answers whose every token the argmax gets right; None if there is no such answer."""
-    numbers = batch["numbers"]
-    whole = numbers > 0
-    if not whole.any():
-        return None
-    wrong = (logits.argmax(-1) != batch["targets"]) & whole
-    asked, failed = numbers[whole].unique(), numbers[wrong].unique()
-    return 1 - len(failed) / len(asked)
+def shares_right(logits: Tensor, batch: dict[str, Tensor]) -> dict[str, float]:
+    """By kind, the share of the groups of tokens that count which the argmax gets right as a whole."""
+    groups, kinds = batch["groups"], batch["kinds"]
+    wrong = (logits.argmax(-1) != batch["targets"]) & (groups > 0)
+    shares = {}
+    for index, kind in enumerate(KINDS):
+        asked = groups[(kinds == index) & (groups > 0)].unique()
+        if len(asked):
+            shares[kind] = 1 - len(groups[wrong & (kinds == index)].unique()) / len(asked)
+    return shares
 
 
 def balance(main: Tensor, aside: Tensor, model: nn.Module, share: float) -> float:
@@ -178,7 +198,7 @@ class Trainer:
 
     def step(self, batch: dict[str, Tensor], done: float) -> None:
         """One update; `done` is the share of the time that is over."""
-        documents = is_documents(batch)
+        problems = is_problems(batch)
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         warm = min(1.0, (self.progress.step - self.begun + 1) / self.options.warmup)
         decay = min(1.0, max(0.02, (1 - done) / max(self.options.decay, 1e-6)))
@@ -189,40 +209,47 @@ class Trainer:
             aside = self.attention.loss(batch)
         losses = F.cross_entropy(logits, batch["targets"], reduction="none")
         main = (losses * batch["weights"]).sum() / batch["weights"].sum()
-        if documents and self.progress.step >= self.balance_at:
+        if not problems and self.progress.step >= self.balance_at:
             self.balance_at = self.progress.step + BALANCE_EVERY
-            share = 0.2 if self.progress.stage == len(self.options.stages) - 1 else 0.5
+            share = 0.2 if self.options.stages[self.progress.stage] >= LONG else 0.5
             self.factor += 0.5 * (balance(main, aside, self.model, share) - self.factor)
         self.optimizer.zero_grad(set_to_none=True)
         (main + self.factor * aside).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         if self.progress.step % 5 == 0:
-            self._note(answer_accuracy(logits, batch), documents, batch["ids"].shape[1])
+            self._note(shares_right(logits, batch), problems, batch["ids"].shape[1])
             self.progress.loss += 0.1 * (main.item() - self.progress.loss)
             self.aside = aside.item()
         self.progress.step += 1
+        self._advance(done)
 
-    def _note(self, accuracy: float | None, documents: bool, length: int) -> None:
-        """Update the running accuracies; a curriculum stage ends when its documents' accuracy is high enough."""
+    def _note(self, shares: dict[str, float], problems: bool, length: int) -> None:
+        """Update the running shares of right answers."""
+        right = self.progress.right
+        if problems or length >= self.options.stages[self.progress.stage] - 16:
+            for kind, share in shares.items():
+                right[kind] = right.get(kind, 0.0) + 0.1 * (share - right.get(kind, 0.0))
+
+    def _advance(self, done: float) -> None:
+        """Go on to longer texts when the answers are right, or when it is time."""
         progress, stages = self.progress, self.options.stages
-        if accuracy is None:
+        if progress.stage == len(stages) - 1:
             return
-        if not documents:
-            progress.problems += 0.1 * (accuracy - progress.problems)
-        elif length >= stages[progress.stage] - 16:
-            progress.documents += 0.1 * (accuracy - progress.documents)
-        if progress.documents > READY and progress.stage < len(stages) - 1:
-            progress.stage, progress.documents = progress.stage + 1, 0.0
+        late = progress.stage < len(LATEST) and done > LATEST[progress.stage]
+        if late or all(progress.right.get(kind, 0.0) > READY for kind in NEEDED):
+            progress.stage += 1
+            progress.right = {kind: share for kind, share in progress.right.items() if kind == "problems"}
             self.stream.stage.value = progress.stage
-            print(f"[{self.options.family}] stage {progress.stage} at {self.elapsed:.0f} s", flush=True)
+            why = "late" if late else "ready"
+            print(f"[{self.options.family}] stage {progress.stage} at {self.elapsed:.0f} s, {why}", flush=True)
 
     def report(self, limit: float) -> None:
         p, rate = self.progress, (self.progress.step - self.begun) / self.elapsed
         print(
             f"[{self.options.family}] {self.elapsed:4.0f} s, {max(0, limit - self.elapsed):4.0f} s left, step {p.step}"
-            f" ({rate:.1f}/s), stage {p.stage}, loss {p.loss:.3f}, attention {self.aside:.2f} x {self.factor:.2f},"
-            f" documents {p.documents:.3f}, problems {p.problems:.3f}",
+            f" ({rate:.1f}/s), stage {p.stage}, loss {p.loss:.3f}, attention {self.aside:.2f} x {self.factor:.2f}"
+            + "".join(f", {kind} {p.right[kind]:.3f}" for kind in KINDS if kind in p.right),
             flush=True,
         )
 
@@ -240,14 +267,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6, help="at least 4")
+    parser.add_argument("--layers", type=int, default=8, help="at least 6")
     parser.add_argument("--heads", type=int, default=4, help="at least 4, each has its own attention offset to learn")
     parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES), help="document lengths, in tokens")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a batch")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--decay", type=float, default=0.3, help="share of the time in which the rate falls")
-    parser.add_argument("--workers", type=int, default=7, help="processes that build batches")
+    parser.add_argument("--workers", type=int, default=5, help="processes that build batches")
     parser.add_argument("--print-every", type=float, default=10.0, help="seconds")
     return parser.parse_args()
 
