@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from demo.data import HEADS, IGNORE, KINDS, Builder, batches
+from demo.data import HEADS, IGNORE, KINDS, NUMBERS, Builder, batches
 from demo.model import build, prepare, save
 from sparsed.models import load_tokenizer
 from sparsed.prompts import language
@@ -27,6 +27,7 @@ STAGES = (256, 512, 1056, 4128, 8224)  # lengths of texts, in tokens
 LATEST = (0.12, 0.22, 0.36, 0.75)  # shares of the time at which the stages end, ready or not
 READY = 0.97  # what the shares of right answers of these kinds must exceed to end a stage earlier
 NEEDED = ("documents", "hops", "code", "codes", "things")
+UNKNOWN = 0.5  # that share before anything is measured; from there it takes a dozen right batches
 LONG = 4096  # of texts so long, attention is supervised less
 # (layer, head, offset): heads that look at a token nearby
 OFFSETS = ((0, 0, -1), (0, 1, -2), (0, 2, -3), (0, 3, 1), (1, 1, -4), (1, 2, -8))
@@ -66,6 +67,7 @@ class Attention:
 
     def __init__(self, model: nn.Module):
         self.seen = {}
+        self.losses: dict[str, Tensor] = {}  # by head, the latest
         layers = model.model.layers if model.family == "dream" else model.model.transformer.blocks
         for index in {layer for layer, *_ in (*OFFSETS, *PLACES.values())}:
             module = layers[index].self_attn if model.family == "dream" else layers[index]
@@ -80,12 +82,11 @@ class Attention:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the supervised heads' attention rows against their known sources."""
-        offsets = [self._offset_loss(*place) for place in OFFSETS]
-        sourced = {
-            name: self._row_loss(*PLACES[name], pairs) for name, pairs in zip(HEADS, batch["links"], strict=True)
-        }
-        numbers = [sourced.pop(name) for name in HEADS if name.startswith("number")]
-        return sum(offsets) / len(offsets) + sum(sourced.values()) + sum(numbers) / len(numbers)
+        self.losses = {"nearby": sum(self._offset_loss(*place) for place in OFFSETS) / len(OFFSETS)}
+        for name, pairs in zip(HEADS, batch["links"], strict=True):
+            self.losses[name] = self._row_loss(*PLACES[name], pairs)
+        # the three numbers together weigh as much as another head
+        return sum(loss / (3 if name in NUMBERS else 1) for name, loss in self.losses.items())
 
     def _offset_loss(self, layer: int, head: int, offset: int) -> Tensor:
         q = self.seen[layer][0]
@@ -166,7 +167,7 @@ class Trainer:
         seed = f"{options.family} {options.seed} {self.progress.step}"
         self.stream = Stream(self.out, options.family, seed, options.stages, options.tokens)
         self.stream.stage.value = self.progress.stage
-        self.factor, self.aside, self.balance_at = 1.0, 0.0, self.progress.step
+        self.factor, self.aside, self.balance_at = 1.0, [], self.progress.step
         self.started, self.begun = time.monotonic(), self.progress.step
 
     def _progress(self) -> Progress:
@@ -220,7 +221,8 @@ class Trainer:
         if self.progress.step % 5 == 0:
             self._note(shares_right(logits, batch), problems, batch["ids"].shape[1])
             self.progress.loss += 0.1 * (main.item() - self.progress.loss)
-            self.aside = aside.item()
+            if not problems:
+                self.aside = torch.stack(list(self.attention.losses.values())).tolist()
         self.progress.step += 1
         self._advance(done)
 
@@ -229,7 +231,8 @@ class Trainer:
         right = self.progress.right
         if problems or length >= self.options.stages[self.progress.stage] - 16:
             for kind, share in shares.items():
-                right[kind] = right.get(kind, 0.0) + 0.1 * (share - right.get(kind, 0.0))
+                before = right.get(kind, UNKNOWN)
+                right[kind] = before + 0.2 * (share - before)
 
     def _advance(self, done: float) -> None:
         """Go on to longer texts when the answers are right, or when it is time."""
@@ -246,10 +249,14 @@ class Trainer:
 
     def report(self, limit: float) -> None:
         p, rate = self.progress, (self.progress.step - self.begun) / self.elapsed
+        attention = " ".join(
+            f"{name} {loss:.2f}" for name, loss in zip(self.attention.losses, self.aside, strict=False)
+        )
         print(
             f"[{self.options.family}] {self.elapsed:4.0f} s, {max(0, limit - self.elapsed):4.0f} s left, step {p.step}"
-            f" ({rate:.1f}/s), stage {p.stage}, loss {p.loss:.3f}, attention {self.aside:.2f} x {self.factor:.2f}"
-            + "".join(f", {kind} {p.right[kind]:.3f}" for kind in KINDS if kind in p.right),
+            f" ({rate:.1f}/s), stage {p.stage}, loss {p.loss:.3f}; right: "
+            + " ".join(f"{kind} {p.right[kind]:.2f}" for kind in KINDS if kind in p.right)
+            + f"; attention x {self.factor:.2f}: {attention}",
             flush=True,
         )
 
