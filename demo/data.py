@@ -13,6 +13,7 @@ from .sequences import Answer, Chat, Encoder, Link, Part, Sequence, Told, Turn
 from .tasks import ANSWERS, PUZZLES, Teller, intro
 
 SIZES = (256, 512, 1056, 4128)
+SHORT = 512
 GEN_LENGTHS = (16, 32, 64, 64, 128)
 NUMBERS = ("number_0", "number_1", "number_2")
 HEADS = ("names", "copies", "keys", "late", "chains", *NUMBERS)  # whose attention rows have known sources
@@ -297,6 +298,8 @@ class Builder:
 def batches(builder: Builder, length, tokens: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of about `tokens` ids without end; `length()` is the curriculum's present length of texts.
 
+    While texts are `SHORT`, batches are half as large, for then the number of steps counts.
+
     Some are word problems; the others hold documents and tasks side by side, of one length, a quarter of the present
     one or less. Three in five hold several questions, the others one question with the answer padded to a whole
     generation length, as in an evaluation.
@@ -305,10 +308,11 @@ def batches(builder: Builder, length, tokens: int) -> Iterator[dict[str, np.ndar
     puzzles, shares = list(PUZZLES), list(PUZZLES.values())
     while True:
         longest = length()
+        budget = tokens if longest > SHORT else tokens // 2
         gen_length = None if rng.random() < 0.6 else rng.choice(GEN_LENGTHS)
         if rng.random() < PROBLEMS:
             size = 256 if gen_length is None else 96 + gen_length
-            count = max(1, min(tokens // size, 128))
+            count = max(1, min(budget // size, 128))
             yield builder.batch([builder.problems(size, gen_length) for _ in range(count)])
             continue
         size = rng.choice([size for size in SIZES if size < longest] or [longest])
@@ -317,7 +321,7 @@ def batches(builder: Builder, length, tokens: int) -> Iterator[dict[str, np.ndar
         if gen_length is not None and size < 600:
             size += gen_length - 16
         sequences = []
-        for _ in range(max(1, tokens // size)):
+        for _ in range(max(1, budget // size)):
             chance = rng.random()
             if chance < DOCUMENTS + HOPS:
                 density = rng.uniform(0.15, 0.6) if size > 300 else 0.9

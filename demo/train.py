@@ -24,7 +24,7 @@ from sparsed.models import load_tokenizer
 from sparsed.prompts import language
 
 STAGES = (256, 512, 1056, 4128, 8224)  # lengths of texts, in tokens
-LATEST = (0.12, 0.22, 0.36, 0.75)  # shares of the time at which the stages end, ready or not
+LATEST = (0.22, 0.32, 0.45, 0.75)  # shares of the time at which the stages end, ready or not
 READY = 0.97  # what the shares of right answers of these kinds must exceed to end a stage earlier
 NEEDED = ("documents", "hops", "code", "codes", "things")
 UNKNOWN = 0.5  # that share before anything is measured; from there it takes a dozen right batches
