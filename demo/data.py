@@ -16,7 +16,9 @@ SIZES = (256, 512, 1056, 4128)
 SHORT = 512
 GEN_LENGTHS = (16, 32, 64, 64, 128)
 NUMBERS = ("number_0", "number_1", "number_2")
-HEADS = ("names", "copies", "keys", "late", "chains", *NUMBERS)  # whose attention rows have known sources
+# whose attention rows have known sources; each kind of copying has its own, so that none is drowned by the others
+SOURCES = ("copies", "digits", "steps", "late", "clued")
+HEADS = ("names", "sets", "keys", "chains", "clues", *SOURCES, *NUMBERS)
 KINDS = ("problems", "documents", "hops", *dict.fromkeys(kind for kind, _ in PUZZLES))
 ONE_SHOT = {"problems", "documents", "hops"}  # kinds whose answers a trained model knows at once
 PROBLEMS = 0.25  # share of the batches
@@ -140,8 +142,8 @@ class Builder:
             other, others, more = self._told(clue)
             question, sentences = Part(ids), [told, other]
             links += more + [("keys", answer, row, question, clues[-1]) for row in rows]
-            links += [("chains", question, clues[-1], other, others[-1])]
-        copies = "copies" if hops == 1 else "late"
+            links += [("clues", question, clues[-1], other, others[-1])]
+        copies = "copies" if hops == 1 else "clued"
         links += [(copies, answer, place, told, slot) for place, slot in zip(places, slots, strict=True)]
         turn = Turn("documents" if hops == 1 else "hops", question, answer, places)
         return Told(sentences, turn, links, about=(person, fact.kind))

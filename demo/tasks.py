@@ -1,10 +1,10 @@
 """The evaluation's tasks as training sequences: what is told and asked, and which token should look at which.
 
 What the links say is how a small model can find the answer. In the text, a code's digits look at their key (`names`),
-and a thing that is set to another looks at that. An answer's tokens look at what they are asked for (`names`, or `keys`
-where it takes longer to know, one of several keys above all), and then at the token that they copy (`copies`, `late`).
-`chains` are links on the way: of a code's digits to the blank before them, which knows where in the list of codes it
-stands, and of a code to the one before it of the same key.
+and a thing that is set to another looks at that (`sets`). An answer's tokens look at what they are asked for (`names`,
+`sets`, or `keys` where it takes longer to know, one of several keys above all), and then at the token that they copy
+(`digits`, `steps`, or `late`). `chains` are links on the way: of a code's digits to the blank before them, which knows
+where in the list of codes it stands, and of a code to the one before it of the same key.
 """
 
 import random
@@ -122,7 +122,7 @@ class Teller:
             index, digit = divmod(order, CODE)
             source = parts[puzzle.places[index]]
             links.append(
-                ("copies" if kind == "code" else "late", answer, slot, source, self._digits(source.ids)[digit])
+                ("digits" if kind == "code" else "late", answer, slot, source, self._digits(source.ids)[digit])
             )
             if kind != "code":
                 links.append(("chains", answer, slot, answer, slot - digit - 1))
@@ -153,9 +153,9 @@ class Teller:
             thing = end - 2 if index else self._digits(part.ids)[0] - 3
             asked = (answer, slots[index - 1]) if index else (question, len(question.ids) - 2)
             links += [
-                ("names", part, thing, part, end),
-                ("names", answer, slot, *asked),
-                ("copies", answer, slot, part, thing),
+                ("sets", part, thing, part, end),
+                ("sets", answer, slot, *asked),
+                ("steps", answer, slot, part, thing),
             ]
         return Told(parts, Turn("things", question, answer, slots), links, {*puzzle.answers, puzzle.question})
 

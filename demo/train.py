@@ -35,13 +35,18 @@ OFFSET_ROWS = 128
 # layer and head of the rows with known sources
 PLACES = {
     "names": (1, 0),
+    "sets": (1, 3),
     "number_0": (2, 0),
     "number_1": (2, 1),
     "number_2": (2, 2),
+    "clues": (2, 0),  # word problems have none
     "chains": (2, 3),
     "copies": (3, 0),
+    "digits": (3, 1),
     "keys": (3, 2),
+    "steps": (3, 3),
     "late": (5, 0),
+    "clued": (5, 1),
 }
 BALANCE_EVERY = 20
 

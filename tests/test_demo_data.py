@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from demo.data import HEADS, IGNORE, KINDS, ONE_SHOT, Builder, batches
+from demo.data import HEADS, IGNORE, KINDS, ONE_SHOT, SOURCES, Builder, batches
 from demo.tasks import PUZZLES
 from sparsed.evaluation.texts import key_held_out, number_held_out
 from sparsed.models import load_tokenizer
@@ -55,7 +55,7 @@ def test_ids_are_the_tokenizers_own_and_of_the_length(builder, tokenizer, length
 @pytest.mark.parametrize("length, gen_length", [(300, None), (600, None), (400, 64), (1200, None)])
 def test_rows_look_at_what_they_predict(builder, length, gen_length):
     for sequence in drawn(builder, length, gen_length):
-        copied = sequence.pairs["copies"] + sequence.pairs["late"]
+        copied = [pair for head in SOURCES for pair in sequence.pairs[head]]
         assert all(sequence.ids[row + builder.chat.shift] == sequence.ids[source] for row, source in copied)
         slots = {slot for answer in sequence.answers for slot in answer.slots}
         if sequence.answers[0].kind != "frequent":  # whose answers stand everywhere
@@ -72,7 +72,7 @@ def test_rows_look_at_what_is_asked(builder, tokenizer, kind, hay):
         sequence = builder.puzzle(kind, hay, 600, 64)
         answer, text = sequence.answers[0], tokenizer.decode(sequence.ids)
         rows = [slot - builder.chat.shift for slot in answer.slots]
-        head = dict(sequence.pairs["keys" if kind == "codes" else "names"])
+        head = dict(sequence.pairs[{"codes": "keys", "things": "sets"}.get(kind, "names")])
         found = words(tokenizer, sequence, [head[row] for row in rows])
         if kind == "things":
             things = words(tokenizer, sequence, answer.slots)
@@ -100,11 +100,11 @@ def test_the_texts_digits_look_at_their_key(builder, tokenizer):
 def test_questions_of_two_facts_find_the_one_they_name_somebody_by(builder, tokenizer):
     for _ in range(10):
         sequence = builder.document(600, 8, 64, 0.5, hops=2)
-        (asked, told), *_ = [pair for pair in sequence.pairs["chains"]]
+        [(asked, told)] = sequence.pairs["clues"]
         assert sequence.ids[asked] == sequence.ids[told] and told < asked < sequence.answers[0].start
         assert {source for _, source in sequence.pairs["keys"]} == {asked}
         names = dict(sequence.pairs["names"])
-        sources = [source for _, source in sequence.pairs["late"]]
+        sources = [source for _, source in sequence.pairs["clued"]]
         names = {" ".join(words(tokenizer, sequence, (names[value] - 1, names[value]))) for value in (told, *sources)}
         assert len(names) == 1, "both facts are about one person"
 
