@@ -172,7 +172,7 @@ class Trainer:
         seed = f"{options.family} {options.seed} {self.progress.step}"
         self.stream = Stream(self.out, options.family, seed, options.stages, options.tokens)
         self.stream.stage.value = self.progress.stage
-        self.factor, self.aside, self.balance_at = 1.0, [], self.progress.step
+        self.factor, self.aside, self.balance_at = 1.0, {}, self.progress.step
         self.started, self.begun = time.monotonic(), self.progress.step
 
     def _progress(self) -> Progress:
@@ -227,7 +227,11 @@ class Trainer:
             self._note(shares_right(logits, batch), problems, batch["ids"].shape[1])
             self.progress.loss += 0.1 * (main.item() - self.progress.loss)
             if not problems:
-                self.aside = torch.stack(list(self.attention.losses.values())).tolist()
+                losses = torch.stack(list(self.attention.losses.values())).tolist()
+                for name, loss in zip(self.attention.losses, losses, strict=True):
+                    if loss > 0:  # else no row of the batch had a source
+                        before = self.aside.get(name, loss)
+                        self.aside[name] = before + 0.2 * (loss - before)
         self.progress.step += 1
         self._advance(done)
 
@@ -254,9 +258,7 @@ class Trainer:
 
     def report(self, limit: float) -> None:
         p, rate = self.progress, (self.progress.step - self.begun) / self.elapsed
-        attention = " ".join(
-            f"{name} {loss:.2f}" for name, loss in zip(self.attention.losses, self.aside, strict=False)
-        )
+        attention = " ".join(f"{name} {loss:.2f}" for name, loss in self.aside.items())
         print(
             f"[{self.options.family}] {self.elapsed:4.0f} s, {max(0, limit - self.elapsed):4.0f} s left, step {p.step}"
             f" ({rate:.1f}/s), stage {p.stage}, loss {p.loss:.3f}; right: "
