@@ -18,7 +18,7 @@ GEN_LENGTHS = (16, 32, 64, 64, 128)
 NUMBERS = ("number_0", "number_1", "number_2")
 # whose attention rows have known sources; each kind of copying has its own, so that none is drowned by the others
 SOURCES = ("copies", "digits", "steps", "late", "clued")
-HEADS = ("names", "sets", "keys", "chains", "clues", *SOURCES, *NUMBERS)
+HEADS = ("names", "sets", "keys", "chains", "clues", "all", *SOURCES, *NUMBERS)
 KINDS = ("problems", "documents", "hops", *dict.fromkeys(kind for kind, _ in PUZZLES))
 ONE_SHOT = {"problems", "documents", "hops"}  # kinds whose answers a trained model knows at once
 PROBLEMS = 0.25  # share of the batches

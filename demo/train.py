@@ -45,6 +45,7 @@ PLACES = {
     "digits": (3, 1),
     "keys": (3, 2),
     "steps": (3, 3),
+    "all": (4, 0),
     "late": (5, 0),
     "clued": (5, 1),
 }
