@@ -236,11 +236,14 @@ class Builder:
         noisy = clean.copy()
         tokens = []
         group = 0
+        blind = [set() for _ in sequences]
         for row, sequence in enumerate(sequences):
             for answer in sequence.answers:
                 group += 1
                 masked, counted = self._masked(answer)
                 noisy[row, masked] = self.chat.mask
+                pairs = zip(answer.slots, answer.slots[1:], strict=False)
+                blind[row] |= {slot - self.chat.shift for before, slot in pairs if before in masked}
                 for place in masked:
                     weight = self._weight(answer, place, place in counted, clean[row, place])
                     counts = group if place in counted else 0
@@ -249,7 +252,9 @@ class Builder:
         rows, targets, weights, kinds, groups = (np.array(column) for column in zip(*tokens, strict=True))
         batch = {"ids": noisy, "rows": rows, "targets": targets, "kinds": kinds, "groups": groups}
         batch["weights"] = weights.astype(np.float32)
-        batch["links"] = np.stack([[self._pairs(sequence, head) for sequence in sequences] for head in HEADS])
+        batch["links"] = np.stack(
+            [[self._pairs(*one, head) for one in zip(sequences, blind, strict=True)] for head in HEADS]
+        )
         return batch
 
     def _weight(self, answer: Answer, place: int, counted: bool, token: int) -> float:
@@ -287,10 +292,16 @@ class Builder:
             counted = {place for place in counted if place <= later[0]}
         return masked or [start], counted
 
-    def _pairs(self, sequence: Sequence, head: str) -> np.ndarray:
-        """ROWS pairs [ROWS, 2], those of the answers first, IGNORE in the second column where there is none."""
+    def _pairs(self, sequence: Sequence, blind: set[int], head: str) -> np.ndarray:
+        """ROWS pairs [ROWS, 2], those of the answers first, IGNORE in the second column where there is none.
+
+        Args:
+            blind: rows whose answer's token before is masked; a thing's source cannot be known then.
+        """
         first = sequence.answers[0].start - self.chat.shift
         pairs = sequence.pairs[head]
+        if head == "steps":
+            pairs = [pair for pair in pairs if pair[0] not in blind]
         answers, others = [pair for pair in pairs if pair[0] >= first], [pair for pair in pairs if pair[0] < first]
         kept = answers if len(answers) <= ANSWER_ROWS else self.rng.sample(answers, ANSWER_ROWS)
         kept = kept + self.rng.sample(others, min(ROWS - len(kept), len(others)))
