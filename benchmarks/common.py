@@ -4,7 +4,6 @@ import argparse
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from sparsed.cli.arguments import Parser
-from sparsed.cli.readers import shown
+from sparsed.cli.readers import some_of
 from sparsed.cli.report import environment, write_json
 
 NEW_TOKENS = 128
@@ -35,19 +34,6 @@ def build_parser(name: str, doc: str, lengths: str | None = None) -> Parser:
         parser.add_argument("--lengths", type=some_of(LENGTHS), default=lengths, metavar="NAMES", help=help_text)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="where the record goes")
     return parser
-
-
-def some_of(allowed: Iterable[str]) -> Callable[[str], list[str]]:
-    """A reader of names with commas between, each once."""
-
-    def read(word: str) -> list[str]:
-        names = word.split(",")
-        for name in names:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"must be some of {', '.join(allowed)}, got {shown(name)}")
-        return list(dict.fromkeys(names))
-
-    return read
 
 
 def parse_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespace:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsed import SparseDConfig
 from sparsed.blocks import Pattern
 from sparsed.cli.arguments import Parser
+from sparsed.cli.readers import some_of
 from sparsed.kernels import error_and_bound
 
 from .common import (
@@ -29,7 +30,6 @@ from .common import (
     parse_arguments,
     require_gpu,
     save,
-    some_of,
     summary,
 )
 from .shapes import attention_shape

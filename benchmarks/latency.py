@@ -24,11 +24,11 @@ import torch
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
 from sparsed.attention import BACKENDS
 from sparsed.cli.arguments import Parser
-from sparsed.cli.readers import config_field, number_in, whole
+from sparsed.cli.readers import config_field, number_in, some_of, whole
 from sparsed.patch import synchronize
 
 from . import reference
-from .common import LENGTHS, NEW_TOKENS, build_parser, clamp, new_record, parse_arguments, require_gpu, save, some_of
+from .common import LENGTHS, NEW_TOKENS, build_parser, clamp, new_record, parse_arguments, require_gpu, save
 from .phases import WHOLE, Steps, derive, phases, setup_seconds, split, whole_run
 from .plot import draw, table
 from .shapes import random_model

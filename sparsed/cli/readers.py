@@ -3,7 +3,7 @@
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..config import SparseDConfig
 from ..models.loading import resolve_device
@@ -52,6 +52,22 @@ def config_field(name: str, kind: type) -> Callable[[str], float]:
         return number
 
     return read
+
+
+def list_of(read: Callable[[str], object]) -> Callable[[str], list]:
+    """A reader of values with commas between, each once."""
+    return lambda words: list(dict.fromkeys(read(word) for word in words.split(",")))
+
+
+def some_of(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    """A reader of names with commas between, each once."""
+
+    def name(word: str) -> str:
+        if word not in allowed:
+            raise argparse.ArgumentTypeError(f"must be some of {', '.join(allowed)}, got {shown(word)}")
+        return word
+
+    return list_of(name)
 
 
 def _convert(kind: type, word: str) -> float:

@@ -209,9 +209,17 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     Raises:
         OSError: the folder cannot be written to.
     """
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
     temporary = temporary_beside(path)
     try:
-        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         # a file name that is not UTF-8 holds lone surrogates; with a backslash they are JSON's own escapes
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)

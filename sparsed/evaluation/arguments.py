@@ -2,13 +2,12 @@
 
 import argparse
 import re
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 from ..attention import BACKENDS
 from ..cli.arguments import Parser
-from ..cli.readers import config_field, device, non_empty, shown, whole
+from ..cli.readers import config_field, device, list_of, non_empty, shown, some_of, whole
 from ..config import SparseDConfig
 from ..models.loading import DTYPES
 from .methods import METHODS
@@ -85,7 +84,7 @@ def _add_model(group) -> None:
 
 
 def _add_measured(group) -> None:
-    group.add_argument("--tasks", type=names_of(TASKS), metavar="NAMES", help="some tasks (default: all)")
+    group.add_argument("--tasks", type=some_of(TASKS), metavar="NAMES", help="some tasks (default: all)")
     group.add_argument(
         "--tasks_file",
         type=Path,
@@ -95,7 +94,7 @@ def _add_measured(group) -> None:
     )
     group.add_argument(
         "--methods",
-        type=names_of(METHODS),
+        type=some_of(METHODS),
         default="origin,sparsed,window,streaming",
         metavar="NAMES",
         help="some methods (default: %(default)s)",
@@ -147,22 +146,6 @@ def _add_running(group) -> None:
 def _variants(args: argparse.Namespace) -> list[Variant]:
     combinations = product(args.block_size, args.skip, args.select)
     return variants(args.methods, [SparseDConfig(skip, select, size) for size, skip, select in combinations])
-
-
-def list_of(read: Callable[[str], object]) -> Callable[[str], list]:
-    """A reader of values with commas between, each once."""
-    return lambda words: list(dict.fromkeys(read(word) for word in words.split(",")))
-
-
-def names_of(known: dict[str, object]) -> Callable[[str], list[str]]:
-    """A reader of some of the known names, with commas between."""
-
-    def name(word: str) -> str:
-        if word not in known:
-            raise argparse.ArgumentTypeError(f"must be some of {', '.join(known)}, got {shown(word)}")
-        return word
-
-    return list_of(name)
 
 
 def length(word: str) -> int:

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import importlib.util
 import io
-import json
 import os
 import shlex
 import sys
@@ -20,14 +19,14 @@ from tqdm import tqdm
 
 from ..attention import BackendError
 from ..cli.ending import blame, guarded
-from ..cli.report import environment
+from ..cli.report import environment, write_json, write_text
 from ..cli.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
 from ..prompts import ChatTemplateError, demo_path
 from . import plots
 from .arguments import parse
 from .planning import Batch, check_steps, plan
-from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table, write
+from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table
 from .running import Sampler
 from .tasks import Sample
 
@@ -200,9 +199,9 @@ def _report(args: argparse.Namespace, folder: Folder, batches: list[Batch]) -> N
     records = [finished.pop(name) for names in samples for name in names]
     folder.close([*records, *finished.values()])  # an earlier call may have measured more
     summary = summarize([*records, *finished.values()])
-    write(folder.path / SUMMARY, json.dumps({**summary, **about(folder.path / RUN)}, indent=2) + "\n")
+    write_json(folder.path / SUMMARY, {**summary, **about(folder.path / RUN)})
     text = table(summary)
-    write(folder.path / TABLE, text)
+    write_text(folder.path / TABLE, text)
     if importlib.util.find_spec("matplotlib") is None:
         tell('no plots: matplotlib is not installed (pip install ".[plots]")')
     else:

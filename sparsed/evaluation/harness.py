@@ -24,7 +24,8 @@ from ..cli.report import answer_length, decode, stop_ids
 from ..config import SparseDConfig, check_numbers
 from ..models import load_model, load_tokenizer
 from ..sampling import dream_generate, llada_generate
-from .likelihood import attention_of, is_greedy, log_likelihood
+from ..sampling.common import attention_of
+from .likelihood import is_greedy, log_likelihood
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -256,7 +257,7 @@ class SparseDLM(TemplateLM):
         steps = settings.pop("steps", None) or options.steps or length
         sampler = {"dream": dream_generate, "llada": llada_generate}[family]
         ids = torch.tensor([context or [self.prefix_token_id]])
-        with attention_of(self.model, options.config, options.backend, steps, length):
+        with attention_of(self.model, options.config, steps, length, backend=options.backend):
             out = sampler(self.model, ids, gen_length=length, steps=steps, generator=self.generator, **settings)
         return out[0, ids.shape[1] :].tolist()
 

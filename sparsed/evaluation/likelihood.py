@@ -7,25 +7,15 @@ independently of each other, which varies more; what it adds is the shift: row t
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SparseDConfig, check_numbers
-from ..patch import SPARSE, Run, sparsify
-from ..sampling.common import check_prompt
+from ..patch import SPARSE
+from ..sampling.common import attention_of, check_prompt
 from ..sampling.denoiser import Denoiser
-
-
-def attention_of(
-    model: nn.Module, config: SparseDConfig | None, backend: str, steps: int, gen_length: int
-) -> AbstractContextManager[Run | None]:
-    """SparseD with a kernel of choice around `steps` forwards, or full attention without a config."""
-    if config is None:
-        return nullcontext()
-    return sparsify(model, config, steps=steps, gen_length=gen_length, backend=backend)
 
 
 def draw_masks(samples: int, length: int, generator: torch.Generator) -> Tensor:
@@ -77,7 +67,7 @@ def log_likelihood(
     masks = draw_masks(samples, len(target), generator)
     losses: dict[tuple, float] = {}
     total = 0.0
-    with attention_of(model, config, backend, samples, len(target)) as run:
+    with attention_of(model, config, samples, len(target), backend=backend) as run:
         denoiser = _denoiser(model, prompt, target)
         for mask in masks:
             draw = (run is not None and run.phase == SPARSE, *mask.tolist())
@@ -106,7 +96,7 @@ def is_greedy(
     """
     ids = _sequence(model, prompt, target)
     hidden = len(prompt) + torch.arange(len(target), device=ids.device)
-    with attention_of(model, config, backend, len(target), len(target)):
+    with attention_of(model, config, len(target), len(target), backend=backend):
         denoiser = _denoiser(model, prompt, target)
         while len(hidden):
             logits = denoiser(_masked(model, ids, hidden), hidden - _shift(model)).float()

@@ -1,7 +1,6 @@
 """What an evaluation leaves: a line for every sample, and from these lines alone the summary and the table."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cli.report import write_json, write_text
 from .methods import METHODS
 from .scoring import mean_of, paired_difference, proportion
 
@@ -62,7 +62,7 @@ class Folder:
         elif any(self.path.iterdir()):
             raise OtherRun(f"{self.path} is not empty and holds no evaluation: choose another folder")
         if self.process == 0:
-            write(file, json.dumps({"settings": settings, "calls": [*calls, call]}, indent=2) + "\n")
+            write_json(file, {"settings": settings, "calls": [*calls, call]})
 
     def finished(self) -> dict[tuple, Record]:
         """The samples that are there, by `key`; a line that was cut off, as by a crash, does not count."""
@@ -90,7 +90,7 @@ class Folder:
 
     def close(self, records: list[Record]) -> None:
         """Put all samples into one file, in the order given, and take the processes' own away."""
-        write(self.path / SAMPLES, _lines(records))
+        write_text(self.path / SAMPLES, _lines(records))
         for file in self._parts():
             file.unlink()
 
@@ -122,16 +122,6 @@ def _lines(records: Iterable[Record]) -> str:
 def key(record: Record) -> tuple:
     """What a sample's line is known by."""
     return (record["id"], *(record[name] for name in VARIANT))
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def summarize(records: list[Record]) -> dict[str, list[Record]]:

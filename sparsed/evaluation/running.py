@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from ..cli.report import answer_length, decode, stop_ids
 from ..config import SparseDConfig
-from ..patch import sparsify, synchronize
+from ..patch import synchronize
 from ..sampling import dream_generate, llada_generate
-from ..sampling.common import OnStep
+from ..sampling.common import OnStep, attention_of
 from .methods import METHODS, RecallMeter
 from .results import Record
 from .scoring import score
@@ -78,12 +77,10 @@ class Sampler:
         rule = METHODS[variant.method].rule
         meter = None if rule is None else RecallMeter(rule)
         options = {"steps": steps, "gen_length": gen_length}
-        attention = nullcontext()
-        if meter is not None:
-            attention = sparsify(self.model, variant.config, backend=self.backend, rule=meter.rule, **options)
+        watched = {"backend": self.backend, "rule": meter and meter.rule}
         synchronize(device)
         start = time.perf_counter()
-        with attention as run:
+        with attention_of(self.model, variant.config, **options, **watched) as run:
             generated = self._generate(ids, **options, on_step=on_step)[:, ids.shape[1] :].tolist()
             density = None if run is None else run.density
         seconds = (time.perf_counter() - start) / len(samples)

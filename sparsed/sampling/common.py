@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SparseDConfig
-from ..patch import sparsify
+from ..patch import Run, sparsify
 
 # called after each step with its index and whether it ran the model
 OnStep = Callable[[int, bool], None]
@@ -82,9 +83,13 @@ def make_canvas(
     return canvas, None if real.all() else F.pad(real, (0, gen_length), value=True)
 
 
-def attention_of(model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int) -> AbstractContextManager:
-    """SparseD around the whole generation, or full attention without a config."""
-    return nullcontext() if config is None else sparsify(model, config, steps=steps, gen_length=gen_length)
+def attention_of(
+    model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int, **options: Any
+) -> AbstractContextManager[Run | None]:
+    """SparseD around `steps` forwards, with `sparsify`'s options; full attention without a config."""
+    if config is None:
+        return nullcontext()
+    return sparsify(model, config, steps=steps, gen_length=gen_length, **options)
 
 
 def tell(on_step: OnStep | None, step: int, ran: bool) -> None:
