@@ -16,7 +16,7 @@ from sparsed.cli.readers import some_of
 from sparsed.cli.report import environment, write_json
 
 NEW_TOKENS = 128
-LENGTHS = {"short_context": 64} | {f"{k}k": 1024 * k for k in (4, 8, 16, 32, 64, 128)}  # prompt tokens
+LENGTHS = {"short_context": 64} | {f"{k}k": 1024 * k for k in (1, 2, 4, 8, 16, 32, 64, 128)}  # prompt tokens
 KERNEL_PACKAGES = ("triton", "flash-attn-4", "nvidia-cutlass-dsl")
 
 

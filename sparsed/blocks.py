@@ -99,7 +99,8 @@ class Pattern:
     @property
     def density(self) -> Tensor:
         """Attended over all pairs of real query and real key, mean over batch rows and heads; 0-dim float32."""
-        tokens = self.grid.block_tokens.to(self.indices.device).expand(self.indices.shape[0], -1)
+        # non_blocking: a layer's selection waits for nothing
+        tokens = self.grid.block_tokens.to(self.indices.device, non_blocking=True).expand(self.indices.shape[0], -1)
         shares = []
         for row, kept, real in zip(self.indices.long(), self.counts, tokens.float(), strict=True):
             attended = (real[row[..., :kept]].sum(-1) * real).sum(-1)  # [Hq]

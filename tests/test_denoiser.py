@@ -228,6 +228,21 @@ def test_prompts_of_other_lengths_compile_nothing(family, block_size):
     assert counts[0] > 0 and len(set(counts)) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", MODELS)
+def test_no_forward_waits_for_the_gpu(family):
+    """Full, selecting and sparse, once its kernels are compiled; what the sampler reads is its own affair."""
+    model, ids = MODELS[family]().cuda(), torch.randint(0, 90, (1, 1000)).cuda()
+    try:
+        with torch.no_grad(), sparsify(model, SPARSE, steps=10, gen_length=48):
+            for mode in ("default", "error"):
+                torch.cuda.set_sync_debug_mode(mode)
+                for _ in range(10):
+                    model(ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_nothing_is_captured_on_the_cpu(captured):
     for family, make in MODELS.items():
         options = options_of(family, {"gen_length": 16, "steps": 8, "config": SPARSE})

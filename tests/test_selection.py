@@ -11,7 +11,7 @@ from interpreter import interpret
 from sparsed import blocks
 from sparsed.attention import united_lists
 from sparsed.blocks import BlockGrid, true_places
-from sparsed.kernels import block_scores
+from sparsed.kernels import block_scores, full_attention
 from sparsed.selection import isolated_top_k, select_blocks
 
 ROOT = Path(__file__).parents[1]
@@ -280,3 +280,27 @@ def test_triton_kernel(length, block_size, heads, pads, width, dtype):
     for lse in (None, log_sum_exp(q, k, valid).cuda()):
         on_gpu = block_scores(q.cuda(), k.cuda(), **there, lse=lse)
         check_scores(on_gpu.cpu(), q, k, block_size, valid, tolerance=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [128, 48, 32])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+def test_a_gpu_keeps_the_blocks_that_float64_would(heads, block_size):
+    """As in a run, from the log-sum-exp of full attention; a block may stand for another only within rounding."""
+    length, select = 4173, 0.3
+    q, k = (x.cuda().bfloat16().mul(0.5) for x in attention_inputs(length, heads, width=128))
+    grid = BlockGrid(length, length - 200, block_size)
+    _, lse = full_attention(q, k, torch.randn_like(k))
+    assert lse is not None
+    kept = isolated_top_k(block_scores(q, k, block_size=block_size, lse=lse), grid, select).as_mask()
+    for head in range(heads[0]):
+        logits = q[0, head].double() @ k[0, head * heads[1] // heads[0]].double().T / q.shape[-1] ** 0.5
+        sums = torch.nn.functional.pad(logits.softmax(-1), (0, -length % block_size, 0, -length % block_size))
+        exact = sums.unflatten(0, (-1, block_size)).unflatten(2, (-1, block_size)).sum((1, 3))
+        for part, budget in zip(grid.parts, grid.budgets(select)[0], strict=True):
+            best = exact[:, part].sort(-1, descending=True)
+            lowest, mine = best.values[:, budget - 1, None], kept[0, head, :, part]
+            assert (mine.sum(-1) == budget).all()
+            assert (exact[:, part][mine].view(len(mine), -1) >= lowest * (1 - 1e-4)).all()
+            chosen = torch.zeros_like(mine).scatter_(-1, best.indices[:, :budget], True)
+            assert (chosen == mine).float().mean() > 0.999
