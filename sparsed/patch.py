@@ -4,7 +4,9 @@ A denoising step is one forward of the patched model. The first `n_full` steps r
 last of them also chooses every layer's blocks; the steps after it attend to those only (arXiv 2509.24014, section 4).
 """
 
+import functools
 import inspect
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,7 +47,8 @@ class Run:
         self.compile_seconds = 0.0
         self._wanted = backend
         self._shape: tuple[int, ...] | None = None
-        self._open = self._keeps_all = False
+        self._running = threading.Lock()
+        self._keeps_all = False
         self.pattern_version = 0
         self.reset()
 
@@ -64,7 +67,7 @@ class Run:
 
     def _forget(self) -> None:
         self._grid: BlockGrid | None = None
-        self._sparse: dict[int, SparseAttention] = {}
+        self._sparse: dict[tuple[int, torch.device], SparseAttention] = {}
         self._devices: set[torch.device] = set()
         self._densities: list[Tensor] = []
         self.pattern_version += 1
@@ -93,14 +96,15 @@ class Run:
     @contextmanager
     def forward(self, shape: tuple[int, ...]) -> Iterator[None]:
         """A forward of the model, which is one step; if it fails, the step does not count."""
-        if self.prepare(shape) == SELECTING:
-            self._forget()  # what an earlier try at this step chose before it failed
-        self._open = True
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError("sparsify: a forward began inside another one of the same model, or in another thread")
         try:
+            if self.prepare(shape) == SELECTING:
+                self._forget()  # what an earlier try at this step chose before it failed
             yield
             self.step += 1
         finally:
-            self._open = False
+            self._running.release()
 
     @property
     def phase(self) -> str:
@@ -111,7 +115,7 @@ class Run:
 
     def current_phase(self) -> str:
         """The phase of the step whose forward is running; RuntimeError if none is."""
-        if not self._open:
+        if not self._running.locked():
             raise RuntimeError("sparsify: attention ran outside a forward of the model that was given to sparsify")
         return self.phase
 
@@ -130,7 +134,7 @@ class Run:
         if phase == FULL:
             return full()
         if phase == SPARSE:
-            return self._sparse[layer](q, k, v)
+            return self._sparse_attention(layer, q.device)(q, k, v)
         return self._select(layer, q, k, v, mask, full)
 
     def _select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
@@ -156,8 +160,16 @@ class Run:
 
         pattern = self.rule.choose(q, score, grid, self.config.select)
         self._densities.append(pattern.density)
-        self._sparse[layer] = BACKENDS[self.backend](pattern)
-        return self._sparse[layer](q, k, v) if self.rule.blind else out
+        sparse = self._sparse[layer, q.device] = BACKENDS[self.backend](pattern)
+        return sparse(q, k, v) if self.rule.blind else out
+
+    def _sparse_attention(self, layer: int, device: torch.device) -> SparseAttention:
+        """What the layer was given when it selected."""
+        if (layer, device) not in self._sparse:
+            raise RuntimeError(
+                f"sparsify: no blocks were chosen on {device} for attention {layer}; reset() after moving a model"
+            )
+        return self._sparse[layer, device]
 
     def _prepare(self, q: Tensor, k: Tensor, lse: Tensor | None, grid: BlockGrid) -> None:
         """Choose the backend, whose self-check compiles it, and have the scores' kernel compiled."""
@@ -264,8 +276,24 @@ def _replace(undo: ExitStack, module: nn.Module, name: str, function: Callable, 
         undo.callback(module.__dict__.__setitem__, name, module.__dict__[name])
     else:
         undo.callback(module.__dict__.pop, name, None)
-    function.sparsed_run = run
-    module.__dict__[name] = function
+    module.__dict__[name] = _Shadow(function, getattr(module, name), run)
+
+
+class _Shadow:
+    """A patched method, with the signature of the one that it stands for.
+
+    It cannot be copied or pickled: a copy of the model would go on computing with the weights of the original.
+    """
+
+    def __init__(self, function: Callable, original: Callable, run: Run):
+        functools.update_wrapper(self, original)
+        self.function, self.sparsed_run = function, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("sparsify: a patched model can be neither copied nor pickled: do it outside the context")
 
 
 def _counted(run: Run, forward: Callable) -> Callable:
