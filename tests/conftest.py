@@ -3,8 +3,16 @@
 import pytest
 import torch
 from checkpoints import FAMILIES, tiny_checkpoint
+from hypothesis import HealthCheck, settings
 from patch_cases import KINDS, build, family_of
 from standins import tiny_dream, tiny_llada
+
+# the same examples in every run; --hypothesis-profile=campaign draws many new ones
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=30, database=None)
+settings.register_profile(
+    "campaign", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
