@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsed import llada_generate, load_model, load_tokenizer, select_blocks
 from sparsed.kernels import block_scores
 from sparsed.prompts import build_document, demo_path
+from sparsed.sampling.common import Step
 
 FILE = Path(__file__).with_name("idea.png")
 PROMPT, LENGTH, STEPS, BLOCK, SELECT = 1024, 64, 64, 32, 0.3
@@ -53,9 +54,9 @@ def take_heads(model: nn.Module, input_ids: Tensor) -> dict[int, list[tuple[Tens
 
         return attention
 
-    def next_step(done: int, ran: bool) -> None:
+    def next_step(done: Step) -> None:
         nonlocal step
-        step = done + 1
+        step = done.index + 1
 
     for module in model.modules():
         if hasattr(module, "attend"):

@@ -13,7 +13,6 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from sparsed.attention import BACKENDS
 from sparsed.cli.arguments import Parser
 from sparsed.cli.readers import config_field, number_in, some_of, whole
 from sparsed.patch import synchronize
+from sparsed.sampling.common import OnStep, Step
 
 from . import reference
 from .common import LENGTHS, NEW_TOKENS, build_parser, clamp, new_record, parse_arguments, require_gpu, save
@@ -75,7 +75,7 @@ class Generation:
         return split(self.seconds, self.n_full)
 
 
-def sample(model: torch.nn.Module, prompt: torch.Tensor, steps: int, on_step: Callable[..., None]) -> None:
+def sample(model: torch.nn.Module, prompt: torch.Tensor, steps: int, on_step: OnStep) -> None:
     """One greedy generation by the family's sampler."""
     shared = {"gen_length": NEW_TOKENS, "steps": steps, "on_step": on_step}
     if model.family == "dream":
@@ -89,11 +89,11 @@ def step_seconds(model: torch.nn.Module, prompt: torch.Tensor, steps: int) -> li
     synchronize(model.device)
     seconds, last = [], time.perf_counter()
 
-    def tick(_: int, ran: bool) -> None:
+    def tick(step: Step) -> None:
         nonlocal last
         synchronize(model.device)
         now = time.perf_counter()
-        seconds.append(now - last if ran else 0.0)
+        seconds.append(now - last if step.ran else 0.0)
         last = now
 
     sample(model, prompt, steps, tick)

@@ -10,6 +10,7 @@ from standins import tiny_dream, tiny_llada
 
 from sparsed import SparseDConfig, sparsify
 from sparsed.sampling import denoiser
+from sparsed.sampling.common import Step
 from sparsed.sampling.denoiser import Denoiser
 
 if importlib.util.find_spec("triton"):
@@ -100,7 +101,7 @@ def test_no_replay_over_blocks_that_were_chosen_anew(monkeypatch, faked, steps):
     for most in (2048, 0):
         monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", most)
         with sparsify(model, SPARSE, steps=steps, gen_length=48):
-            call = lambda step, ran: model(torch.full((1, 109), 5)) if step % 7 == 3 else None  # noqa: E731
+            call = lambda step: model(torch.full((1, 109), 5)) if step.index % 7 == 3 else None  # noqa: E731
             tokens.append(GENERATE["dream"](model, prompts, gen_length=48, steps=48, on_step=call))
     assert faked and torch.equal(*tokens)
 
@@ -140,12 +141,12 @@ def test_logits_that_are_not_finite_end_in_one_line(family, temperature, at_step
     head = head_of(model)
     options = options_of(family, {"gen_length": 16, "steps": 16, "temperature": temperature})
 
-    def spoil(step, ran):
-        if step + 1 >= at_step:
+    def spoil(step):
+        if step.index + 1 >= at_step:
             head.weight.data[3] = float("nan")
 
     if at_step == 0:
-        spoil(0, True)
+        spoil(Step(0, True))
     with pytest.raises(FloatingPointError, match="not finite"):
         GENERATE[family](model, torch.randint(0, 90, (1, 30)), on_step=spoil, **options)
 

@@ -154,10 +154,49 @@ def test_a_generator_decides_every_draw(request, family, options):
 def test_on_step_follows_every_step(request, family, config):
     model, steps = request.getfixturevalue(family), []
     options = options_of(family, {"gen_length": 16, "steps": 8})
-    GENERATE[family](
-        model, torch.randint(0, 90, (1, 40)), config=config, on_step=lambda *told: steps.append(told), **options
-    )
-    assert steps == [(step, True) for step in range(8)]
+    GENERATE[family](model, torch.randint(0, 90, (1, 40)), config=config, on_step=steps.append, **options)
+    assert [(step.index, step.ran) for step in steps] == [(index, True) for index in range(8)]
+
+
+WATCHED = [
+    ("dream", {}),
+    ("dream", {"alg": "entropy"}),
+    ("dream", {"alg": "topk_margin", "temperature": 1.5, "top_p": 0.9}),
+    ("dream", {"alg": "origin", "temperature": 1.5, "top_k": 7}),
+    ("llada", {}),
+    ("llada", {"remasking": "random", "temperature": 1.0}),
+    ("llada", {"cfg_scale": 1.0}),
+    ("llada", {"confidence_eos_eot_inf": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), WATCHED, ids=str)
+def test_a_step_tells_what_it_committed_and_how_likely_that_was(request, family, options):
+    """Commit by commit the prompts become the output, and a probability is the reference model's, in float64."""
+    model, steps = request.getfixturevalue(family), []
+    prompts = torch.randint(0, 90, (2, 14))
+    options = options_of(family, {"gen_length": 16, "steps": 8} | options)
+    tokens = GENERATE[family](model, prompts, on_step=steps.append, **options)
+    temperature = options.get("temperature") or 1.0
+    filters = {name: options.get(name) for name in ("top_p", "top_k")}
+    canvas = torch.cat([prompts, torch.full((2, 16), MASK)], 1)
+    for step in steps:
+        logits, _ = forward(family, model.state_dict(), CONFIG[family], canvas)
+        if "cfg_scale" in options:
+            blind = torch.cat([torch.full_like(prompts, MASK), canvas[:, 14:]], 1)
+            logits = 2 * logits - forward(family, model.state_dict(), CONFIG[family], blind)[0]
+        commits = step.commits()
+        for flat, token, probability in commits:
+            row, place = divmod(flat, 30)
+            if family == "dream":
+                expected = filtered_probabilities(logits[row, place - 1], temperature=temperature, **filters)
+            else:
+                expected = logits[row, place].softmax(-1)
+            assert probability == pytest.approx(expected[token].item(), abs=1e-4)
+            assert canvas[row, place] == MASK
+        for flat, token, _ in commits:
+            canvas.view(-1)[flat] = token
+    assert torch.equal(canvas, tokens)
 
 
 IDLE = [  # case, the steps that run no forward with full attention
@@ -182,9 +221,9 @@ def test_steps_that_commit_nothing_run_no_forward_but_count(request, family, opt
     config = None if skip is None else SparseDConfig(skip, 0.3, 16)
     selecting = None if skip is None else config.n_full(steps) - 1
     with inputs_of(model) as forwards, looking_at_runs() as runs:
-        GENERATE[family](model, prompts, config=config, on_step=lambda *step: told.append(step), **options)
-    ran = [step for step, ran in told if ran]
-    assert [step for step, _ in told] == list(range(steps))
+        GENERATE[family](model, prompts, config=config, on_step=told.append, **options)
+    ran = [step.index for step in told if step.ran]
+    assert [step.index for step in told] == list(range(steps))
     assert ran == [step for step in range(steps) if step not in idle or step == selecting]
     assert len(forwards) == len(ran)
     if skip is not None:

@@ -8,6 +8,7 @@ from tiny_folders import special_id, tiny_folder
 
 from sparsed import load_model, load_tokenizer
 from sparsed.cli import report, running
+from sparsed.sampling.common import Step
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,11 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
     with running.tqdm(total=3, disable=True) as bar:
         clock = running.StepClock(torch.device("cpu"), Run(), bar)
         clock.start()
-        clock.tick(0, True)
+        clock.tick(Step(0, True))
         clock.run.compile_seconds = 10.0
-        clock.tick(1, True)
-        clock.tick(2, True)
-        clock.tick(3, False)
+        clock.tick(Step(1, True))
+        clock.tick(Step(2, True))
+        clock.tick(Step(3, False))
     assert clock.step_seconds == [1.0, 1.0, 1.0, 0.0], "a step that ran no model takes no time"
     assert clock.compile_seconds == 10.0
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..patch import FULL, Run, sparsify, synchronize
 from ..sampling import dream_generate, llada_generate
+from ..sampling.common import Step
 from .families import DREAM, Family
 from .report import selection_seconds
 
@@ -44,12 +45,12 @@ class StepClock:
         self._describe()
         self.last = time.perf_counter()
 
-    def tick(self, step: int, ran: bool) -> None:
+    def tick(self, step: Step) -> None:
         """Note the end of `step`, which takes no time if it did not run the model."""
         synchronize(self.device)
         now = time.perf_counter()
         compiled = 0.0 if self.run is None else self.run.compile_seconds
-        self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if ran else 0.0)
+        self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if step.ran else 0.0)
         self.compile_seconds = compiled
         self.bar.update()
         self._describe()

@@ -23,6 +23,7 @@ from ..cli.report import environment, write_json, write_text
 from ..cli.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
 from ..prompts import ChatTemplateError, demo_path
+from ..sampling.common import Step
 from . import plots
 from .arguments import parse
 from .planning import Batch, check_steps, plan
@@ -184,7 +185,7 @@ class Progress:
         """Name what is measured now."""
         self.bar.set_description(what, refresh=False)
 
-    def step(self, *_: object) -> None:
+    def step(self, _: Step) -> None:
         """A step is done."""
         self.bar.update()
         if not self.terminal and not self.bar.disable and time.monotonic() - self.told > EVERY:

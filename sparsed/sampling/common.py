@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,37 @@ from torch import Tensor, nn
 from ..config import SparseDConfig
 from ..patch import Run, sparsify
 
-# called after each step with its index and whether it ran the model
-OnStep = Callable[[int, bool], None]
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step that is over, as an observer is told of it; the tensors stay on the model's device.
+
+    Args:
+        index: counted from 0.
+        ran: whether it ran the model; without, nothing was committed and there are no candidates.
+        rows: int64 [n], the candidates' flat positions b * T + t, ascending.
+        tokens: int64 [n], the token that each of them would get.
+        probability: float32 [n], which the model gave that token, whatever the algorithm ranks by.
+        chosen: bool [n], which of the candidates were committed.
+    """
+
+    index: int
+    ran: bool
+    rows: Tensor | None = None
+    tokens: Tensor | None = None
+    probability: Tensor | None = None
+    chosen: Tensor | None = None
+
+    def commits(self) -> list[tuple[int, int, float]]:
+        """Flat position, token and probability of what was committed, ascending; waits for the device."""
+        if self.chosen is None:
+            return []
+        columns = (column[self.chosen].tolist() for column in (self.rows, self.tokens, self.probability))
+        return list(zip(*columns, strict=True))
+
+
+# called after each step
+OnStep = Callable[[Step], None]
 
 
 class PromptError(ValueError):
@@ -92,10 +122,10 @@ def attention_of(
     return sparsify(model, config, steps=steps, gen_length=gen_length, **options)
 
 
-def tell(on_step: OnStep | None, step: int, ran: bool) -> None:
+def tell(on_step: OnStep | None, step: Step) -> None:
     """Call back after a step."""
     if on_step is not None:
-        on_step(step, ran)
+        on_step(step)
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
@@ -114,20 +144,29 @@ def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     return (probabilities / noise).argmax(-1)
 
 
-def commit(canvas: Tensor, rows: Tensor, tokens: Tensor, confidence: Tensor, counts: Tensor) -> None:
-    """Write each batch row's `counts` most confident tokens into the canvas, in place; of equals the earlier wins.
+def probability_of(tokens: Tensor, probabilities: Tensor) -> Tensor:
+    """The entries of probabilities [n, V] at tokens [n] -> [n]."""
+    return probabilities.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def most_confident(shape: tuple[int, int], rows: Tensor, confidence: Tensor, counts: Tensor) -> Tensor:
+    """Which candidates are among their batch row's `counts` most confident, bool [n]; of equals the earlier wins.
 
     Args:
-        canvas: [B, T] int64.
+        shape: (B, T) of the canvas.
         rows: [n] int64, flat positions b * T + t of the candidates, ascending.
-        tokens, confidence: [n], a candidate's token and confidence.
-        counts: [B] how many to commit; a row with fewer candidates commits them all.
+        confidence: [n].
+        counts: [B] how many to take; of a row with fewer candidates, all.
     """
-    batch, length = canvas.shape
-    grid = torch.full((batch * length,), -torch.inf, dtype=confidence.dtype, device=canvas.device)
+    batch, length = shape
+    grid = torch.full((batch * length,), -torch.inf, dtype=confidence.dtype, device=confidence.device)
     grid[rows] = confidence
     order = grid.view(batch, length).sort(dim=-1, descending=True, stable=True).indices
     ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(length, device=order.device).expand_as(order))
-    chosen = ranks.flatten()[rows] < counts[rows // length]
+    return ranks.flatten()[rows] < counts[rows // length]
+
+
+def commit(canvas: Tensor, rows: Tensor, tokens: Tensor, chosen: Tensor) -> None:
+    """Write the chosen [n] of the tokens [n] to their flat positions `rows` [n] of the canvas [B, T], in place."""
     flat = canvas.view(-1)
     flat[rows] = torch.where(chosen, tokens, flat[rows])

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..config import SparseDConfig, check_numbers
 from .common import (
     OnStep,
+    Step,
     attention_of,
     check_choice,
     check_family,
@@ -13,6 +14,8 @@ from .common import (
     commit,
     draw,
     make_canvas,
+    most_confident,
+    probability_of,
     tell,
     tempered,
 )
@@ -57,7 +60,7 @@ def dream_generate(
         mask_id: the mask token, by default the model's.
         generator: source of randomness, on the model's device.
         config: SparseD; None means full attention.
-        on_step: called after each step with its index and whether it ran the model.
+        on_step: called with each `Step` when it is over; its probabilities are those after temperature and filters.
 
     Returns:
         int64 [B, prompt + gen_length].
@@ -82,23 +85,24 @@ def dream_generate(
         denoiser = Denoiser(model, mask, input_ids.shape[1] - 1, len(canvas) * gen_length)
         for step in range(steps):
             if step < idle and denoiser.skip(canvas):
-                tell(on_step, step, False)
+                tell(on_step, Step(step, ran=False))
                 continue
             rows = (canvas == mask_id).view(-1).nonzero().squeeze(-1)
             logits = denoiser(canvas, shifted(rows, canvas.shape[1]))
             probabilities = filtered_probabilities(logits, temperature, top_p, top_k)
             tokens = probabilities.argmax(-1) if temperature == 0 else draw(probabilities, generator)
+            probability = probability_of(tokens, probabilities)
             if alg == "origin":
-                chance = torch.rand(len(rows), generator=generator, device=rows.device) < fractions[step].item()
-                canvas.view(-1)[rows[chance]] = tokens[chance]
+                chosen = torch.rand(len(rows), generator=generator, device=rows.device) < fractions[step].item()
             else:
                 masked = (canvas == mask_id).sum(-1)
                 counts = (masked.float() * fractions[step].item()).long()
-                ranking = confidence(probabilities, tokens, alg)
+                ranking = confidence(probabilities, probability, alg)
                 if alg_temp > 0:
                     ranking = draw_order(ranking / alg_temp, generator)
-                commit(canvas, rows, tokens, ranking, counts)
-            tell(on_step, step, True)
+                chosen = most_confident(canvas.shape, rows, ranking, counts)
+            commit(canvas, rows, tokens, chosen)
+            tell(on_step, Step(step, True, rows, tokens, probability, chosen))
         denoiser.check()
     return canvas
 
@@ -143,14 +147,14 @@ def filtered_probabilities(logits: Tensor, temperature: float, top_p: float | No
     return logits.masked_fill(logits < lowest, torch.finfo(logits.dtype).min).softmax(-1)
 
 
-def confidence(probabilities: Tensor, tokens: Tensor, alg: str) -> Tensor:
-    """What ranks the candidates: probabilities [n, V], drawn tokens [n] -> [n], higher commits first."""
+def confidence(probabilities: Tensor, drawn: Tensor, alg: str) -> Tensor:
+    """What ranks the candidates: probabilities [n, V], those of the drawn tokens [n] -> [n], higher commits first."""
     if alg == "topk_margin":
         first, second = probabilities.topk(2, dim=-1).values.unbind(-1)
         return first - second
     if alg == "entropy":
         return (probabilities * (probabilities + 1e-10).log()).sum(-1)
-    return probabilities.gather(-1, tokens[:, None]).squeeze(-1)
+    return drawn
 
 
 def draw_order(logits: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..config import SparseDConfig, check_numbers
 from .common import (
     OnStep,
+    Step,
     attention_of,
     check_choice,
     check_family,
@@ -13,6 +14,8 @@ from .common import (
     commit,
     draw,
     make_canvas,
+    most_confident,
+    probability_of,
     tell,
     tempered,
 )
@@ -57,7 +60,7 @@ def llada_generate(
         mask_id: the mask token, by default the model's.
         generator: source of randomness, on the model's device.
         config: SparseD, in both halves of a guided batch; None means full attention.
-        on_step: called after each step with its index and whether it ran the model.
+        on_step: called with each `Step` when it is over; its probabilities are without temperature.
 
     Returns:
         int64 [B, prompt + gen_length].
@@ -89,7 +92,7 @@ def llada_generate(
             ids = canvas if cfg_scale == 0 else with_blind_half(canvas, prompt_len, mask_id)
             # a block has as many masks as tokens at first, and commits at least one a step while it has any
             if temperature == 0 and inner >= block_length and denoiser.skip(ids):
-                tell(on_step, step, False)
+                tell(on_step, Step(step, ran=False))
                 continue
             rows = _masked_rows(canvas, mask_id, end)
             logits = guided_logits(denoiser, ids, rows, cfg_scale)
@@ -98,12 +101,19 @@ def llada_generate(
             tokens = (
                 logits.argmax(-1) if temperature == 0 else draw(tempered(logits, temperature).softmax(-1), generator)
             )
-            if confidence_eos_eot_inf:
+            probability = probability_of(tokens, logits.softmax(-1))
+            if remasking == "random":
+                ranking = torch.rand(len(tokens), generator=generator, device=tokens.device)
+            elif confidence_eos_eot_inf:
                 logits[:, eot] = -torch.inf
                 if temperature == 0:  # as published: with noise, only the end of the turn is held back
                     logits[:, eos] = -torch.inf
-            commit(canvas, rows, tokens, confidence(logits, tokens, remasking, generator), counts[:, inner])
-            tell(on_step, step, True)
+                ranking = probability_of(tokens, logits.softmax(-1))
+            else:
+                ranking = probability
+            chosen = most_confident(canvas.shape, rows, ranking, counts[:, inner])
+            commit(canvas, rows, tokens, chosen)
+            tell(on_step, Step(step, True, rows, tokens, probability, chosen))
         denoiser.check()
     return canvas
 
@@ -144,10 +154,3 @@ def guided_logits(denoiser: Denoiser, ids: Tensor, rows: Tensor, cfg_scale: floa
     logits = denoiser(ids, torch.cat((rows, rows + ids.numel() // 2))).float()
     conditional, unconditional = logits.chunk(2)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)
-
-
-def confidence(logits: Tensor, tokens: Tensor, remasking: str, generator: torch.Generator | None) -> Tensor:
-    """What ranks the candidates: logits [n, V] without temperature or noise, drawn tokens [n] -> [n]."""
-    if remasking == "random":
-        return torch.rand(len(tokens), generator=generator, device=tokens.device)
-    return logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
