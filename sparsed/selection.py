@@ -30,13 +30,13 @@ def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
     indices = scores.new_zeros(*scores.shape[:3], max(counts), dtype=torch.int32)
     for row, budget, count, kept in zip(scores, budgets, counts, indices, strict=True):
         for heads in head_chunks(len(row), row[0].numel()):
-            parts = [_highest(row[heads, :, part], keep) for part, keep in zip(grid.parts, budget, strict=True)]
+            parts = [highest(row[heads, :, part], keep) for part, keep in zip(grid.parts, budget, strict=True)]
             kept[heads, :, :count] = true_places(torch.cat(parts, dim=-1), count)
         kept[..., count:] = kept[..., count - 1 : count]
     return Pattern(indices, counts, grid)
 
 
-def _highest(scores: Tensor, keep: int) -> Tensor:
+def highest(scores: Tensor, keep: int) -> Tensor:
     """Which of the last dimension's scores are its `keep` highest, bool; of equals the earlier ones."""
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)

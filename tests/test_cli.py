@@ -70,6 +70,11 @@ def test_the_record_of_a_sparse_run(family, call, checkpoints):
     assert run["selection_seconds"] == pytest.approx(steps[N_FULL - 1] - median(steps[: N_FULL - 1]))
     assert run["backend"] in {"gather", "dense"} and run["backend_reason"]
     assert run["peak_memory_bytes"] is None
+    commits = sorted(commit for entry in run["history"] for commit in entry)
+    assert len(run["history"]) == STEPS and [token for _, token, _ in commits] == run["token_ids"]
+    assert len(run["pieces"]) == LENGTH and "".join(run["pieces"][: run["answer_tokens"]]).strip() == run["text"]
+    assert sum(layer["density"] for layer in run["layers"]) / len(run["layers"]) == pytest.approx(run["density"])
+    assert run["pattern"]["prompt_tokens"] == len(ids) and run["pattern"]["tokens"] == len(ids) + LENGTH
     assert (run["expected"], run["answer_found"]) == (None, None)
     assert (record["beyond_trained_length"], "comparison" in record) == (False, False)
     assert record["arguments"]["select"] == 0.3 and record["arguments"]["block_size"] == 16
@@ -95,7 +100,7 @@ def test_a_full_run_has_nothing_sparse(family, call):
     _, _, _, record = call(family, "--origin", "--skip", 0.5)
     (run,) = record["runs"]
     assert run["mode"] == "origin" and run["full_steps"] == STEPS
-    assert [run[key] for key in ("selection_seconds", "density", "backend")] == [None] * 3
+    assert [run[key] for key in ("selection_seconds", "density", "backend", "layers", "pattern")] == [None] * 5
 
 
 @pytest.mark.parametrize("family", MAIN)

@@ -14,13 +14,14 @@ ALLOWED = {
     "kernels": set(),
     "blocks": set(),
     "selection": {"kernels", "blocks"},
+    "watching": {"selection", "blocks"},
     "attention": {"kernels", "blocks"},
     "patch": {"selection", "attention", "blocks", "kernels"},
     "models": {"kernels"},
     "sampling": {"patch"},
     "prompts": set(),
-    "cli": {"sampling", "patch", "attention", "models", "prompts"},
-    "evaluation": {"cli", "sampling", "patch", "attention", "models", "prompts", "selection", "blocks"},
+    "cli": {"sampling", "patch", "watching", "blocks", "attention", "models", "prompts"},
+    "evaluation": {"cli", "sampling", "patch", "watching", "attention", "models", "prompts", "selection", "blocks"},
     "__init__": {"sampling", "patch", "selection", "models"},
 }
 LEAVES = {"config", "models", "prompts"}  # not even config

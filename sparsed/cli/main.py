@@ -18,6 +18,7 @@ from . import report
 from .arguments import parse
 from .ending import blame, guarded
 from .families import DREAM, LLADA, Family
+from .history import Speller
 from .running import Job, first_forward, run_mode
 from .streams import Stdout, tell
 
@@ -78,7 +79,7 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
         "arguments": _arguments(args, path),
     }
     if args.compare and not args.quiet:
-        tell("\n".join(_comparison(record, model, tokenizer)))
+        tell("\n".join(_comparison(record, tokenizer)))
     if args.json is not None:
         with blame(args, "--json"):
             report.write_json(args.json, record)
@@ -113,7 +114,9 @@ def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict
         with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
             run = run_mode(job, mode)
         ids = run["token_ids"]
-        run["text"] = report.decode(tokenizer, ids[: report.answer_length(ids, stops)]).strip()
+        run["pieces"] = Speller(tokenizer).pieces(ids)
+        run["answer_tokens"] = report.answer_length(ids, stops)
+        run["text"] = report.decode(tokenizer, ids[: run["answer_tokens"]]).strip()
         run["expected"] = prompt.expected
         run["answer_found"] = None if prompt.expected is None else answer_found(run["text"], prompt.expected)
         if not args.quiet:
@@ -123,10 +126,9 @@ def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict
     return runs
 
 
-def _comparison(record: dict[str, Any], model: torch.nn.Module, tokenizer: Any) -> list[str]:
+def _comparison(record: dict[str, Any], tokenizer: Any) -> list[str]:
     runs, comparison = record["runs"], record["comparison"]
-    stops = report.stop_ids(model.config, tokenizer)
-    length = max(report.answer_length(run["token_ids"], stops) for run in runs)
+    length = max(run["answer_tokens"] for run in runs)
     marked = {
         run["mode"]: report.mark(tokenizer, run["token_ids"], comparison["different_positions"], length) for run in runs
     }

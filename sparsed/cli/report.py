@@ -29,10 +29,10 @@ def answer_length(token_ids: list[int], stops: set[int]) -> int:
     return next((position for position, token in enumerate(token_ids) if token in stops), len(token_ids))
 
 
-def decode(tokenizer: Any, token_ids: list[int]) -> str:
-    """The text of some ids, special tokens left out; ids that the model has and the tokenizer lacks are skipped."""
+def decode(tokenizer: Any, token_ids: list[int], *, special: bool = False) -> str:
+    """The text of some ids, with or without special tokens; ids that the tokenizer lacks are skipped."""
     known = len(tokenizer)
-    return tokenizer.decode([token for token in token_ids if token < known], skip_special_tokens=True)
+    return tokenizer.decode([token for token in token_ids if token < known], skip_special_tokens=not special)
 
 
 def phases(run: dict[str, Any]) -> dict[str, float | None]:

@@ -14,7 +14,10 @@ from tqdm import tqdm
 from ..patch import FULL, Run, sparsify, synchronize
 from ..sampling import dream_generate, llada_generate
 from ..sampling.common import Step
+from ..watching import watched
+from .choices import Choices
 from .families import DREAM, Family
+from .history import history
 from .report import selection_seconds
 
 
@@ -36,6 +39,7 @@ class StepClock:
 
     def __init__(self, device: torch.device, run: Run | None, bar: tqdm, label: str = ""):
         self.device, self.run, self.bar, self.label = device, run, bar, label
+        self.steps: list[Step] = []
         self.step_seconds: list[float] = []
         self.compile_seconds = 0.0
 
@@ -52,6 +56,7 @@ class StepClock:
         compiled = 0.0 if self.run is None else self.run.compile_seconds
         self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if step.ran else 0.0)
         self.compile_seconds = compiled
+        self.steps.append(step)
         self.bar.update()
         self._describe()
         self.last = time.perf_counter()
@@ -96,8 +101,9 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
     """Generate once, seeded anew; seconds are without compilation, and cover forwards and sampling alone."""
     args, device = job.args, job.model.device
     n_full = args.steps if mode == "origin" else args.config.n_full(args.steps)
+    choices = Choices()
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(_sparsified(job)) if mode == "sparsed" else None
+        run = stack.enter_context(_sparsified(job, choices)) if mode == "sparsed" else None
         bar = stack.enter_context(_progress(args))
         clock = StepClock(device, run, bar, label)
         _reset_peak_memory(device)
@@ -115,6 +121,9 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
             "full_steps": n_full,
             "selection_seconds": selection_seconds(clock.step_seconds, n_full) if chose else None,
             "density": None if run is None else run.density,
+            "layers": choices.layers(),
+            "pattern": choices.pattern(),
+            "history": history(clock.steps, token_ids, len(job.input_ids)),
             "peak_memory_bytes": _peak_memory(device),
             "backend": None if run is None else run.backend,
             "backend_reason": None if run is None else run.backend_reason,
@@ -136,9 +145,10 @@ def generate(job: Job, clock: StepClock) -> Tensor:
     return sampler(job.model, input_ids, generator=generator, on_step=clock.tick, **shared, **chosen)
 
 
-def _sparsified(job: Job) -> contextlib.AbstractContextManager:
+def _sparsified(job: Job, choices: Choices) -> contextlib.AbstractContextManager[Run]:
     args = job.args
-    return sparsify(job.model, args.config, steps=args.steps, gen_length=args.seq_len, backend=args.backend)
+    shared = {"steps": args.steps, "gen_length": args.seq_len, "backend": args.backend}
+    return sparsify(job.model, args.config, rule=watched(choices), **shared)
 
 
 def _progress(args: argparse.Namespace) -> tqdm:

@@ -95,23 +95,3 @@ METHODS = {
     "window": Method("sliding window", Rule(window, blind=True), skips=False),
     "streaming": Method("StreamingLLM", Rule(streaming, blind=True), skips=False),
 }
-
-
-class RecallMeter:
-    """Watches a rule choose, and notes which share of each layer's attention the chosen blocks hold.
-
-    Attributes:
-        layers: for every layer in turn, the share of each batch row, of all queries and heads.
-    """
-
-    def __init__(self, rule: Rule):
-        self.layers: list[list[float]] = []
-        self.rule = Rule(self._choose, rule.blind)
-        self._watched = rule
-
-    def _choose(self, q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float) -> Pattern:
-        scores = score()
-        pattern = self._watched.choose(q, lambda: scores, grid, select)
-        held = (scores * pattern.as_mask()).sum((1, 2, 3)) / scores.sum((1, 2, 3))
-        self.layers.append(held.tolist())
-        return pattern

@@ -13,7 +13,8 @@ from ..config import SparseDConfig
 from ..patch import synchronize
 from ..sampling import dream_generate, llada_generate
 from ..sampling.common import OnStep, attention_of
-from .methods import METHODS, RecallMeter
+from ..watching import recall, watched
+from .methods import METHODS
 from .results import Record
 from .scoring import score
 from .tasks import Sample
@@ -75,12 +76,14 @@ class Sampler:
         device = self.model.device
         ids = torch.tensor([sample.input_ids for sample in samples], device=device)
         rule = METHODS[variant.method].rule
-        meter = None if rule is None else RecallMeter(rule)
+        recalls: list[Tensor] = []  # of every layer in turn, [B]
         options = {"steps": steps, "gen_length": gen_length}
-        watched = {"backend": self.backend, "rule": meter and meter.rule}
+        sparse = {"backend": self.backend}
+        if rule is not None:
+            sparse["rule"] = watched(lambda scores, pattern: recalls.append(recall(scores, pattern)), rule)
         synchronize(device)
         start = time.perf_counter()
-        with attention_of(self.model, variant.config, **options, **watched) as run:
+        with attention_of(self.model, variant.config, **options, **sparse) as run:
             generated = self._generate(ids, **options, on_step=on_step)[:, ids.shape[1] :].tolist()
             density = None if run is None else run.density
         seconds = (time.perf_counter() - start) / len(samples)
@@ -102,7 +105,7 @@ class Sampler:
                     "new_tokens": gen_length,
                     "steps": steps,
                     "density": 1.0 if density is None else density,  # no step was sparse
-                    "recall": None if meter is None or not meter.layers else [layer[row] for layer in meter.layers],
+                    "recall": [layer[row].item() for layer in recalls] or None,
                     "seconds": seconds,
                 }
             )
