@@ -13,7 +13,7 @@ import torch
 
 from sparsed.cli.arguments import Parser
 from sparsed.cli.readers import some_of
-from sparsed.cli.report import environment, write_json
+from sparsed.cli.record import environment, write_json
 
 NEW_TOKENS = 128
 LENGTHS = {"short_context": 64} | {f"{k}k": 1024 * k for k in (1, 2, 4, 8, 16, 32, 64, 128)}  # prompt tokens

@@ -14,8 +14,9 @@ import torch
 from tiny_folders import tiny_folder
 
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer
-from sparsed.cli import arguments, main_dream, main_llada, report, running
+from sparsed.cli import arguments, main_dream, main_llada, running
 from sparsed.cli import main as main_module
+from sparsed.cli import record as record_module
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.prompts import encode_chat
 
@@ -276,7 +277,7 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(call, tmp_path, monk
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full_disk)
+    monkeypatch.setattr(record_module.os, "replace", full_disk)
     code, _, err, record = call("llada")
     assert code == 2 and record == {"old": 1}
     assert err.splitlines()[-1].endswith("error: argument --json: No space left on device")

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ..sampling.common import Step
-from .report import decode
+from .record import decode
 
 # what a decoder writes for bytes that are no character, or not yet
 REPLACEMENT = "\ufffd"

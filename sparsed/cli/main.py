@@ -14,11 +14,11 @@ from ..models import load_model, load_tokenizer
 from ..models.files import checkpoint_folder, read_json
 from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, demo_path, encode_chat
 from ..sampling.common import PromptError, check_prompt
-from . import report
 from .arguments import parse
 from .ending import blame, guarded
 from .families import DREAM, LLADA, Family
 from .history import Speller
+from .record import answer_length, compare, comparison_lines, decode, environment, mark, run_lines, stop_ids, write_json
 from .running import Job, first_forward, run_mode
 from .streams import Stdout, tell
 
@@ -70,19 +70,19 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
     runs = _runs(job, tokenizer, prompt, stdout)
     record = {
         "runs": runs,
-        **({"comparison": report.compare(*runs)} if args.compare else {}),
+        **({"comparison": compare(*runs)} if args.compare else {}),
         "trained_length": model.config.max_length,
         "beyond_trained_length": beyond,
         "load_seconds": load_seconds,
         "first_forward_seconds": first_forward_seconds,
-        "environment": report.environment(model.device, model.dtype),
+        "environment": environment(model.device, model.dtype),
         "arguments": _arguments(args, path),
     }
     if args.compare and not args.quiet:
         tell("\n".join(_comparison(record, tokenizer)))
     if args.json is not None:
         with blame(args, "--json"):
-            report.write_json(args.json, record)
+            write_json(args.json, record)
     stdout.finish()
 
 
@@ -108,19 +108,19 @@ def _prompt(tokenizer: Any, args: argparse.Namespace) -> Prompt:
 
 def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict[str, Any]]:
     """Run the modes that were asked for; each answer is printed as soon as it is there."""
-    args, stops = job.args, report.stop_ids(job.model.config, tokenizer)
+    args, stops = job.args, stop_ids(job.model.config, tokenizer)
     runs = []
     for mode in ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]:
         with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
             run = run_mode(job, mode)
         ids = run["token_ids"]
         run["pieces"] = Speller(tokenizer).pieces(ids)
-        run["answer_tokens"] = report.answer_length(ids, stops)
-        run["text"] = report.decode(tokenizer, ids[: run["answer_tokens"]]).strip()
+        run["answer_tokens"] = answer_length(ids, stops)
+        run["text"] = decode(tokenizer, ids[: run["answer_tokens"]]).strip()
         run["expected"] = prompt.expected
         run["answer_found"] = None if prompt.expected is None else answer_found(run["text"], prompt.expected)
         if not args.quiet:
-            tell("\n".join(report.run_lines(run)))
+            tell("\n".join(run_lines(run)))
         stdout.say(run["text"])
         runs.append(run)
     return runs
@@ -129,10 +129,8 @@ def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict
 def _comparison(record: dict[str, Any], tokenizer: Any) -> list[str]:
     runs, comparison = record["runs"], record["comparison"]
     length = max(run["answer_tokens"] for run in runs)
-    marked = {
-        run["mode"]: report.mark(tokenizer, run["token_ids"], comparison["different_positions"], length) for run in runs
-    }
-    return report.comparison_lines(comparison, marked)
+    marked = {run["mode"]: mark(tokenizer, run["token_ids"], comparison["different_positions"], length) for run in runs}
+    return comparison_lines(comparison, marked)
 
 
 def _heading(family: Family, args: argparse.Namespace, prompt: Prompt, model: torch.nn.Module) -> str:

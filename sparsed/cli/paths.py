@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from .readers import shown
-from .report import temporary_beside
+from .record import temporary_beside
 
 # far beyond any model's context; an endless file is not read to its end
 LONGEST_PROMPT = 2**24

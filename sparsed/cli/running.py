@@ -18,7 +18,7 @@ from ..watching import watched
 from .choices import Choices
 from .families import DREAM, Family
 from .history import history
-from .report import selection_seconds
+from .record import selection_seconds
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..attention import BackendError
 from ..cli.ending import blame, guarded
-from ..cli.report import environment, write_json, write_text
+from ..cli.record import environment, write_json, write_text
 from ..cli.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
 from ..prompts import ChatTemplateError, demo_path

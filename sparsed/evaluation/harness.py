@@ -20,7 +20,7 @@ from accelerate.utils import gather
 from tqdm import tqdm
 
 from ..attention import check_backend
-from ..cli.report import answer_length, decode, stop_ids
+from ..cli.record import answer_length, decode, stop_ids
 from ..config import SparseDConfig, check_numbers
 from ..models import load_model, load_tokenizer
 from ..sampling import dream_generate, llada_generate

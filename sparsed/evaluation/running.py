@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cli.report import answer_length, decode, stop_ids
+from ..cli.record import answer_length, decode, stop_ids
 from ..config import SparseDConfig
 from ..patch import synchronize
 from ..sampling import dream_generate, llada_generate

@@ -1,4 +1,4 @@
-"""Pieces of the report, apart from a run: where a text ends, how differences are marked, how steps are timed."""
+"""Pieces of the record, apart from a run: where a text ends, how differences are marked, how steps are timed."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 from tiny_folders import special_id, tiny_folder
 
 from sparsed import load_model, load_tokenizer
-from sparsed.cli import report, running
+from sparsed.cli import record, running
 from sparsed.sampling.common import Step
 
 
@@ -21,29 +21,29 @@ def checkpoints(tmp_path_factory):
                          + [("llada", "<|eot_id|>"), ("llada", "<|endoftext|>")])  # fmt: skip
 def test_text_ends_at_the_first_end_token(family, end, checkpoints):
     tokenizer = load_tokenizer(checkpoints[family])
-    stops = report.stop_ids(load_model(checkpoints[family], device="cpu").config, tokenizer)
+    stops = record.stop_ids(load_model(checkpoints[family], device="cpu").config, tokenizer)
     words = [tokenizer.encode(text, add_special_tokens=False) for text in ("under the mat", "noise")]
     ids = [*words[0], special_id(family, end), *words[1]]
-    assert report.decode(tokenizer, ids[: report.answer_length(ids, stops)]) == "under the mat"
-    assert report.answer_length(words[0], stops) == len(words[0])
+    assert record.decode(tokenizer, ids[: record.answer_length(ids, stops)]) == "under the mat"
+    assert record.answer_length(words[0], stops) == len(words[0])
 
 
 def test_text_ends_at_the_model_s_own_end_ids_too(checkpoints):
     config = SimpleNamespace(eos_token_id=65, pad_token_id=66)
-    stops = report.stop_ids(config, load_tokenizer(checkpoints["llada"]))
+    stops = record.stop_ids(config, load_tokenizer(checkpoints["llada"]))
     assert {65, 66, special_id("llada", "<|eot_id|>")} <= stops
 
 
 def test_ids_that_the_tokenizer_lacks_are_skipped(checkpoints):
     tokenizer = load_tokenizer(checkpoints["dream"])
     ids = tokenizer.encode("mat", add_special_tokens=False)
-    assert report.decode(tokenizer, [ids[0], 100_000, *ids[1:]]) == "mat"
+    assert record.decode(tokenizer, [ids[0], 100_000, *ids[1:]]) == "mat"
 
 
 def test_differences_are_marked(checkpoints):
     tokenizer = load_tokenizer(checkpoints["dream"])
     ids = tokenizer.encode("under the mat and more", add_special_tokens=False)
-    assert report.mark(tokenizer, ids, [6, 7, 12], 13) == "under [[th]]e ma[[t]]"
+    assert record.mark(tokenizer, ids, [6, 7, 12], 13) == "under [[th]]e ma[[t]]"
 
 
 def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
@@ -67,5 +67,5 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
 
 
 def test_steps_without_a_forward_are_left_out_of_the_selections_time():
-    assert report.selection_seconds([0.0, 2.0, 2.0, 5.0, 1.0], 4) == 3.0
-    assert report.selection_seconds([0.0, 5.0, 1.0], 2) is None, "no full step to compare with"
+    assert record.selection_seconds([0.0, 2.0, 2.0, 5.0, 1.0], 4) == 3.0
+    assert record.selection_seconds([0.0, 5.0, 1.0], 2) is None, "no full step to compare with"
