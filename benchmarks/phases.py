@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsed import SparseDConfig
-from sparsed.cli.record import selection_seconds
+from sparsed.report.summary import selection_seconds
 
 from .common import summary
 from .reference_worker import released_n_full

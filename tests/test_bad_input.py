@@ -58,6 +58,7 @@ CALLS = [
     ("llada", "--backend triton --device cpu", "--backend", "CUDA"),
     ("dream", "--backend flash --device cpu", "--backend", "CUDA"),
     ("dream", "--warmup -1", "--warmup", "at least 0"),
+    ("llada", "--repeat 0", "--repeat", "at least 1"),
     ("llada", "--origin --compare", "--compare", "not allowed with argument --origin"),
     ("dream", "--demo --model_path {dream}", "--model_path", "not allowed with argument --demo"),
     ("dream", "--prompt 4k --prompt_text hello", "--prompt_text", "not allowed with argument --prompt"),

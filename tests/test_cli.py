@@ -180,6 +180,17 @@ def test_warm_up_runs_are_reported_apart(call):
         assert len(run["step_seconds"]) == STEPS
 
 
+def test_repeats_are_timed_and_agree(call):
+    _, out, err, record = call("llada", "--repeat", 3, "--compare", "--temperature", 1)
+    for run in record["runs"]:
+        repeats = run["repeats"]
+        assert len(repeats["seconds"]) == 3 and repeats["same_tokens"]
+        assert run["seconds"] == repeats["median"] == median(repeats["seconds"])
+        assert repeats["spread"] == max(repeats["seconds"]) - min(repeats["seconds"])
+    assert err.count("median of 3 runs") == 2 and out.count("\n") == 2
+    assert len(call("llada")[3]["runs"][0]["repeats"]["seconds"]) == 1
+
+
 def test_a_prompt_beyond_the_trained_length_is_a_warning(checkpoints, tmp_path, capsys):
     short = tiny_folder(tmp_path / "short", "llada", max_sequence_length=64)
     words = ["--model_path", str(short), "--prompt_text", QUESTION, *SHORT, "--json", str(tmp_path / "r.json")]

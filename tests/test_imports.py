@@ -20,7 +20,8 @@ ALLOWED = {
     "models": {"kernels"},
     "sampling": {"patch"},
     "prompts": set(),
-    "cli": {"sampling", "patch", "watching", "blocks", "attention", "models", "prompts"},
+    "report": set(),
+    "cli": {"report", "sampling", "patch", "watching", "blocks", "attention", "models", "prompts"},
     "evaluation": {"cli", "sampling", "patch", "watching", "attention", "models", "prompts", "selection", "blocks"},
     "__init__": {"sampling", "patch", "selection", "models"},
 }

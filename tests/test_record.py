@@ -1,4 +1,4 @@
-"""Pieces of the record, apart from a run: where a text ends, how differences are marked, how steps are timed."""
+"""Pieces of the record, apart from a run: where a text ends, how steps are timed."""
 
 from types import SimpleNamespace
 
@@ -40,12 +40,6 @@ def test_ids_that_the_tokenizer_lacks_are_skipped(checkpoints):
     assert record.decode(tokenizer, [ids[0], 100_000, *ids[1:]]) == "mat"
 
 
-def test_differences_are_marked(checkpoints):
-    tokenizer = load_tokenizer(checkpoints["dream"])
-    ids = tokenizer.encode("under the mat and more", add_special_tokens=False)
-    assert record.mark(tokenizer, ids, [6, 7, 12], 13) == "under [[th]]e ma[[t]]"
-
-
 def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
     times = iter([0.0, 1.0, 1.0, 12.0, 12.0, 13.0, 13.0, 13.1, 13.1])
     monkeypatch.setattr(running.time, "perf_counter", lambda: next(times))
@@ -64,8 +58,3 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
         clock.tick(Step(3, False))
     assert clock.step_seconds == [1.0, 1.0, 1.0, 0.0], "a step that ran no model takes no time"
     assert clock.compile_seconds == 10.0
-
-
-def test_steps_without_a_forward_are_left_out_of_the_selections_time():
-    assert record.selection_seconds([0.0, 2.0, 2.0, 5.0, 1.0], 4) == 3.0
-    assert record.selection_seconds([0.0, 5.0, 1.0], 2) is None, "no full step to compare with"

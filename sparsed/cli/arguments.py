@@ -11,7 +11,7 @@ from ..config import SparseDConfig
 from ..models.loading import DTYPES, resolve_device, resolve_dtype
 from ..prompts import PRESETS
 from .families import DREAM, LLADA, Family
-from .paths import check_apart, own_prompt, record_path
+from .paths import check_apart, output_path, own_prompt
 from .readers import config_field, device, non_empty, number_in, whole
 from .streams import Stdout, tell
 
@@ -61,8 +61,8 @@ def parse(family: Family, argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     _check_lengths(parser, args, family)
     _check_backend(parser, args)
-    args.json = record_path(parser, args.json)
-    check_apart(parser, args.json, args.prompt_file)
+    args.json = output_path(parser, "--json", args.json)
+    check_apart(parser, "--json", args.json, "--prompt_file", args.prompt_file)
     given = [name for name in ("prompt_text", "prompt_file") if getattr(args, name) is not None]
     args.prompt_option = f"--{given[0]}" if given else "--prompt"
     args.text = own_prompt(parser, args)
@@ -245,6 +245,13 @@ def _add_running(group) -> None:
         default=0,
         metavar="N",
         help="untimed whole runs first, of each mode; the first use of a GPU kernel compiles it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--repeat",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="timed runs of each mode, all with the same seed; the one of median time counts (default: %(default)s)",
     )
 
 

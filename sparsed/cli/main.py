@@ -13,12 +13,13 @@ from ..attention import BackendError
 from ..models import load_model, load_tokenizer
 from ..models.files import checkpoint_folder, read_json
 from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, demo_path, encode_chat
+from ..report.summary import compare, comparison_lines, run_lines
 from ..sampling.common import PromptError, check_prompt
 from .arguments import parse
 from .ending import blame, guarded
 from .families import DREAM, LLADA, Family
 from .history import Speller
-from .record import answer_length, compare, comparison_lines, decode, environment, mark, run_lines, stop_ids, write_json
+from .record import answer_length, decode, environment, stop_ids, write_json
 from .running import Job, first_forward, run_mode
 from .streams import Stdout, tell
 
@@ -79,7 +80,7 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
         "arguments": _arguments(args, path),
     }
     if args.compare and not args.quiet:
-        tell("\n".join(_comparison(record, tokenizer)))
+        tell("\n".join(comparison_lines(*runs, record["comparison"])))
     if args.json is not None:
         with blame(args, "--json"):
             write_json(args.json, record)
@@ -124,13 +125,6 @@ def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict
         stdout.say(run["text"])
         runs.append(run)
     return runs
-
-
-def _comparison(record: dict[str, Any], tokenizer: Any) -> list[str]:
-    runs, comparison = record["runs"], record["comparison"]
-    length = max(run["answer_tokens"] for run in runs)
-    marked = {run["mode"]: mark(tokenizer, run["token_ids"], comparison["different_positions"], length) for run in runs}
-    return comparison_lines(comparison, marked)
 
 
 def _heading(family: Family, args: argparse.Namespace, prompt: Prompt, model: torch.nn.Module) -> str:

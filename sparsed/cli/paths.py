@@ -1,4 +1,4 @@
-"""The files that the flags name: where the record goes, and a prompt of the user's own."""
+"""The files that the flags name: where the record and the page go, and a prompt of the user's own."""
 
 import argparse
 import contextlib
@@ -15,32 +15,33 @@ LONGEST_PROMPT = 2**24
 OPEN_STREAMS = ("/dev/stdin", "/dev/fd/")
 
 
-def record_path(parser: argparse.ArgumentParser, name: str | None) -> Path | None:
-    """The real path of the record's file, if it can be written; a link is followed, so that it stays one."""
+def output_path(parser: argparse.ArgumentParser, option: str, name: str | None) -> Path | None:
+    """The real path of a file to write, if it can be written; a link is followed, so that it stays one."""
     if name is None:
         return None
     if not name.strip():
-        parser.error("argument --json: the file name must not be empty")
+        parser.error(f"argument {option}: the file name must not be empty")
     try:
         path = Path(os.path.realpath(Path(name).expanduser()))
         if not path.parent.is_dir():
-            parser.error(f"argument --json: there is no folder {path.parent}")
+            parser.error(f"argument {option}: there is no folder {path.parent}")
         if name.startswith("/dev/") or (path.exists() and not path.is_file()):
-            parser.error(f"argument --json: {shown(name)} is not an ordinary file")
+            parser.error(f"argument {option}: {shown(name)} is not an ordinary file")
         temporary_beside(path).touch()
         temporary_beside(path).unlink()
     except (OSError, RuntimeError, ValueError) as error:
-        parser.error(f"argument --json: cannot write {shown(name)}: {getattr(error, 'strerror', None) or error}")
+        parser.error(f"argument {option}: cannot write {shown(name)}: {getattr(error, 'strerror', None) or error}")
     return path
 
 
-def check_apart(parser: argparse.ArgumentParser, record: Path | None, prompt_file: str | None) -> None:
-    """Refuse to write the record over the prompt."""
-    if record is None or prompt_file is None:
+def check_apart(parser: argparse.ArgumentParser, option: str, output: Path | None, other: str, name: object) -> None:
+    """Refuse to write over the file that another option names."""
+    if output is None or name is None:
         return
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # a prompt that cannot be read is refused as such
-        if record.samefile(Path(prompt_file).expanduser()):
-            parser.error(f"argument --json: {shown(prompt_file)} is the file of --prompt_file")
+        path = Path(name).expanduser()
+        if output == path or output.samefile(path):
+            parser.error(f"argument {option}: {shown(str(name))} is the file of {other}")
 
 
 def own_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | None:

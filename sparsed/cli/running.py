@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..patch import FULL, Run, sparsify, synchronize
+from ..report.summary import selection_seconds, typical
 from ..sampling import dream_generate, llada_generate
 from ..sampling.common import Step
 from ..watching import watched
 from .choices import Choices
 from .families import DREAM, Family
 from .history import history
-from .record import selection_seconds
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def first_forward(job: Job) -> float:
 
 
 def run_mode(job: Job, mode: str) -> dict[str, Any]:
-    """The warm-up runs of one mode, then the one that counts.
+    """The warm-up runs of one mode, then those that are timed, of which the one of median time counts.
 
     Args:
         mode: "origin" (full attention) or "sparsed".
@@ -89,9 +89,10 @@ def run_mode(job: Job, mode: str) -> dict[str, Any]:
     Raises:
         ValueError: a setting that the model or the device cannot do.
     """
-    count = job.args.warmup
-    warmups = [run_once(job, mode, f"warm-up {number}/{count}, ") for number in range(1, count + 1)]
-    run = run_once(job, mode)
+    args = job.args
+    warmups = [run_once(job, mode, f"warm-up {number}/{args.warmup}, ") for number in range(1, args.warmup + 1)]
+    labels = [f"run {number}/{args.repeat}, " for number in range(1, args.repeat + 1)] if args.repeat > 1 else [""]
+    run = typical([run_once(job, mode, label) for label in labels])
     run["warmup_seconds"] = [warmup["seconds"] for warmup in warmups]
     run["warmup_compile_seconds"] = sum(warmup["compile_seconds"] for warmup in warmups)
     return run

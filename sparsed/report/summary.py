@@ -1,0 +1,184 @@
+"""What a record says: the phases of a run, its repeats, how two runs differ, and lines about all of it for people."""
+
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+LABELS = {"origin": "full attention", "sparsed": "SparseD"}
+
+
+def phases(run: dict[str, Any]) -> dict[str, float | None]:
+    """Seconds of a run's full steps (without the selection), of the selection, and of its sparse steps.
+
+    The selection is None where no pattern was chosen, or where a lone full step leaves nothing to compare it with; its
+    time then counts among the full steps.
+    """
+    steps, n_full = run["step_seconds"], run["full_steps"]
+    selection = run["selection_seconds"]
+    if selection is not None:
+        selection = max(0.0, selection)  # a difference of noisy times
+    return {
+        "full_steps": sum(steps[:n_full]) - (selection or 0.0),
+        "selection": selection,
+        "sparse_steps": sum(steps[n_full:]) if n_full < len(steps) else None,
+    }
+
+
+def selection_seconds(step_seconds: list[float], n_full: int) -> float | None:
+    """How much longer the step that selects took than the median of the other full steps; None if there is no such."""
+    others = [seconds for seconds in step_seconds[: n_full - 1] if seconds > 0]  # a step that ran no model took 0.0
+    if not others or n_full == len(step_seconds):
+        return None
+    return step_seconds[n_full - 1] - median(others)
+
+
+def typical(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of median time (of an even number, the faster of the middle two), with all of them as `repeats`.
+
+    `repeats` holds the `seconds` of each in the order they were run, their `median` (the chosen run's), their `spread`
+    (slowest less fastest), and `same_tokens`: whether all made the same tokens. `compile_seconds` are those of all.
+    """
+    chosen = sorted(runs, key=lambda run: run["seconds"])[(len(runs) - 1) // 2]
+    seconds = [run["seconds"] for run in runs]
+    repeats = {
+        "seconds": seconds,
+        "median": chosen["seconds"],
+        "spread": max(seconds) - min(seconds),
+        "same_tokens": all(run["token_ids"] == chosen["token_ids"] for run in runs),
+    }
+    return {**chosen, "compile_seconds": sum(run["compile_seconds"] for run in runs), "repeats": repeats}
+
+
+def compare(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, Any]:
+    """How two runs on the same prompt differ, in tokens and in time."""
+    return {
+        **compare_tokens(origin, sparsed),
+        "density": sparsed["density"],
+        **compare_times(origin, sparsed),
+    }
+
+
+def compare_tokens(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, Any]:
+    """How the answers differ: as texts, and token by token.
+
+    `tokens` and `tokens_equal` count the whole generated region, `answer_tokens` and `answer_tokens_equal` what stands
+    before the longer answer's end.
+    """
+    pairs = list(zip(origin["token_ids"], sparsed["token_ids"], strict=True))
+    different = [position for position, (one, other) in enumerate(pairs) if one != other]
+    first = different[0] if different else None
+    length = max(origin["answer_tokens"], sparsed["answer_tokens"])
+    return {
+        "same_answer": origin["text"] == sparsed["text"],
+        "answer_tokens": length,
+        "answer_tokens_equal": length - sum(position < length for position in different),
+        "tokens": len(pairs),
+        "tokens_equal": len(pairs) - len(different),
+        "different_positions": different,
+        "first_difference": first,
+        "first_different_texts": None if first is None else [run["pieces"][first] for run in (origin, sparsed)],
+    }
+
+
+def compare_times(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, Any]:
+    """`seconds` of each mode, and `speedup`, full attention's time over SparseD's.
+
+    Both for the whole run, and for each phase of the SparseD run and the same steps of the full run.
+    """
+    n_full = sparsed["full_steps"]
+    before = origin["step_seconds"]
+    seconds = {
+        "origin": {"full_steps": sum(before[:n_full]), "selection": None, "sparse_steps": sum(before[n_full:]) or None},
+        "sparsed": phases(sparsed),
+    }
+    for run in (origin, sparsed):
+        seconds[run["mode"]]["whole"] = run["seconds"]
+    speedup = {phase: _ratio(seconds["origin"][phase], seconds["sparsed"][phase]) for phase in seconds["origin"]}
+    return {"seconds": seconds, "speedup": speedup}
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other else None
+
+
+def stretches(run: dict[str, Any], different: list[int]) -> list[tuple[bool, str]]:
+    """A run's answer in stretches of text, each with whether its tokens differ from the other run's."""
+    marked = set(different)
+    tokens = [(position in marked, piece) for position, piece in enumerate(run["pieces"][: run["answer_tokens"]])]
+    groups = groupby(tokens, key=lambda token: token[0])
+    return [(differs, "".join(piece for _, piece in group)) for differs, group in groups]
+
+
+def run_lines(run: dict[str, Any]) -> list[str]:
+    """One run, for people."""
+    seconds, steps = phases(run), len(run["step_seconds"])
+    parts = [f"{run['full_steps']} full steps {seconds['full_steps']:.2f} s"]
+    if seconds["selection"] is not None:
+        parts.append(f"selection {seconds['selection']:.2f} s")
+    if seconds["sparse_steps"] is not None:
+        parts.append(f"{steps - run['full_steps']} sparse steps {seconds['sparse_steps']:.2f} s")
+    lines = [f"{LABELS[run['mode']]}: {run['seconds']:.2f} s ({', '.join(parts)})"]
+    if len(run["repeats"]["seconds"]) > 1:
+        lines.append(f"  {repeats_line(run['repeats'])}")
+    if run["compile_seconds"]:
+        lines.append(f"  first use of the kernel, not counted: {run['compile_seconds']:.2f} s")
+    if run["density"] is not None:
+        lines.append(f"  density {run['density']:.1%} of the (query, key) pairs")
+    if run["backend"] is not None:
+        lines.append(f"  backend {run['backend']} ({run['backend_reason']})")
+    if run["expected"] is not None:
+        lines.append(f"  expected answer {run['expected']!r}: {'found' if run['answer_found'] else 'not found'}")
+    return lines
+
+
+def repeats_line(repeats: dict[str, Any]) -> str:
+    """The times of several runs, and whether they agree, in one line."""
+    seconds = repeats["seconds"]
+    line = f"median of {len(seconds)} runs, which took {min(seconds):.2f} to {max(seconds):.2f} s"
+    return line if repeats["same_tokens"] else f"{line}; their tokens differ, with the same seed"
+
+
+def verdict(comparison: dict[str, Any], expected: str | None, found: list[bool | None]) -> list[str]:
+    """Sentences without full stops that say how two answers differ: as texts, against the expected one, in tokens.
+
+    Args:
+        expected: the answer that the prompt asks for, None where nobody knows it.
+        found: whether full attention's answer holds it, and SparseD's.
+    """
+    lines = ["the same answer" if comparison["same_answer"] else "the answers differ"]
+    if expected is not None:
+        holding = [label for label, holds in zip(LABELS.values(), found, strict=True) if holds]
+        only = f"found with {holding[0]} only" if holding else "found in neither"
+        lines.append(f"expected answer {expected!r} {'found in both' if all(found) else only}")
+    equal, total = comparison["tokens_equal"], comparison["tokens"]
+    answer = f"{comparison['answer_tokens_equal']} of the answer's {comparison['answer_tokens']}"
+    lines.append(f"the same tokens: {equal} of {total} ({equal / total:.1%}), {answer}")
+    if comparison["different_positions"]:
+        one, other = comparison["first_different_texts"]
+        lines.append(
+            f"the first that differs is number {comparison['first_difference'] + 1}: "
+            f"{one!r} with {LABELS['origin']}, {other!r} with {LABELS['sparsed']}"
+        )
+    return lines
+
+
+def comparison_lines(origin: dict[str, Any], sparsed: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
+    """The comparison of two runs, for people: the answers with what differs between [[ and ]], and the times."""
+    lines = verdict(comparison, origin["expected"], [origin["answer_found"], sparsed["answer_found"]])
+    if comparison["different_positions"]:
+        for run in (origin, sparsed):
+            parts = stretches(run, comparison["different_positions"])
+            text = "".join(f"[[{text}]]" if differs else text for differs, text in parts)
+            lines.append(f"  {LABELS[run['mode']]}: {' '.join(text.split())}")
+    return lines + _speed_table(comparison)
+
+
+def _speed_table(comparison: dict[str, Any]) -> list[str]:
+    def cell(value: float | None, unit: str) -> str:
+        return "-" if value is None else f"{value:.2f}{unit}"
+
+    lines = [f"{'':14}{'full attention':>16}{'SparseD':>12}{'speed-up':>10}"]
+    for phase, speedup in comparison["speedup"].items():
+        one, other = (cell(comparison["seconds"][mode][phase], " s") for mode in LABELS)
+        lines.append(f"{phase.replace('_', ' '):14}{one:>16}{other:>12}{cell(speedup, 'x'):>10}")
+    return lines
