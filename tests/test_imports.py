@@ -23,13 +23,15 @@ ALLOWED = {
     "report": set(),
     "cli": {"report", "sampling", "patch", "watching", "blocks", "attention", "models", "prompts"},
     "evaluation": {"cli", "sampling", "patch", "watching", "attention", "models", "prompts", "selection", "blocks"},
+    "__main__": {"cli", "evaluation"},
     "__init__": {"sampling", "patch", "selection", "models"},
 }
 LEAVES = {"config", "models", "prompts"}  # not even config
 
 
 def layer_of(path: Path) -> str:
-    return path.relative_to(ROOT / "sparsed").parts[0].removesuffix(".py")
+    # what `python -m` runs is a script, whichever package it is in
+    return "__main__" if path.stem == "__main__" else path.relative_to(ROOT / "sparsed").parts[0].removesuffix(".py")
 
 
 def imported_layers(path: Path, node: ast.AST) -> list[str]:

@@ -65,6 +65,7 @@ def test_the_wheel_holds_the_package_the_prompts_and_the_demos(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "sparsed").rglob("*.py")}
     assert modules <= names
+    assert {f"sparsed/report/page.{kind}" for kind in ("html", "css", "js")} <= names
     for folder in ("prompts", "demo/dream", "demo/llada"):
         files = {f"sparsed/data/{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
         assert files and files <= names
@@ -75,8 +76,10 @@ def test_the_wheel_holds_the_package_the_prompts_and_the_demos(wheel):
 @pytest.mark.parametrize("family", ["dream", "llada"])
 def test_the_console_command_runs_the_demo_from_another_folder(family, installed, tmp_path):
     options = ["--seq_len", "32", "--steps", "32", "--device", "cpu"]
-    done = run(installed / f"sparsed-{family}", "--demo", *options, "--json", "record.json", cwd=tmp_path)
+    outputs = ["--json", "record.json", "--report", "run.html"]
+    done = run(installed / f"sparsed-{family}", "--demo", *options, *outputs, cwd=tmp_path)
     record = json.loads((tmp_path / "record.json").read_text())
     assert done.stdout == record["runs"][0]["text"] + "\n"
     assert record["runs"][0]["answer_found"]
     assert "site-packages" in record["arguments"]["model_path"]
+    assert "</html>" in (tmp_path / "run.html").read_text(encoding="utf-8")

@@ -62,7 +62,10 @@ def parse(family: Family, argv: list[str] | None) -> argparse.Namespace:
     _check_lengths(parser, args, family)
     _check_backend(parser, args)
     args.json = output_path(parser, "--json", args.json)
+    args.report = output_path(parser, "--report", args.report)
     check_apart(parser, "--json", args.json, "--prompt_file", args.prompt_file)
+    check_apart(parser, "--report", args.report, "--prompt_file", args.prompt_file)
+    check_apart(parser, "--report", args.report, "--json", args.json)
     given = [name for name in ("prompt_text", "prompt_file") if getattr(args, name) is not None]
     args.prompt_option = f"--{given[0]}" if given else "--prompt"
     args.text = own_prompt(parser, args)
@@ -258,6 +261,9 @@ def _add_running(group) -> None:
 def _add_output(group) -> None:
     group.add_argument(
         "--json", metavar="FILE", help="write the complete record (tokens, times, settings, versions) to this file"
+    )
+    group.add_argument(
+        "--report", metavar="FILE", help="write a page about the run, to be looked at in a browser, to this HTML file"
     )
     group.add_argument("--quiet", action="store_true", help="only the answer: nothing on stderr but errors")
 

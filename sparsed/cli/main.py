@@ -13,13 +13,14 @@ from ..attention import BackendError
 from ..models import load_model, load_tokenizer
 from ..models.files import checkpoint_folder, read_json
 from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, demo_path, encode_chat
+from ..report.page import page
 from ..report.summary import compare, comparison_lines, run_lines
 from ..sampling.common import PromptError, check_prompt
 from .arguments import parse
 from .ending import blame, guarded
 from .families import DREAM, LLADA, Family
 from .history import Speller
-from .record import answer_length, decode, environment, stop_ids, write_json
+from .record import answer_length, decode, environment, stop_ids, write_json, write_text
 from .running import Job, first_forward, run_mode
 from .streams import Stdout, tell
 
@@ -67,7 +68,7 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
         check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
     first_forward_seconds = first_forward(job)
     # a record is worth writing without stdout too
-    stdout = Stdout(keep_going=args.json is not None)
+    stdout = Stdout(keep_going=args.json is not None or args.report is not None)
     runs = _runs(job, tokenizer, prompt, stdout)
     record = {
         "runs": runs,
@@ -84,6 +85,9 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
     if args.json is not None:
         with blame(args, "--json"):
             write_json(args.json, record)
+    if args.report is not None:
+        with blame(args, "--report"):
+            write_text(args.report, page(record))
     stdout.finish()
 
 
@@ -140,4 +144,5 @@ def _arguments(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """The flags as they were used, defaults filled in."""
     hidden = ("config", "parser", "text", "prompt_option")
     values = {name: value for name, value in vars(args).items() if name not in hidden}
-    return {**values, "model_path": path, "json": None if args.json is None else str(args.json)}
+    files = {name: None if values[name] is None else str(values[name]) for name in ("json", "report")}
+    return {**values, **files, "model_path": path}

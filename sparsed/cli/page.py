@@ -1,0 +1,70 @@
+"""The command `python -m sparsed.report`: a page from a record that `--json` wrote, on another machine perhaps."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..report.page import page
+from .arguments import Parser
+from .ending import blame, guarded
+from .paths import check_apart, output_path
+from .readers import non_empty, shown
+from .record import write_text
+
+PROGRAM = "python -m sparsed.report"
+
+
+def main_report(argv: list[str] | None = None) -> int:
+    """Make the page with these words (None: the process's own); returns the exit code."""
+    return guarded(lambda: _make(_parse(argv)), PROGRAM, advice="the record is too large", ending=argv is None)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog=PROGRAM,
+        description="Make one self-contained HTML page from the record of a run, which dream_generation.py and "
+        "llada_generation.py write with --json; with --report they make the page themselves.",
+        epilog=f"example:\n  {PROGRAM} run.json -o run.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("record", type=non_empty, metavar="RECORD", help="the JSON file")
+    parser.add_argument("-o", "--out", metavar="FILE", required=True, help="the HTML file to write")
+    args = parser.parse_args(argv)
+    args.out = output_path(parser, "--out", args.out)
+    check_apart(parser, "--out", args.out, "RECORD", args.record)
+    args.parser = parser
+    return args
+
+
+def _make(args: argparse.Namespace) -> None:
+    with blame(args, "RECORD"):
+        text = page(_read(args.record))
+    with blame(args, "--out"):
+        write_text(args.out, text)
+
+
+def _read(name: str) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        ValueError: it cannot be read, or is no JSON text.
+    """
+    try:
+        path = Path(name).expanduser()
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{shown(name)} is not an ordinary file")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(name)} is not UTF-8 text (see byte {error.start})") from None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"cannot read {shown(name)}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(name)} is not JSON: {error}") from None
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number")
