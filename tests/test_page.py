@@ -71,6 +71,11 @@ def test_repeats_that_disagree_are_told():
     assert Reader(page(record)).says("median of 3 runs, which took 1.00 to 3.00 s; their tokens differ")
 
 
+def test_a_prompt_beyond_the_trained_length_is_said():
+    record = made_up_record("origin") | {"beyond_trained_length": True}
+    assert Reader(page(record)).says("longer than the 4,096 tokens that this model was trained on")
+
+
 @pytest.mark.parametrize("place", ["text", "expected", "pieces", "prompt_text", "model_path", "key", "device_name"])
 def test_text_stays_text(place):
     record = made_up_record("origin", "sparsed")

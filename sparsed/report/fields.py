@@ -129,6 +129,8 @@ TABLE = _object({})
 RECORD = _object(
     {
         "runs": _list_of(RUN),
+        "trained_length": WHOLE,
+        "beyond_trained_length": FLAG,
         "load_seconds": SECONDS,
         "first_forward_seconds": SECONDS,
         "environment": TABLE,

@@ -44,6 +44,7 @@ def _view(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": _title(record),
         "subtitle": _subtitle(record),
+        "warning": _warning(record),
         "facts": _facts(runs, tokens, times["speedup"]),
         "verdict": [] if tokens is None else _verdict(runs, tokens),
         "answers": [_answer(run, [] if tokens is None else tokens["different_positions"]) for run in runs],
@@ -77,23 +78,26 @@ def _subtitle(record: dict[str, Any]) -> str:
     return f"{sizes}, {len(run['step_seconds']):,} denoising steps" + (f"; {on}" if on else "")
 
 
+def _warning(record: dict[str, Any]) -> str | None:
+    if not record["beyond_trained_length"]:
+        return None
+    return f"The prompt is longer than the {record['trained_length']:,} tokens that this model was trained on."
+
+
 def _facts(
     runs: list[dict[str, Any]], tokens: dict[str, Any] | None, speedup: dict[str, float | None]
 ) -> list[tuple[str, str]]:
     """The few numbers that one looks for first: (name, value)."""
-    last = runs[-1]
-    facts = [("seconds" if len(runs) == 1 else f"seconds with {LABELS[run['mode']]}", run) for run in runs]
-    shown = [(name, f"{run['seconds']:.2f}") for name, run in facts]
-    shown += [
-        (name, f"{speedup[phase]:.2f}×")
-        for phase, name in (("whole", "speed-up, whole run"), ("sparse_steps", "speed-up, sparse steps"))
-        if speedup.get(phase) is not None
-    ]
+    facts = [(f"seconds with {LABELS[run['mode']]}", f"{run['seconds']:.2f}") for run in runs]
+    for phase, name in (("whole", "whole run"), ("sparse_steps", "sparse steps")):
+        if speedup.get(phase) is not None:
+            facts.append((f"speed-up, {name}", f"{speedup[phase]:.2f}×"))
     if tokens is not None:
-        shown.append(("of the tokens are the same", f"{tokens['tokens_equal'] / tokens['tokens']:.1%}"))
-    if last["density"] is not None:
-        shown.append(("of the (query, key) pairs read in a sparse step", f"{last['density']:.1%}"))
-    return shown
+        facts.append(("of the tokens are the same", f"{tokens['tokens_equal'] / tokens['tokens']:.1%}"))
+    density = runs[-1]["density"]
+    if density is not None:
+        facts.append(("of the (query, key) pairs read in a sparse step", f"{density:.1%}"))
+    return facts
 
 
 def _verdict(runs: list[dict[str, Any]], tokens: dict[str, Any]) -> list[str]:
