@@ -1,0 +1,50 @@
+"""Draw assets/page.png, the page about a real run of the LLaDA demo checkpoint.
+
+pip install -e ".[browser]"   # and a Chromium of the system's
+python -m assets.screenshot
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).parents[1]
+FILE = Path(__file__).with_name("page.png")
+RUN = "llada_generation.py --demo --compare --prompt 4k --seq_len 32 --steps 32 --block_size 64 --report"
+STEP = "29"  # of 32: the end tokens came first, and most of the answer is there
+LAYER, HEAD = "1", "1"
+
+
+def main() -> None:
+    """Run the demo, open its page, move the slider and the pickers, take the picture."""
+    chromium = shutil.which("chromium") or sys.exit("no Chromium; on Debian: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "run.html")
+        subprocess.run([sys.executable, *RUN.split(), report], cwd=ROOT, check=True)
+        with sync_playwright() as driver:
+            # Chromium's sandbox does not run as root, as in a container
+            sandbox = [] if os.getuid() else ["--no-sandbox"]
+            browser = driver.chromium.launch(executable_path=chromium, args=sandbox)
+            shown = browser.new_page(viewport={"width": 1120, "height": 900}, color_scheme="light")
+            shown.goto(report.as_uri())
+            take(shown)
+            browser.close()
+
+
+def take(shown: Page) -> None:
+    """The page from its head to the kept blocks; the settings, paths among them, stay out of the picture."""
+    shown.locator("#step").fill(STEP)
+    shown.locator("#layer").select_option(LAYER)
+    shown.locator("#head").select_option(HEAD)
+    shown.evaluate("document.activeElement.blur()")
+    end = shown.locator("#settings-title").bounding_box()["y"]
+    shown.screenshot(path=FILE, full_page=True, clip={"x": 0, "y": 0, "width": 1120, "height": end - 30})
+
+
+if __name__ == "__main__":
+    main()
