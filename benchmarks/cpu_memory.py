@@ -1,0 +1,74 @@
+"""The memory that long prompts take on the CPU: a demo checkpoint's first full, selecting and sparse step.
+
+    python -m benchmarks.cpu_memory --family llada --lengths 64k --out benchmarks/results/cpu-memory-llada.json
+
+32 new tokens, the scripts' default select and block size. Each length runs in a process of its own, whose largest
+resident memory, of Python and PyTorch too, is what the system has counted (`ru_maxrss`).
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+from itertools import pairwise
+
+import torch
+
+from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer
+from sparsed.prompts import build_prompt, demo_path
+
+from .common import build_parser, new_record, parse_arguments, save
+
+NEW_TOKENS, STEPS = 32, 3
+CONFIG = SparseDConfig(skip=2 / 3)
+UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+
+
+def measure(family: str, length: str) -> dict:
+    """Bytes before the first step and at most, and the seconds of each of the three steps."""
+    folder = str(demo_path(family))
+    model, tokenizer = load_model(folder, device="cpu"), load_tokenizer(folder)
+    ids = torch.tensor([build_prompt(length, tokenizer).input_ids])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
+    ends = [time.perf_counter()]
+    shared = {"gen_length": NEW_TOKENS, "steps": STEPS, "config": CONFIG}
+    on_step = {"on_step": lambda *_: ends.append(time.perf_counter())}
+    if family == "dream":
+        dream_generate(model, ids, **shared, **on_step)
+    else:
+        llada_generate(model, ids, block_length=NEW_TOKENS, **shared, **on_step)
+    names = ("full", "selecting", "sparse")
+    return {
+        "prompt_tokens": ids.shape[1],
+        "bytes_before": before,
+        "bytes_at_most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT,
+        "step_seconds": dict(zip(names, (end - start for start, end in pairwise(ends)), strict=True)),
+    }
+
+
+def measure_apart(family: str, length: str) -> dict:
+    """`measure` in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (family, length))
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    found = []
+    for length in args.lengths:
+        found.append(measure_apart(args.family, length))
+        gigabytes = found[-1]["bytes_at_most"] / 1e9
+        seconds = ", ".join(f"{name} {value:.1f} s" for name, value in found[-1]["step_seconds"].items())
+        print(f"{args.family} {length}: {gigabytes:.2f} GB; {seconds}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = build_parser("cpu_memory", __doc__, lengths="64k")
+    args = parse_arguments(parser, None)
+    found = run(args)
+    save(args.out, new_record(parser, args, torch.device("cpu"), torch.float32) | {"lengths": found})
+
+
+if __name__ == "__main__":
+    main()
