@@ -4,8 +4,10 @@ import functools
 import json
 import random
 import re
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,13 @@ SAMPLE = 64
 # what the last sentence of a document is stretched with, until the length is exact
 FILLERS = (" and", " so", " on", " the", " it", " a", ".", "a")
 PLACEHOLDER = "placeholder0of0the0user0text"
+# far above any chat template, which is a program that comes with the checkpoint: seconds that it may run, and
+# characters that it may put around the message
+TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 10.0, 1 << 20
 
 
 class ChatTemplateError(ValueError):
-    """The tokenizer's chat template cannot render a user message."""
+    """The checkpoint's chat template cannot render a user message, or its tokenizer cannot encode it."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +250,8 @@ def _grow(encode: Callable[..., list[int]], length: int, shortest: int, what: st
     while more > 0:
         count += more
         total = len(encode(count))
+        if total - start < count - shortest:
+            raise ValueError(f"this tokenizer gives fewer tokens than {what} has sentences")
         average = max(1, total - start) / (count - shortest)
         more = int((length - SPARE - total) / average)
     while (surplus := total + SPARE - length) > 0:
@@ -299,10 +306,13 @@ def encode_chat(tokenizer: Any, text: str) -> list[int]:
     head = max((match.end() for match in control.finditer(before)), default=0)
     match = control.search(after)
     tail = match.start() if match else len(after)
+    typed = before[head:] + message + after[:tail]
+    # cut inside of the tokens in it, for the library splits only those that the checkpoint calls special
+    cuts = [match.start() + 1 for match in re.finditer(f"(?={control.pattern})", typed)]
     return [
-        *_encode(tokenizer, before[:head], control=True),
-        *_encode(tokenizer, before[head:] + message + after[:tail], control=False),
-        *_encode(tokenizer, after[tail:], control=True),
+        *_encode(tokenizer, [before[:head]], control=True),
+        *_encode(tokenizer, [typed[start:stop] for start, stop in pairwise([0, *cuts, len(typed)])], control=False),
+        *_encode(tokenizer, [after[tail:]], control=True),
     ]
 
 
@@ -314,15 +324,38 @@ def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:
     # the template sees the message's outer spaces, for some trim them
     lead, _, trail = text.partition(message) if message else (text, "", "")
     chat = [{"role": "user", "content": lead + PLACEHOLDER + trail}]
-    try:
-        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a small program, which may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ChatTemplateError(f"the tokenizer's chat template fails: {reason}") from None
-    before, found, after = rendered.partition(PLACEHOLDER)
-    if not found:
-        raise ChatTemplateError("the tokenizer's chat template leaves the user's message out")
-    return before, message, after
+    rendered = _in_time(lambda: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    if len(rendered) > TEMPLATE_CHARACTERS:
+        raise ChatTemplateError(f"the tokenizer's chat template writes {len(rendered)} characters around the message")
+    before, *after = rendered.split(PLACEHOLDER)
+    if len(after) != 1:
+        fault = "repeats the user's message" if after else "leaves the user's message out"
+        raise ChatTemplateError(f"the tokenizer's chat template {fault}")
+    return before, message, after[0]
+
+
+def _in_time(render: Callable[[], str]) -> str:
+    """What a template renders, in a thread of its own, which is left alone where it takes too long."""
+    done: list[str | Exception] = []
+
+    def work() -> None:
+        try:
+            done.append(render())
+        except Exception as error:  # a template is a small program, which may raise anything
+            done.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(TEMPLATE_SECONDS)
+    if not done:
+        raise ChatTemplateError(f"the tokenizer's chat template takes more than {TEMPLATE_SECONDS:g} seconds")
+    if isinstance(done[0], Exception):
+        raise ChatTemplateError(f"the tokenizer's chat template fails: {_reason(done[0])}") from None
+    return done[0]
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _control_tokens(tokenizer: Any) -> list[str]:
@@ -331,7 +364,12 @@ def _control_tokens(tokenizer: Any) -> list[str]:
     return sorted(filter(None, tokens), key=len, reverse=True)
 
 
-def _encode(tokenizer: Any, text: str, *, control: bool) -> list[int]:
-    if not text:
-        return []
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
+def _encode(tokenizer: Any, pieces: list[str], *, control: bool) -> list[int]:
+    try:
+        encoded = tokenizer(pieces, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
+        return list(chain.from_iterable(encoded))
+    except BaseException as error:
+        # what the tokenizers library calls a panic is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ChatTemplateError(f"the tokenizer cannot encode the prompt: {_reason(error)}") from None
