@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, tqdm
 
+# bytes, far above the megabytes of a published tokenizer
+LARGEST_TEXT = 2**26
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -43,11 +45,18 @@ def listing(path: str | os.PathLike) -> list[str]:
         return []
 
 
+def check_size(file: Path) -> None:
+    """Raise ValueError if a file of text is larger than any checkpoint's; OSError if there is none."""
+    if (size := file.stat().st_size) > LARGEST_TEXT:
+        raise ValueError(f"{file} has {size} bytes, more than the {LARGEST_TEXT} that are read")
+
+
 def read_text(file: Path) -> str:
     """The text of an ordinary file in UTF-8; ValueError in one line if there is none that can be read."""
     try:
         if file.exists() and not file.is_file():
             raise ValueError(f"{file} is not an ordinary file")
+        check_size(file)
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{file.parent} has no {file.name}") from None

@@ -1,5 +1,6 @@
 """Loading a published checkpoint into the models of this package: safetensors only, no remote code, no pickle."""
 
+import errno
 import os
 from fnmatch import filter as matching
 from pathlib import Path
@@ -173,6 +174,8 @@ def _read_headers(files: list[Path]) -> dict[str, Stored]:
                     view = shard.get_slice(name)
                     stored[name] = Stored(file, tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
+            if getattr(error, "errno", None) == errno.ENOMEM:
+                raise
             raise ValueError(
                 f"{file} is not a whole safetensors file (cut off, or a Git LFS pointer?): {error}"
             ) from None

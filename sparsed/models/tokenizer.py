@@ -1,6 +1,7 @@
 """Loading a published tokenizer without remote code: tokenizer.json, or the vocab.json and merges.txt of Dream."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from .files import checkpoint_folder, read_json, read_text
+from .files import check_size, checkpoint_folder, read_json, read_text
 
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -20,6 +21,8 @@ TOKENIZER_FILES = [
     "chat_template.jinja",
 ]
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
+# the tokenizers library counts up to the largest
+LARGEST_ID = 2**24
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # how Qwen2, and so Dream, cuts text into pieces before the byte-level BPE
 QWEN2_PIECES = (
@@ -64,11 +67,11 @@ def _optional_json(file: Path) -> dict[str, Any]:
 
 def _backend(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
-        return _parse(folder / "tokenizer.json", Tokenizer.from_file, str(folder / "tokenizer.json"))
+        return _parse(Tokenizer.from_file, folder / "tokenizer.json")
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not vocab.is_file() or not merges.is_file():
         raise ValueError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
-    backend = Tokenizer(_parse(vocab, BPE.from_file, str(vocab), str(merges)))
+    backend = _parse(lambda *files: Tokenizer(BPE.from_file(*files)), vocab, merges)
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_PIECES), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -77,12 +80,18 @@ def _backend(folder: Path) -> Tokenizer:
     return backend
 
 
-def _parse(file: Path, parser, *arguments: str):
+def _parse(parser: Callable[..., Tokenizer], *files: Path) -> Tokenizer:
+    for file in files:
+        check_size(file)
     try:
-        return parser(*arguments)
+        backend = parser(*map(str, files))
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is not a tokenizer file the tokenizers library can read: {reason}") from None
+        raise ValueError(f"{files[0]} is not a tokenizer file the tokenizers library can read: {reason}") from None
+    largest = max(backend.get_vocab().values(), default=0)
+    if largest >= LARGEST_ID:
+        raise ValueError(f"{files[0]}: the id {largest} is not below {LARGEST_ID}")
+    return backend
 
 
 def _named_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
