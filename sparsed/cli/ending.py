@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -19,6 +21,8 @@ from .streams import StdoutLost, settle, tell
 EXIT_WRONG, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 3, 130, 141, 143
 # seconds in which a second Ctrl-C means no more than the first; later ones count, lest a callback swallows the only one
 ONE_WISH = 1.0
+# seconds in which a signal should have unwound the stack; it cannot while PyTorch computes
+PATIENCE = 1.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -34,15 +38,20 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
         ending: whether only Python's own exit comes afterwards.
         interrupted: what to add to the line that says so.
     """
+
+    def end(number: int) -> int:
+        """Say which signal has ended the command; its exit code."""
+        terminated = number == signal.SIGTERM
+        tell(f"{program}: {'terminated' if terminated else 'interrupted'}{interrupted}")
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+
     try:
-        with _interruptible(ending), _quiet_libraries():
+        with _interruptible(ending, end), _quiet_libraries():
             work()
     except SystemExit as stop:  # argparse's way to end
         return int(stop.code or 0)
     except KeyboardInterrupt as signalled:
-        terminated = isinstance(signalled, Terminated)
-        tell(f"{program}: {'terminated' if terminated else 'interrupted'}{interrupted}")
-        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
+        return end(signal.SIGTERM if isinstance(signalled, Terminated) else signal.SIGINT)
     except StdoutLost as lost:
         if isinstance(lost.__cause__, BrokenPipeError):  # the reader has left, as `head` does
             return EXIT_BROKEN_PIPE
@@ -66,15 +75,18 @@ def blame(
     try:
         yield
     except errors as error:
+        if _is_out_of_memory(error):  # the system's, which is an OSError
+            raise MemoryError from error
         args.parser.error(f"argument {option}: {error}")
 
 
 @contextlib.contextmanager
-def _interruptible(ending: bool) -> Iterator[None]:
+def _interruptible(ending: bool, end: Callable[[int], int]) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM unwind the stack, so that nothing half-written stays; once, if they come in a burst.
 
     Args:
         ending: whether only Python's own exit comes afterwards, which is then not to be interrupted.
+        end: says which signal has ended the command, and returns its exit code.
     """
     latest = -math.inf
 
@@ -91,10 +103,38 @@ def _interruptible(ending: bool) -> Iterator[None]:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 handlers[number] = signal.signal(number, stop)
     try:
-        yield
+        with _watchdog(end) if ending and handlers else contextlib.nullcontext():
+            yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_IGN if ending else handler)
+
+
+@contextlib.contextmanager
+def _watchdog(end: Callable[[int], int]) -> Iterator[None]:
+    """End the process if a signal has not unwound the stack in time: one call of PyTorch may take minutes.
+
+    Python runs a signal's handler between two of its own instructions, but notes the signal's number at once where
+    another thread can read it.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    unwound = threading.Event()
+
+    def watch() -> None:
+        with reader:
+            while number := reader.recv(1):
+                if number[0] in (signal.SIGINT, signal.SIGTERM) and not unwound.wait(PATIENCE):
+                    os._exit(end(number[0]))
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        unwound.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
 
 
 @contextlib.contextmanager
@@ -109,5 +149,6 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory", "start new thread")
+    return known or any(word in str(error) for word in words)
