@@ -57,3 +57,15 @@ def run(model, **changes):
 
 def outputs(model, steps):
     return torch.stack([logits_of(model, ids) for ids in steps])
+
+
+def snapshot(model):
+    """Everything that a patch could leave behind: attributes by identity, classes and hooks of every module."""
+    seen = {}
+    for name, module in model.named_modules():
+        attributes = {key: id(value) for key, value in vars(module).items()}
+        hooks = {key: tuple(value) for key, value in vars(module).items() if "hooks" in key and value is not None}
+        seen[name] = (type(module), attributes, hooks)
+    parameters = {name: (id(value), value._version) for name, value in model.named_parameters()}
+    class_attributes = {type(m): {k: id(v) for k, v in vars(type(m)).items()} for m in model.modules()}
+    return seen, parameters, class_attributes, vars(torch.nn.functional)["scaled_dot_product_attention"]

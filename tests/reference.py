@@ -62,6 +62,13 @@ def block_scores(q, k, block_size, valid=None):
     return scores
 
 
+def pooled(mass, block_size):
+    """Sums of a [..., T, T] tensor over all pairs of blocks: [..., n, n], as `block_scores` sums them."""
+    spare = -mass.shape[-1] % block_size
+    mass = torch.nn.functional.pad(mass, (0, spare, 0, spare))
+    return mass.unflatten(-1, (-1, block_size)).sum(-1).unflatten(-2, (-1, block_size)).sum(-2)
+
+
 def parts(length, prompt_len, block_size):
     """(prompt blocks, generation blocks): a block is the generation's if no key of it belongs to the prompt."""
     n = n_blocks(length, block_size)

@@ -11,9 +11,8 @@ import weakref
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from patch_cases import STEPS, build, logits_of, outputs, run, sequences
+from patch_cases import STEPS, build, logits_of, outputs, run, sequences, snapshot
 from standins import HubDream
-from test_restore import snapshot
 
 
 @pytest.fixture

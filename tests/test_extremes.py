@@ -1,6 +1,7 @@
 """Numbers under stress: huge logits, ties, one key that takes all; every score finite, every choice determined."""
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 
@@ -50,9 +51,7 @@ def exact_logits(q, k):
 
 
 def exact_scores(q, k):
-    spare = -LENGTH % BLOCK
-    mass = F.pad(exact_logits(q, k).softmax(-1), (0, spare, 0, spare))
-    return mass.unflatten(-1, (-1, BLOCK)).sum(-1).unflatten(-2, (-1, BLOCK)).sum(-2)
+    return reference.pooled(exact_logits(q, k).softmax(-1), BLOCK)
 
 
 @pytest.fixture(params=CASES)
@@ -81,8 +80,7 @@ def test_kept_blocks_are_determined_and_attention_errs_as_dense_does(extreme, dt
     grid = BlockGrid(LENGTH, PROMPT, BLOCK)
     first, second = (isolated_top_k(block_scores(q, k, block_size=BLOCK), grid, 0.3) for _ in range(2))
     assert torch.equal(first.indices, second.indices)
-    keep = first.as_mask()
-    mask = keep.repeat_interleave(BLOCK, -1)[..., :LENGTH].repeat_interleave(BLOCK, -2)[..., :LENGTH, :]
+    mask = reference.expand(first.as_mask(), BLOCK, LENGTH)
     out = BACKENDS[backend](first)(q, k, v)
     exact = exact_logits(q, k).masked_fill(~mask, -torch.inf).softmax(-1) @ v.double().repeat_interleave(2, dim=1)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

@@ -64,40 +64,23 @@ def probabilities(case, allowed=None):
     return logits.masked_fill(~case.valid[:, None, :, None], 0)
 
 
-def pooled(case, mass):
-    """Sums over pairs of blocks [B, Hq, nQ, nK]."""
-    n = -(-mass.shape[-1] // case.block_size)
-    spare = n * case.block_size - mass.shape[-1]
-    return F.pad(mass, (0, spare, 0, spare)).unflatten(-1, (n, -1)).sum(-1).unflatten(-2, (n, -1)).sum(-2)
-
-
-def expanded(keep, case):
-    length = case.valid.shape[1]
-    keep = keep.repeat_interleave(case.block_size, -2)[..., :length, :]
-    return keep.repeat_interleave(case.block_size, -1)[..., :length]
-
-
 def kept_counts(case):
-    """Section 3.2's budget of each part, in each batch row: (part's blocks that hold a real token, kept)."""
-    n = -(-case.valid.shape[1] // case.block_size)
-    border = min(-(-case.prompt_len // case.block_size), n - 1)
-    answer = []
-    for row in case.valid:
-        held = torch.tensor([bool(row[j * case.block_size : (j + 1) * case.block_size].any()) for j in range(n)])
-        parts = [(slice(0, border), held[:border]), (slice(border, n), held[border:])]
-        answer.append([(part, _budget(case.select, int(blocks.sum()))) for part, blocks in parts])
-    return answer
+    """Section 3.2's budget of each part, in each batch row: (part's blocks, how many of them are kept)."""
+    length, size = case.valid.shape[1], case.block_size
 
+    def budget(row, part):
+        held = sum(bool(row[j * size : (j + 1) * size].any()) for j in part)
+        return reference.exact_share(case.select, held) if held else 0
 
-def _budget(select, blocks):
-    return max(1, math.ceil(Fraction(str(select)) * blocks)) if blocks else 0
+    parts = reference.parts(length, case.prompt_len, size)
+    return [[(part, budget(row, part)) for part in parts] for row in case.valid]
 
 
 @given(sequences())
 def test_selection_keeps_the_highest_scores_and_exactly_as_many(case):
     sizes = {"prompt_len": case.prompt_len, "block_size": case.block_size, "select": case.select}
     keep = select_blocks(case.q, case.k, key_valid=case.key_valid, **sizes)
-    scores = pooled(case, probabilities(case))
+    scores = reference.pooled(probabilities(case), case.block_size)
     n = keep.shape[-1]
     real_queries = F.pad(case.valid, (0, n * case.block_size - case.valid.shape[1])).unflatten(1, (n, -1)).any(-1)
     for b, parts in enumerate(kept_counts(case)):
@@ -118,7 +101,7 @@ def test_sparse_attention_equals_the_twin(case):
     scores = block_scores(case.q, case.k, block_size=case.block_size, key_valid=case.key_valid)
     pattern = isolated_top_k(scores, grid, case.select)
     out = BACKENDS["gather"](pattern)(case.q, case.k, case.v)
-    allowed = expanded(pattern.as_mask(), case)
+    allowed = reference.expand(pattern.as_mask(), case.block_size, case.valid.shape[1])
     v = case.v.repeat_interleave(case.q.shape[1] // case.k.shape[1], dim=1)
     exact = probabilities(case, allowed) @ v.double()
     mask = allowed & case.valid[:, None, None]

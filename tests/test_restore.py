@@ -5,24 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from patch_cases import CONFIG, GEN_LENGTH, PROMPT_LEN, STEPS, build, logits_of, outputs, run, sequences
+from patch_cases import CONFIG, GEN_LENGTH, PROMPT_LEN, STEPS, build, logits_of, outputs, run, sequences, snapshot
 from standins import LLADA, HubDream
 from standins_llada import HubLLaDA
 
 from sparsed import dream_generate
-
-
-def snapshot(model):
-    """Everything that a patch could leave behind: attributes by identity, classes and hooks of every module."""
-    seen = {}
-    for name, module in model.named_modules():
-        attributes = {key: id(value) for key, value in vars(module).items()}
-        hooks = {key: tuple(value) for key, value in vars(module).items() if "hooks" in key and value is not None}
-        seen[name] = (type(module), attributes, hooks)
-    parameters = {name: (id(value), value._version) for name, value in model.named_parameters()}
-    class_attributes = {type(m): {k: id(v) for k, v in vars(type(m)).items()} for m in model.modules()}
-    return seen, parameters, class_attributes, vars(torch.nn.functional)["scaled_dot_product_attention"]
-
 
 # -------------------------------------------------------------------------------------------------------- restoration
 

@@ -295,8 +295,7 @@ def test_a_gpu_keeps_the_blocks_that_float64_would(heads, block_size):
     kept = isolated_top_k(block_scores(q, k, block_size=block_size, lse=lse), grid, select).as_mask()
     for head in range(heads[0]):
         logits = q[0, head].double() @ k[0, head * heads[1] // heads[0]].double().T / q.shape[-1] ** 0.5
-        sums = torch.nn.functional.pad(logits.softmax(-1), (0, -length % block_size, 0, -length % block_size))
-        exact = sums.unflatten(0, (-1, block_size)).unflatten(2, (-1, block_size)).sum((1, 3))
+        exact = reference.pooled(logits.softmax(-1), block_size)
         for part, budget in zip(grid.parts, grid.budgets(select)[0], strict=True):
             best = exact[:, part].sort(-1, descending=True)
             lowest, mine = best.values[:, budget - 1, None], kept[0, head, :, part]

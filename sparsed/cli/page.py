@@ -2,13 +2,12 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from ..report.page import page
 from .arguments import Parser
 from .ending import blame, guarded
-from .paths import check_apart, output_path
+from .paths import check_apart, output_path, text_of
 from .readers import non_empty, shown
 from .record import write_text
 
@@ -51,15 +50,7 @@ def _read(name: str) -> Any:
     Raises:
         ValueError: it cannot be read, or is no JSON text.
     """
-    try:
-        path = Path(name).expanduser()
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{shown(name)} is not an ordinary file")
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(name)} is not UTF-8 text (see byte {error.start})") from None
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"cannot read {shown(name)}: {getattr(error, 'strerror', None) or error}") from None
+    text = text_of(name)
     try:
         return json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:

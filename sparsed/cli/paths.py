@@ -61,15 +61,37 @@ def own_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str
 def _read_prompt(parser: argparse.ArgumentParser, name: str) -> str:
     """The file's text, with line ends as Python reads them."""
     try:
+        text = text_of(name, encoding="utf-8-sig", most=LONGEST_PROMPT, streams=OPEN_STREAMS)
+    except ValueError as error:
+        parser.error(f"argument --prompt_file: {error}")
+    return io.StringIO(text, newline=None).read()
+
+
+def text_of(name: str, *, encoding: str = "utf-8", most: int | None = None, streams: tuple[str, ...] = ()) -> str:
+    """The text of an ordinary file that the user named.
+
+    Args:
+        encoding: UTF-8, with a byte order mark or without.
+        most: bytes that it may have.
+        streams: what the names of other files that are read too begin with.
+
+    Raises:
+        ValueError: in one line, why there is none.
+    """
+    try:
         path = Path(name).expanduser()
-        if path.exists() and not path.is_file() and not name.startswith(OPEN_STREAMS):
-            parser.error(f"argument --prompt_file: {shown(name)} is not an ordinary file")
-        with path.open("rb") as file:
-            content = file.read(LONGEST_PROMPT + 1)
-        if len(content) > LONGEST_PROMPT:
-            parser.error(f"argument --prompt_file: {shown(name)} has more than {LONGEST_PROMPT} bytes")
-        return io.StringIO(content.decode("utf-8-sig"), newline=None).read()
-    except UnicodeDecodeError as error:
-        parser.error(f"argument --prompt_file: {shown(name)} is not UTF-8 text (see byte {error.start})")
+        ordinary = path.is_file() or not path.exists() or name.startswith(streams)
+        content = b""
+        if ordinary:
+            with path.open("rb") as file:
+                content = file.read(-1 if most is None else most + 1)
     except (OSError, ValueError, RuntimeError) as error:
-        parser.error(f"argument --prompt_file: cannot read {shown(name)}: {getattr(error, 'strerror', None) or error}")
+        raise ValueError(f"cannot read {shown(name)}: {getattr(error, 'strerror', None) or error}") from None
+    if not ordinary:
+        raise ValueError(f"{shown(name)} is not an ordinary file")
+    if most is not None and len(content) > most:
+        raise ValueError(f"{shown(name)} has more than {most} bytes")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(name)} is not UTF-8 text (see byte {error.start})") from None
