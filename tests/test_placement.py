@@ -92,7 +92,7 @@ def test_kernels_run_on_the_gpu_that_their_tensors_are_on(family, where):
 @pytest.mark.parametrize(("free", "spread", "wanted"), [((100, 1), True, 1), ((1, 1), True, 2), ((1, 1), False, None)])
 def test_model_is_spread_only_when_it_must(monkeypatch, free, spread, wanted):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(loading, "_free_bytes", lambda index: free[index] * 2**20 // 10)
+    monkeypatch.setattr(loading, "free_bytes", lambda index: free[index] * 2**20 // 10)
     monkeypatch.setattr(loading, "plan_placement", lambda model, budget: budget)
     model, target = deep("dream"), torch.device("cuda:0")
     if wanted is None:

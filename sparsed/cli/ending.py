@@ -29,6 +29,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, to be handled as Ctrl-C is."""
 
 
+class TooLittleMemory(MemoryError):
+    """Memory that would run out; the message says of what there is too little, and what would help."""
+
+
 def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool, interrupted: str = "") -> int:
     """Do the work of a command, and return its exit code.
 
@@ -60,7 +64,8 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        tell(f"{program}: error: out of memory; {advice}")
+        reason = f"too little memory: {error}" if isinstance(error, TooLittleMemory) else f"out of memory; {advice}"
+        tell(f"{program}: error: {reason}")
         return EXIT_OUT_OF_MEMORY
     finally:
         settle()

@@ -12,6 +12,7 @@ import torch
 from ..attention import BackendError
 from ..models import load_model, load_tokenizer
 from ..models.files import checkpoint_folder, read_json
+from ..models.loading import empty_model, resolve_device, resolve_dtype
 from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, demo_path, encode_chat
 from ..report.page import page
 from ..report.summary import compare, comparison_lines, run_lines
@@ -20,6 +21,7 @@ from .arguments import parse
 from .ending import blame, guarded
 from .families import DREAM, LLADA, Family
 from .history import Speller
+from .memory import check_memory
 from .record import answer_length, decode, environment, stop_ids, write_json, write_text
 from .running import Job, first_forward, run_mode
 from .streams import Stdout, tell
@@ -51,6 +53,9 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(path)
     with blame(args, args.prompt_option), blame(args, source, (ChatTemplateError,)):
         prompt = _prompt(tokenizer, args)
+    with blame(args, source):
+        outline = empty_model(checkpoint_folder(path, ["config.json"]))
+    check_memory(outline.to(resolve_dtype(args.dtype, resolve_device(args.device))), args, len(prompt.input_ids))
     started = time.perf_counter()
     with blame(args, source):
         model = load_model(path, device=args.device, dtype=args.dtype)

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import MISSING, fields
 from reprlib import repr as shown
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,17 @@ Config = TypeVar("Config")
 LARGEST = 10**9
 # every layer is built, if without memory, before the weights' headers can show that they are not there
 MOST_LAYERS = 1000
+
+
+class Sizes(NamedTuple):
+    """What a model's memory depends on beside its weights, under the same names for both families."""
+
+    layers: int
+    heads: int
+    width: int
+    kv_width: int
+    mlp_width: int
+    vocabulary: int
 
 
 def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:

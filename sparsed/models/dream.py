@@ -9,6 +9,7 @@ from ..kernels import rotate, silu_product
 from .common import (
     DiffusionLM,
     RMSNorm,
+    Sizes,
     attend,
     check_first_row,
     check_heads,
@@ -70,6 +71,17 @@ class DreamConfig:
     def max_length(self) -> int:
         """Longest sequence, in tokens, that the model was made for."""
         return self.max_position_embeddings
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(
+            layers=self.num_hidden_layers,
+            heads=self.num_attention_heads,
+            width=self.hidden_size,
+            kv_width=self.num_key_value_heads * self.head_dim,
+            mlp_width=self.intermediate_size,
+            vocabulary=self.vocab_size,
+        )
 
 
 class DreamAttention(nn.Module):

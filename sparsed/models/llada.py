@@ -10,6 +10,7 @@ from ..kernels import rotate, silu_product
 from .common import (
     DiffusionLM,
     RMSNorm,
+    Sizes,
     attend,
     check_first_row,
     check_heads,
@@ -87,6 +88,17 @@ class LLaDAConfig:
     def max_length(self) -> int:
         """Longest sequence, in tokens, that the model was trained on."""
         return self.max_sequence_length
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(
+            layers=self.n_layers,
+            heads=self.n_heads,
+            width=self.d_model,
+            kv_width=self.n_kv_heads * self.head_dim,
+            mlp_width=self.mlp_hidden_size,
+            vocabulary=self.embedding_size,
+        )
 
 
 class LLaDABlock(nn.Module):

@@ -59,7 +59,7 @@ def load_model(
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
     folder = checkpoint_folder(path, MODEL_FILES)
-    model = _empty_model(folder).to(wanted)
+    model = empty_model(folder).to(wanted)
     stored = _read_headers(_weight_files(folder, path))
     _check_tensors(model, stored, folder)
     placement = _place(model, target, spread=str(device) == "auto")
@@ -106,7 +106,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return found
 
 
-def _empty_model(folder: Path) -> DiffusionLM:
+def empty_model(folder: Path) -> DiffusionLM:
     """The model that config.json describes, its parameters on the meta device: shapes without memory."""
     values = read_json(folder / "config.json")
     model_type = values.get("model_type")
@@ -240,8 +240,8 @@ def _place(model: nn.Module, target: torch.device, *, spread: bool) -> dict[str,
     """Device of each module: all on `target`, or spread over the GPUs if the model does not fit there."""
     if target.type != "cuda":
         return {"": target}
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    free = {index: _free_bytes(index) for index in range(torch.cuda.device_count())}
+    needed = weight_bytes(model)
+    free = {index: free_bytes(index) for index in range(torch.cuda.device_count())}
     if needed <= free[target.index]:
         return {"": target}
     if not spread or len(free) == 1:
@@ -252,7 +252,13 @@ def _place(model: nn.Module, target: torch.device, *, spread: bool) -> dict[str,
     return plan_placement(model, {index: int(0.9 * size) for index, size in free.items()})
 
 
-def _free_bytes(index: int) -> int:
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters in their dtype; of one on the meta device, what it would take."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def free_bytes(index: int) -> int:
+    """Bytes that this process can still have of a GPU's memory."""
     unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
     return torch.cuda.mem_get_info(index)[0] + unused
 
