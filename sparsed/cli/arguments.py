@@ -5,6 +5,7 @@ A wrong call ends in one line on stderr that names the option, and exit code 2.
 
 import argparse
 import math
+import shlex
 
 from ..attention import BACKENDS, Problem, unavailable
 from ..config import SparseDConfig
@@ -24,6 +25,8 @@ examples:
       the bundled demo checkpoint on a 4,096-token document, full attention against SparseD
   python {script} --prompt 16k --warmup 1 --json run.json
       the published checkpoint with SparseD; times and tokens go to run.json
+  python {script} --prompt 64k --advise
+      how long such a run would take with full attention and with SparseD, from a few steps
   python {script} --origin --prompt_text "What is a prime number?"
       full attention in every step, on a prompt of your own
 
@@ -61,6 +64,7 @@ def parse(family: Family, argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     _check_lengths(parser, args, family)
     _check_backend(parser, args)
+    _check_advise(parser, args)
     args.json = output_path(parser, "--json", args.json)
     args.report = output_path(parser, "--report", args.report)
     check_apart(parser, "--json", args.json, "--prompt_file", args.prompt_file)
@@ -242,6 +246,12 @@ def _add_running(group) -> None:
         action="store_true",
         help="run full attention, then SparseD, and say where the answers differ and how the times compare",
     )
+    which.add_argument(
+        "--advise",
+        action="store_true",
+        help="generate nothing: time a step of each kind, and print what the whole run would take with full attention "
+        "and with SparseD, from which length on SparseD pays, and the flags to use",
+    )
     group.add_argument(
         "--warmup",
         type=whole(0),
@@ -279,6 +289,30 @@ def _check_lengths(parser: Parser, args: argparse.Namespace, family: Family) -> 
             f"argument --steps: {args.steps} must be a multiple of the {blocks} blocks "
             f"(--seq_len {args.seq_len} / --block_length {args.block_length})"
         )
+
+
+def _check_advise(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse what is about answers or whole runs, of which --advise makes none."""
+    for name in ("report", "warmup", "repeat"):
+        if args.advise and getattr(args, name) != parser.get_default(name):
+            parser.error(f"argument --{name}: not allowed with argument --advise")
+
+
+def command_of(args: argparse.Namespace, *, origin: bool) -> str:
+    """The command that runs what `args` of `parse` describe, with full attention or SparseD; defaults are left out.
+
+    Flags that only say what becomes of the output are left out too, and those of SparseD with full attention.
+    """
+    values = {**vars(args), "advise": False, "json": None, "quiet": False, "origin": origin}
+    if origin:
+        values |= {name: args.parser.get_default(name) for name in ("skip", "select", "block_size", "backend")}
+    script = args.parser.prog
+    words = ["python", script] if script.endswith(".py") else [script]
+    for action in args.parser._actions:
+        value = values.get(action.dest, action.default)
+        if value != action.default:
+            words += action.option_strings if value is True else [action.option_strings[0], str(value)]
+    return shlex.join(words)
 
 
 def _check_backend(parser: Parser, args: argparse.Namespace) -> None:

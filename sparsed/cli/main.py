@@ -17,6 +17,7 @@ from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, dem
 from ..report.page import page
 from ..report.summary import compare, comparison_lines, run_lines
 from ..sampling.common import PromptError, check_prompt
+from .advice import advice_lines, advise, fitted_lengths
 from .arguments import parse
 from .ending import blame, guarded
 from .families import DREAM, LLADA, Family
@@ -53,40 +54,34 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(path)
     with blame(args, args.prompt_option), blame(args, source, (ChatTemplateError,)):
         prompt = _prompt(tokenizer, args)
+    device = resolve_device(args.device)
     with blame(args, source):
-        outline = empty_model(checkpoint_folder(path, ["config.json"]))
-    check_memory(outline.to(resolve_dtype(args.dtype, resolve_device(args.device))), args, len(prompt.input_ids))
+        outline = empty_model(checkpoint_folder(path, ["config.json"])).to(resolve_dtype(args.dtype, device))
+    tokens = len(prompt.input_ids)
+    check_memory(outline, args, fitted_lengths(tokens, device)[1] if args.advise else tokens)
     started = time.perf_counter()
     with blame(args, source):
         model = load_model(path, device=args.device, dtype=args.dtype)
     load_seconds = time.perf_counter() - started
-    beyond = len(prompt.input_ids) > model.config.max_length
+    beyond = tokens > model.config.max_length
     if not args.quiet:
         tell(_heading(family, args, prompt, model))
         if beyond:
-            tell(
-                f"warning: the prompt has {len(prompt.input_ids)} tokens, this model was trained on at most "
-                f"{model.config.max_length}"
-            )
+            trained = f"this model was trained on at most {model.config.max_length}"
+            tell(f"warning: the prompt has {tokens} tokens, {trained}")
     job = Job(family, model, prompt.input_ids, args)
     with blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
-    first_forward_seconds = first_forward(job)
     # a record is worth writing without stdout too
     stdout = Stdout(keep_going=args.json is not None or args.report is not None)
-    runs = _runs(job, tokenizer, prompt, stdout)
     record = {
-        "runs": runs,
-        **({"comparison": compare(*runs)} if args.compare else {}),
+        **(_advice(job, stdout) if args.advise else _answers(job, tokenizer, prompt, stdout)),
         "trained_length": model.config.max_length,
         "beyond_trained_length": beyond,
         "load_seconds": load_seconds,
-        "first_forward_seconds": first_forward_seconds,
         "environment": environment(model.device, model.dtype),
         "arguments": _arguments(args, path),
     }
-    if args.compare and not args.quiet:
-        tell("\n".join(comparison_lines(*runs, record["comparison"])))
     if args.json is not None:
         with blame(args, "--json"):
             write_json(args.json, record)
@@ -114,6 +109,26 @@ def _prompt(tokenizer: Any, args: argparse.Namespace) -> Prompt:
     if args.text is None:
         return build_prompt(args.prompt, tokenizer)
     return Prompt(args.text, None, encode_chat(tokenizer, args.text))
+
+
+def _advice(job: Job, stdout: Stdout) -> dict[str, Any]:
+    """Print what a run would take; the record's part about it."""
+    with blame(job.args, "--backend", (BackendError,)), blame(job.args, "--dtype", (FloatingPointError,)):
+        advice = advise(job)
+    stdout.say("\n".join(advice_lines(advice, len(job.input_ids), job.args.steps)))
+    return {"advice": advice}
+
+
+def _answers(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> dict[str, Any]:
+    """Generate and print the answers, and how they differ; the record's part about them."""
+    first_forward_seconds = first_forward(job)
+    runs = _runs(job, tokenizer, prompt, stdout)
+    found = {"runs": runs, "first_forward_seconds": first_forward_seconds}
+    if job.args.compare:
+        found["comparison"] = compare(*runs)
+        if not job.args.quiet:
+            tell("\n".join(comparison_lines(*runs, found["comparison"])))
+    return found
 
 
 def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict[str, Any]]:

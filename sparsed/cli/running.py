@@ -104,8 +104,8 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
     n_full = args.steps if mode == "origin" else args.config.n_full(args.steps)
     choices = Choices()
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(_sparsified(job, choices)) if mode == "sparsed" else None
-        bar = stack.enter_context(_progress(args))
+        run = stack.enter_context(sparsified(job, choices)) if mode == "sparsed" else None
+        bar = stack.enter_context(progress(args))
         clock = StepClock(device, run, bar, label)
         _reset_peak_memory(device)
         clock.start()
@@ -146,13 +146,15 @@ def generate(job: Job, clock: StepClock) -> Tensor:
     return sampler(job.model, input_ids, generator=generator, on_step=clock.tick, **shared, **chosen)
 
 
-def _sparsified(job: Job, choices: Choices) -> contextlib.AbstractContextManager[Run]:
+def sparsified(job: Job, choices: Choices) -> contextlib.AbstractContextManager[Run]:
+    """SparseD inside the job's model; `choices` note what every layer chooses."""
     args = job.args
     shared = {"steps": args.steps, "gen_length": args.seq_len, "backend": args.backend}
     return sparsify(job.model, args.config, rule=watched(choices), **shared)
 
 
-def _progress(args: argparse.Namespace) -> tqdm:
+def progress(args: argparse.Namespace) -> tqdm:
+    """A bar of the denoising steps, unless --quiet forbids it."""
     # disable=None: silent where stderr is not a terminal
     return tqdm(total=args.steps, unit="step", leave=False, disable=True if args.quiet else None)
 

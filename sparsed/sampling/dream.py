@@ -21,6 +21,8 @@ from .common import (
 )
 from .denoiser import Denoiser
 
+# the last time of the grid on which Dream commits
+EPS = 1e-3
 ALGORITHMS = ("maskgit_plus", "entropy", "topk_margin", "origin")
 
 
@@ -37,7 +39,7 @@ def dream_generate(
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
-    eps: float = 1e-3,
+    eps: float = EPS,
     mask_id: int | None = None,
     generator: torch.Generator | None = None,
     config: SparseDConfig | None = None,

@@ -1,0 +1,172 @@
+"""`--advise`: time single steps, and say what a whole run would take with full attention and with SparseD."""
+
+import argparse
+import math
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..attention import FLASH_FROM
+from ..patch import FULL
+from ..sampling.common import Step
+from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
+from ..sampling.dream import EPS, commit_fractions, idle_steps
+from .arguments import command_of
+from .choices import Choices
+from .families import DREAM
+from .running import Job, StepClock, progress, sparsified
+
+# prompt tokens of the shorter measurement: on a GPU, those from which on the kernels are the ones of long prompts
+SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
+# steps of a kind where they are replayed as CUDA graphs: run as it is, captured, replayed
+REPLAYED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one step of each kind on a prompt of `prompt_tokens`; `selecting` is a full step that also chooses."""
+
+    prompt_tokens: int
+    full: float
+    selecting: float
+    sparse: float
+    density: float | None
+    backend: str | None
+
+
+def fitted_lengths(prompt_tokens: int, device: torch.device) -> tuple[int, int]:
+    """Prompt tokens of the two measurements that tell from which length on SparseD pays: few, and at least twice those.
+
+    The second one is the prompt's own length, where that is long enough, and never shorter.
+    """
+    short = SHORT_ON_GPU if device.type == "cuda" else SHORT
+    return short, max(prompt_tokens, 2 * short)
+
+
+def advise(job: Job) -> dict[str, Any]:
+    """Time steps and put whole runs together, for the record.
+
+    Returns:
+        `steps`, the times at each length; `origin_seconds` and `sparsed_seconds` of the whole run;
+        `fitted_prompt_tokens`, the `fitted_lengths`; `pays_from`, the prompt tokens from which on SparseD is faster
+        (not below the first of those), None if nothing shows that it ever is; `command`, which runs what is faster.
+
+    Raises:
+        BackendError: the named backend cannot run.
+        FloatingPointError: the model's logits are not finite.
+    """
+    args, prompt_tokens = job.args, len(job.input_ids)
+    short, long = fitted_lengths(prompt_tokens, job.model.device)
+    lengths = sorted({short, long, prompt_tokens})
+    for length in lengths[: lengths.index(short) + 1]:  # the first use of a kernel compiles it
+        time_steps(job, length)
+    times = {length: time_steps(job, length) for length in lengths}
+    ran, n_full = steps_that_run(job), args.config.n_full(args.steps)
+    runs = {length: whole_runs(found, ran, n_full) for length, found in times.items()}
+    origin, sparsed = runs[prompt_tokens]
+    beyond = break_even(*((length + args.seq_len, runs[length][0] - runs[length][1]) for length in (short, long)))
+    return {
+        "steps": [asdict(found) for found in times.values()],
+        "origin_seconds": origin,
+        "sparsed_seconds": sparsed,
+        "fitted_prompt_tokens": [short, long],
+        "pays_from": None if beyond is None else max(short, math.ceil(beyond) - args.seq_len),
+        "command": command_of(args, origin=sparsed >= origin),
+    }
+
+
+@torch.no_grad()
+def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
+    """Time one step of each kind, the real forward without sampling, on the prompt repeated or cut to that length."""
+    model, device = job.model, job.model.device
+    ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=device)
+    canvas = F.pad(ids, (0, job.args.seq_len), value=model.config.mask_token_id)
+    if getattr(job.args, "cfg_scale", 0):
+        canvas = canvas.repeat(2, 1)
+    # as many as the first step of a generation reads
+    rows = prompt_tokens - 1 + torch.arange(getattr(job.args, "block_length", job.args.seq_len), device=device)
+    each = REPLAYED_STEPS if canvas.numel() <= REPLAYED_TOKENS and device.type == "cuda" else 1
+    few = _with_steps(job, full=each + 1, sparse=each)
+    with sparsified(few, Choices()) as run, progress(few.args) as bar:
+        denoiser = Denoiser(model, None, prompt_tokens - 1, len(rows))
+        clock = StepClock(device, run, bar, f"{prompt_tokens} tokens, ")
+        clock.start()
+        for index in range(few.args.steps):
+            denoiser(canvas, rows)
+            clock.tick(Step(index, ran=True))
+        denoiser.check()
+        seconds = clock.step_seconds
+        return StepTimes(prompt_tokens, seconds[each - 1], seconds[each], seconds[-1], run.density, run.backend)
+
+
+def _with_steps(job: Job, full: int, sparse: int) -> Job:
+    """The job with so many steps of each kind; the last full one chooses the blocks."""
+    steps = full + sparse
+    changed = {"steps": steps, "config": replace(job.args.config, skip=full / steps)}
+    return replace(job, args=argparse.Namespace(**{**vars(job.args), **changed}))
+
+
+def steps_that_run(job: Job) -> list[bool]:
+    """Which steps of a whole run call the model: at temperature 0, those that commit nothing do not."""
+    args = job.args
+    if job.family is DREAM:
+        skips = args.temperature == 0 and args.sampling_alg != "origin"
+        idle = idle_steps(args.seq_len, commit_fractions(args.steps, EPS)) if skips else 0
+        return [step >= idle for step in range(args.steps)]
+    a_block = args.steps * args.block_length // args.seq_len
+    return [args.temperature > 0 or step % a_block < args.block_length for step in range(args.steps)]
+
+
+def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, float]:
+    """Seconds of whole runs, full attention's and SparseD's, whose first `n_full` steps are full.
+
+    Args:
+        ran: which of the steps call the model; the one that chooses the blocks always does.
+    """
+    origin = sum(ran) * times.full
+    if times.backend == FULL or n_full == len(ran):
+        return origin, origin
+    return origin, sum(ran[: n_full - 1]) * times.full + times.selecting + sum(ran[n_full:]) * times.sparse
+
+
+def break_even(shorter: tuple[int, float], longer: tuple[int, float]) -> float | None:
+    """The length beyond which a run saves time, from the seconds saved at two lengths; None if there is none.
+
+    What sparse attention saves grows with the length's square, what it costs beside with the length: seconds saved =
+    a * length + b * length ** 2.
+    """
+    (one, saved_one), (other, saved_other) = shorter, longer
+    square = (saved_other / other - saved_one / one) / (other - one)
+    if square <= 0:
+        return None
+    return max(0.0, one - saved_one / one / square)
+
+
+def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list[str]:
+    """The advice, for people."""
+    own = next(found for found in advice["steps"] if found["prompt_tokens"] == prompt_tokens)
+    origin, sparsed, pays_from = advice["origin_seconds"], advice["sparsed_seconds"], advice["pays_from"]
+    short, long = advice["fitted_prompt_tokens"]
+    whole = f"{steps} steps with full attention (--origin) would take {origin:.1f} s"
+    if own["backend"] == FULL:
+        lines = [
+            f"one step on {prompt_tokens} prompt tokens: {own['full']:.3f} s",
+            f"{whole}, with SparseD the same: every block would be kept",
+        ]
+    else:
+        lines = [
+            f"one step on {prompt_tokens} prompt tokens: full {own['full']:.3f} s, full and choosing the blocks "
+            f"{own['selecting']:.3f} s, sparse {own['sparse']:.3f} s (backend {own['backend']}, "
+            f"density {own['density']:.1%})",
+            f"{whole}, with SparseD {sparsed:.1f} s: {origin / sparsed:.2f}x as fast",
+        ]
+    if pays_from is None:
+        lines.append("nothing shows that SparseD would pay with these settings, however long the prompt")
+    else:
+        least = f"{short} prompt tokens on or fewer" if pays_from == short else f"about {pays_from} prompt tokens on"
+        lines.append(f"with these settings SparseD pays from {least}, as steps at {short} and {long} tokens tell")
+    counted = "estimates from a single forward pass of each kind"
+    return [*lines, f"({counted}; loading, compiling and sampling are not in them)", f"use: {advice['command']}"]
