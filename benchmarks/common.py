@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsed.cli.arguments import Parser
+from sparsed.cli.parser import Parser
 from sparsed.cli.readers import some_of
 from sparsed.cli.record import environment, write_json
 
@@ -25,8 +25,6 @@ def build_parser(name: str, doc: str, lengths: str | None = None) -> Parser:
     parser = Parser(
         prog=f"python -m benchmarks.{name}",
         description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--family", choices=("dream", "llada"), default="llada")
     if lengths is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsed import SparseDConfig
 from sparsed.blocks import Pattern
-from sparsed.cli.arguments import Parser
+from sparsed.cli.parser import Parser
 from sparsed.cli.readers import some_of
 from sparsed.kernels import error_and_bound
 

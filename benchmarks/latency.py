@@ -22,7 +22,7 @@ import torch
 
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
 from sparsed.attention import BACKENDS
-from sparsed.cli.arguments import Parser
+from sparsed.cli.parser import Parser
 from sparsed.cli.readers import config_field, number_in, some_of, whole
 from sparsed.patch import synchronize
 from sparsed.sampling.common import OnStep, Step

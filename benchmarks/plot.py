@@ -5,13 +5,12 @@
 The plot needs matplotlib; without it, one line says so.
 """
 
-import argparse
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from sparsed.cli.arguments import Parser
+from sparsed.cli.parser import Parser
 
 from .common import markdown
 from .phases import RUNS, WHOLE
@@ -96,7 +95,7 @@ def _seconds(value: float | None) -> str:
 def draw(records: list[dict[str, Any]], path: Path) -> str:
     """Draw whole runs at each length, a panel for each family; returns a line that says what became of it."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "no plot: matplotlib is not installed"
+        return 'no plot: matplotlib is not installed (pip install ".[plots]")'
     import matplotlib
 
     matplotlib.use("agg")
@@ -145,9 +144,7 @@ def read(parser: Parser, paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m benchmarks.plot", description=__doc__)
     parser.add_argument("records", type=Path, nargs="+", metavar="FILE.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     args = parser.parse_args(argv)

@@ -15,7 +15,7 @@ from tiny_folders import tiny_folder
 from sparsed import SparseDConfig
 from sparsed.prompts import demo_path
 
-pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "sparsed[harness]"')
+pytest.importorskip("lm_eval", reason='needs lm-eval: pip install ".[harness]"')
 harness = importlib.import_module("sparsed.evaluation.harness")
 
 QUESTIONS = [

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from typing import Any
@@ -14,7 +15,6 @@ from ..patch import FULL
 from ..sampling.common import Step
 from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
 from ..sampling.dream import EPS, commit_fractions, idle_steps
-from .arguments import command_of
 from .choices import Choices
 from .families import DREAM
 from .running import Job, StepClock, progress, sparsified
@@ -170,3 +170,20 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
         lines.append(f"with these settings SparseD pays from {least}, as steps at {short} and {long} tokens tell")
     counted = "estimates from a single forward pass of each kind"
     return [*lines, f"({counted}; loading, compiling and sampling are not in them)", f"use: {advice['command']}"]
+
+
+def command_of(args: argparse.Namespace, *, origin: bool) -> str:
+    """The command that runs what `args` of `parse` describe, with full attention or SparseD; defaults are left out.
+
+    Flags that only say what becomes of the output are left out too, and those of SparseD with full attention.
+    """
+    values = {**vars(args), "advise": False, "json": None, "quiet": False, "origin": origin}
+    if origin:
+        values |= {name: args.parser.get_default(name) for name in ("skip", "select", "block_size", "backend")}
+    script = args.parser.prog
+    words = ["python", script] if script.endswith(".py") else [script]
+    for action in args.parser._actions:
+        value = values.get(action.dest, action.default)
+        if value != action.default:
+            words += action.option_strings if value is True else [action.option_strings[0], str(value)]
+    return shlex.join(words)

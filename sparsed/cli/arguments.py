@@ -5,45 +5,18 @@ A wrong call ends in one line on stderr that names the option, and exit code 2.
 
 import argparse
 import math
-import shlex
 
 from ..attention import BACKENDS, Problem, unavailable
 from ..config import SparseDConfig
 from ..models.loading import DTYPES, resolve_device, resolve_dtype
 from ..prompts import PRESETS
 from .families import DREAM, LLADA, Family
+from .manual import EPILOG, USAGE
+from .parser import SHELLS, Parser, PrintCompletion
 from .paths import check_apart, output_path, own_prompt
 from .readers import config_field, device, non_empty, number_in, whole
-from .streams import Stdout, tell
 
 DEFAULT_PROMPT = "short_context"
-
-
-EXAMPLES = """\
-examples:
-  python {script} --demo --compare --prompt 4k --seq_len 32 --steps 32
-      the bundled demo checkpoint on a 4,096-token document, full attention against SparseD
-  python {script} --prompt 16k --warmup 1 --json run.json
-      the published checkpoint with SparseD; times and tokens go to run.json
-  python {script} --prompt 64k --advise
-      how long such a run would take with full attention and with SparseD, from a few steps
-  python {script} --origin --prompt_text "What is a prime number?"
-      full attention in every step, on a prompt of your own
-
-exit codes: 0 done, 2 wrong call or input, or an output that cannot be written, 3 out of memory, 130 interrupted
-(Ctrl-C), 143 terminated
-"""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> None:
-        tell(f"{self.prog}: error: {' '.join(message.split())}")
-        self.exit(2)
-
-    def print_help(self, file: object = None) -> None:
-        Stdout().say(self.format_help().rstrip("\n"))
 
 
 def parse(family: Family, argv: list[str] | None) -> argparse.Namespace:
@@ -86,14 +59,19 @@ def build_parser(family: Family) -> Parser:
         description=f"Generate text with {family.title}, a masked diffusion language model, using SparseD sparse "
         "attention (arXiv 2509.24014): full attention in the first denoising steps, then, for every head, only the "
         "blocks of keys that mattered there. The answer goes to stdout, everything else to stderr.",
-        epilog=EXAMPLES.format(script=family.script),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        usage=USAGE,
+        epilog=EPILOG.format(script=family.script),
     )
     _add_model(parser.add_argument_group("model"), family)
     _add_prompt(parser.add_argument_group("prompt (one of)"))
     _add_generation(parser.add_argument_group("generation"), family)
-    _add_sparsed(parser.add_argument_group("SparseD"))
+    _add_sparsed(
+        parser.add_argument_group(
+            "SparseD",
+            "The first steps use full attention. The last of them chooses, for every head, the blocks of keys that "
+            "matter to each block of queries; the remaining steps attend to those.",
+        )
+    )
     _add_running(parser.add_argument_group("running"))
     _add_output(parser.add_argument_group("output"))
     return parser
@@ -276,6 +254,13 @@ def _add_output(group) -> None:
         "--report", metavar="FILE", help="write a page about the run, to be looked at in a browser, to this HTML file"
     )
     group.add_argument("--quiet", action="store_true", help="only the answer: nothing on stderr but errors")
+    group.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        action=PrintCompletion,
+        default=argparse.SUPPRESS,
+        help="print the completion of the flags for a shell, and end",
+    )
 
 
 def _check_lengths(parser: Parser, args: argparse.Namespace, family: Family) -> None:
@@ -296,23 +281,6 @@ def _check_advise(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("report", "warmup", "repeat"):
         if args.advise and getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name}: not allowed with argument --advise")
-
-
-def command_of(args: argparse.Namespace, *, origin: bool) -> str:
-    """The command that runs what `args` of `parse` describe, with full attention or SparseD; defaults are left out.
-
-    Flags that only say what becomes of the output are left out too, and those of SparseD with full attention.
-    """
-    values = {**vars(args), "advise": False, "json": None, "quiet": False, "origin": origin}
-    if origin:
-        values |= {name: args.parser.get_default(name) for name in ("skip", "select", "block_size", "backend")}
-    script = args.parser.prog
-    words = ["python", script] if script.endswith(".py") else [script]
-    for action in args.parser._actions:
-        value = values.get(action.dest, action.default)
-        if value != action.default:
-            words += action.option_strings if value is True else [action.option_strings[0], str(value)]
-    return shlex.join(words)
 
 
 def _check_backend(parser: Parser, args: argparse.Namespace) -> None:

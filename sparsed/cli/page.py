@@ -5,8 +5,8 @@ import json
 from typing import Any
 
 from ..report.page import page
-from .arguments import Parser
 from .ending import blame, guarded
+from .parser import Parser
 from .paths import check_apart, output_path, text_of
 from .readers import non_empty, shown
 from .record import write_text
@@ -25,8 +25,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description="Make one self-contained HTML page from the record of a run, which dream_generation.py and "
         "llada_generation.py write with --json; with --report they make the page themselves.",
         epilog=f"example:\n  {PROGRAM} run.json -o run.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("record", type=non_empty, metavar="RECORD", help="the JSON file")
     parser.add_argument("-o", "--out", metavar="FILE", required=True, help="the HTML file to write")

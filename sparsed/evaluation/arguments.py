@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 from ..attention import BACKENDS
-from ..cli.arguments import Parser
+from ..cli.parser import Parser
 from ..cli.readers import config_field, device, list_of, non_empty, shown, some_of, whole
 from ..config import SparseDConfig
 from ..models.loading import DTYPES
@@ -62,8 +62,6 @@ def build_parser() -> Parser:
             tasks=", ".join(TASKS),
             methods="\n".join(f"  {name:<14}{method.title}" for name, method in METHODS.items()),
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_model(parser.add_argument_group("model"))
     _add_measured(parser.add_argument_group("what to measure"))

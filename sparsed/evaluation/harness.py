@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..attention import check_backend
 from ..cli.record import answer_length, decode, stop_ids
+from ..cli.streams import tell
 from ..config import SparseDConfig, check_numbers
 from ..models import load_model, load_tokenizer
 from ..sampling import dream_generate, llada_generate
@@ -34,7 +35,11 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import handle_arg_string
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError('sparsed.evaluation.harness needs lm-eval: pip install "sparsed[harness]"') from error
+    lacking = 'sparsed.evaluation.harness needs the package lm-eval: pip install ".[harness]"'
+    if __name__ == "__main__":
+        tell(lacking)
+        sys.exit(2)
+    raise ModuleNotFoundError(lacking) from error
 
 # what a task or --gen_kwargs may set beside length, steps, stops and temperature
 SAMPLING = {

@@ -32,10 +32,13 @@ def _missing() -> str | None:
     try:
         found = importlib.util.find_spec("flash_attn.cute")  # imports flash_attn, which can be broken in any way
         if found is None:
-            return "needs the package flash-attn-4"
+            return 'needs the package flash-attn-4: pip install ".[flash]"'
         _package()
     except Exception as error:
-        return f"needs the package flash-attn-4 (flash_attn does not import: {type(error).__name__})"
+        return (
+            f"needs the package flash-attn-4, but flash_attn does not import ({type(error).__name__}): "
+            'pip install ".[flash]"'
+        )
     return None
 
 

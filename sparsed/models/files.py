@@ -1,5 +1,6 @@
 """Finding a checkpoint's files: a local folder in the hub's format, or a hub id downloaded into the hub's cache."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, tqdm
 
 # bytes, far above the megabytes of a published tokenizer
@@ -89,10 +91,18 @@ def _download(hub_id: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, tqdm_class=_TerminalBar))
     except GatedRepoError:
-        advice = f"access is restricted; accept its terms on https://huggingface.co/{hub_id} and log in to the hub"
+        terms = f"accept its terms on https://huggingface.co/{hub_id}"
+        advice = f"access is restricted; {terms}, and log in to the hub: hf auth login"
     except RepositoryNotFoundError:
-        advice = "there is no such folder here and no such public model on the hub; check the spelling"
+        advice = (
+            "there is no such folder here and no such public model on the hub; check the spelling, "
+            "and for a private model log in: hf auth login"
+        )
     except Exception as error:  # network errors have no common base across the hub client's versions
-        reason = type(error.__cause__ or error).__name__
-        advice = f"no such folder here, and the download failed ({reason}); check the network, or pass a folder"
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            advice = f"the disk of {HF_HUB_CACHE} is full; free some space, or set HF_HOME to another folder"
+        else:
+            reason = type(error.__cause__ or error).__name__
+            way = "unset HF_HUB_OFFLINE" if HF_HUB_OFFLINE else "check the network"
+            advice = f"no such folder here, and the download failed ({reason}); {way}, or pass a folder"
     raise ValueError(f"{hub_id}: {advice}")

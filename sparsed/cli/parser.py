@@ -1,0 +1,46 @@
+"""The parser of the project's commands: errors of one line, help like a manual page, completion for the shell."""
+
+import argparse
+import textwrap
+
+from .streams import Stdout, tell
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+class Manual(argparse.RawDescriptionHelpFormatter):
+    """Help in which a text of one line is wrapped, and one that has lines already is left as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text.strip():
+            return super()._fill_text(text, width, indent)
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage, and whose flags are written in full."""
+
+    def __init__(self, **described: str):
+        super().__init__(formatter_class=Manual, allow_abbrev=False, **described)
+
+    def error(self, message: str) -> None:
+        tell(f"{self.prog}: error: {' '.join(message.split())}")
+        self.exit(2)
+
+    def print_help(self, file: object = None) -> None:
+        Stdout().say(self.format_help().rstrip("\n"))
+
+
+class PrintCompletion(argparse.Action):
+    """Prints the parser's completion for a shell, and ends; arguments called FILE or PATH complete to file names."""
+
+    def __call__(self, parser: argparse.ArgumentParser, args: object, shell: str, option: str | None = None) -> None:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error(f'argument {option}: needs the package shtab: pip install ".[completion]"')
+        for action in parser._actions:
+            if action.metavar in ("FILE", "PATH"):
+                action.complete = shtab.FILE
+        Stdout().say(shtab.complete(parser, shell=shell))
+        parser.exit(0)
