@@ -22,6 +22,7 @@ ALLOWED = {
     "prompts": set(),
     "report": set(),
     "cli": {"report", "sampling", "patch", "watching", "blocks", "attention", "models", "prompts"},
+    "pictures": {"cli", "sampling", "patch", "watching", "blocks", "models", "prompts"},
     "evaluation": {"cli", "sampling", "patch", "watching", "attention", "models", "prompts", "selection", "blocks"},
     "__main__": {"cli", "evaluation"},
     "__init__": {"sampling", "patch", "selection", "models"},

@@ -1,9 +1,11 @@
 """What a run leaves behind: the decoded answer, the environment, and files written whole or not at all."""
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -105,10 +107,21 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the folder cannot be written to.
     """
-    temporary = temporary_beside(path)
-    try:
+    with replacing(path) as temporary:
         # a file name that is not UTF-8 holds lone surrogates; with a backslash they are JSON's own escapes
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file so that it is there whole or not at all: it gets its name at the end.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    temporary = temporary_beside(path)
+    try:
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

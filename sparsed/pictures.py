@@ -1,0 +1,236 @@
+"""`python -m sparsed.pictures`: what SparseD rests on, drawn from a run of a demo checkpoint on the CPU.
+
+heads.png shows the block scores of one layer's heads beside the blocks that each keeps, steps.png how alike the blocks
+are that a head would keep in different denoising steps.
+"""
+
+import argparse
+import importlib.util
+import sys
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import Pattern
+from .cli.ending import blame, guarded
+from .cli.parser import Parser
+from .cli.paths import output_path
+from .cli.record import replacing
+from .cli.streams import tell
+from .config import SparseDConfig
+from .models import load_model, load_tokenizer
+from .patch import sparsify
+from .prompts import build_document, demo_path
+from .sampling import dream_generate, llada_generate
+from .sampling.common import Step
+from .watching import watched
+
+PROGRAM = "python -m sparsed.pictures"
+FILES = ("heads.png", "steps.png")
+PROMPT, NEW_TOKENS, STEPS, SEED = 1024, 64, 64, 7
+CONFIG = SparseDConfig(block_size=32)
+SELECTING = CONFIG.n_full(STEPS) - 1
+# steps between two that are looked at
+STRIDE = 2
+MOST_HEADS = 4
+OFF, PROMPT_KEPT, ANSWER_KEPT = "#f2f2f2", "#3b6ea5", "#e07b39"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What SparseD would see and choose in some steps of a run with full attention.
+
+    Args:
+        scores: [layers, heads, nQ, nK] block scores, of the step that chooses.
+        kept: bool [steps, layers, heads, nQ, nK], of every step that was looked at.
+        steps: their indices, ascending.
+        border: the first block of the answer.
+    """
+
+    scores: Tensor
+    kept: Tensor
+    steps: list[int]
+    border: int
+
+    @property
+    def chosen(self) -> Tensor:
+        """What the step that chooses keeps."""
+        return self.kept[self.steps.index(SELECTING)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw with these words (None: the process's own); returns the exit code."""
+    return guarded(lambda: _draw(_parse(argv)), PROGRAM, advice="close other programs", ending=argv is None)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog=PROGRAM,
+        description="Draw what SparseD rests on, from a run of a demo checkpoint on the CPU: heads.png, the block "
+        "scores of some heads and the blocks that each keeps; steps.png, how alike the blocks are that a head would "
+        "keep in different denoising steps. Takes about a minute.",
+        epilog=f"example:\n  {PROGRAM} --out assets",
+    )
+    parser.add_argument("--demo", choices=("dream", "llada"), default="llada", help="(default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the two pictures")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error('needs the package matplotlib: pip install ".[plots]"')
+    args.files = [output_path(parser, "--out", str(Path(args.out, name))) for name in FILES]
+    args.parser = parser
+    return args
+
+
+def _draw(args: argparse.Namespace) -> None:
+    path = demo_path(args.demo)
+    model, tokenizer = load_model(path, device="cpu"), load_tokenizer(path)
+    prompt = build_document(tokenizer, PROMPT, SEED)[1]
+    seen = look(model, torch.tensor([prompt.input_ids]))
+    for file, figure in zip(args.files, (heads_figure(seen), steps_figure(seen)), strict=True):
+        with blame(args, "--out"), replacing(file) as temporary:
+            figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
+        tell(f"written to {file}")
+
+
+@torch.no_grad()
+def look(model: nn.Module, input_ids: Tensor) -> Seen:
+    """Generate with full attention, and see what every `STRIDE`-th step would choose; input_ids [1, prompt]."""
+    canvases = denoise(model, input_ids)
+    steps = list(range(SELECTING % STRIDE, STEPS, STRIDE))
+    found = {step: choose(model, canvases[step]) for step in steps}
+    grid = found[SELECTING][0][1].grid
+    return Seen(
+        scores=torch.stack([scores[0] for scores, _ in found[SELECTING]]),
+        kept=torch.stack([torch.stack([pattern.as_mask()[0] for _, pattern in layers]) for layers in found.values()]),
+        steps=steps,
+        border=grid.parts[1].start,
+    )
+
+
+def denoise(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
+    """The ids [1, prompt + new tokens] that each step of a greedy generation with full attention reads."""
+    canvas = F.pad(input_ids, (0, NEW_TOKENS), value=model.config.mask_token_id)
+    read = []
+
+    def note(step: Step) -> None:
+        read.append(canvas.clone())
+        for position, token, _ in step.commits():
+            canvas[0, position] = token
+
+    shared = {"gen_length": NEW_TOKENS, "steps": STEPS, "on_step": note}
+    if model.family == "dream":
+        dream_generate(model, input_ids, **shared)
+    else:
+        llada_generate(model, input_ids, block_length=NEW_TOKENS, **shared)
+    return read
+
+
+def choose(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Pattern]]:
+    """Block scores [1, heads, nQ, nK] and kept blocks of every layer, if the step that reads `ids` were to choose."""
+    seen: list[tuple[Tensor, Pattern]] = []
+    first_step_chooses = replace(CONFIG, skip=0)
+    rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
+    with sparsify(model, first_step_chooses, steps=2, gen_length=NEW_TOKENS, rule=rule):
+        model(ids)
+    return seen
+
+
+def common(one: Tensor, other: Tensor) -> Tensor:
+    """Share of the blocks that `one` keeps which `other` keeps too: bool [..., nQ, nK] twice -> float32 [...]."""
+    return (one & other).sum((-2, -1)) / one.sum((-2, -1))
+
+
+def between_heads(kept: Tensor) -> Tensor:
+    """`common` of two heads of a layer, mean over all pairs: [..., heads, nQ, nK] -> [...]."""
+    pairs = combinations(range(kept.shape[-3]), 2)
+    return torch.stack([common(kept[..., a, :, :], kept[..., b, :, :]) for a, b in pairs]).mean(0)
+
+
+def heads_figure(seen: Seen) -> Any:
+    """The layer whose heads agree least: block scores above, kept blocks below, a head a column."""
+    layer = int(between_heads(seen.chosen).argmin())
+    heads = min(MOST_HEADS, seen.scores.shape[1])
+    figure = _figure(3.1 * heads, 6.6)
+    panels = figure.subplots(2, heads, squeeze=False)
+    for head in range(heads):
+        shades = seen.scores[layer, head].pow(0.3)  # few blocks have most of the attention
+        panels[0, head].imshow(shades, cmap="Blues", vmin=shades.quantile(0.02), vmax=shades.quantile(0.99))
+        panels[0, head].set_title(f"head {head}: attention", fontsize=10)
+        _show_kept(panels[1, head], seen.chosen[layer, head], seen.border)
+        panels[1, head].set_title(f"head {head}: kept blocks", fontsize=10)
+    for panel in panels.flat:
+        panel.set(xticks=[], yticks=[])
+    for panel in panels[1]:
+        panel.set_xlabel("key blocks", fontsize=9)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("query blocks", fontsize=9)
+    shared = between_heads(seen.chosen)[layer]
+    figure.suptitle(
+        f"Heads differ: layer {layer}, step {SELECTING + 1} of {STEPS}; "
+        f"two heads share {shared:.0%} of their blocks, on average",
+        fontsize=12,
+    )
+    return figure
+
+
+def _show_kept(panel: Any, kept: Tensor, border: int) -> None:
+    from matplotlib.colors import ListedColormap
+
+    blocks = kept.int()
+    blocks[:, border:] *= 2
+    panel.imshow(blocks, cmap=ListedColormap([OFF, PROMPT_KEPT, ANSWER_KEPT]), vmin=0, vmax=2)
+    panel.axvline(border - 0.5, color="black", linewidth=1)
+
+
+def steps_figure(seen: Seen) -> Any:
+    """One head's blocks at all pairs of steps; every head's blocks against those that the step that chooses keeps."""
+    alike = common(seen.kept, seen.chosen)  # [steps, layers, heads]
+    layer, head = _typical_head(alike)
+    figure = _figure(11.5, 4.6)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    own = seen.kept[:, layer, head]
+    ends = (seen.steps[0] + 1 - STRIDE / 2, seen.steps[-1] + 1 + STRIDE / 2)
+    picture = left.imshow(common(own[:, None], own[None]), cmap="viridis", vmin=0, vmax=1, extent=(*ends, *ends[::-1]))
+    left.set(xlabel="step", ylabel="step", title=f"layer {layer}, head {head}: any two steps")
+    figure.colorbar(picture, ax=left, label="blocks in common", shrink=0.8)
+    numbers = [step + 1 for step in seen.steps]
+    right.plot(numbers, alike.flatten(1), color=PROMPT_KEPT, alpha=0.2, linewidth=0.8)
+    mean = alike.mean((1, 2))
+    right.plot(numbers, mean, color=PROMPT_KEPT, linewidth=2.5, label="the same head; thick: mean of all heads")
+    heads = between_heads(seen.kept).mean(-1)
+    right.plot(numbers, heads, color=ANSWER_KEPT, linewidth=2.5, label="two heads of a layer at the same step, mean")
+    density = seen.chosen.float().mean().item()
+    right.axhline(density, color="gray", linestyle=":", label="blocks taken at random")
+    right.axvline(SELECTING + 1, color="black", linewidth=1)
+    right.annotate(f"step {SELECTING + 1} chooses", (SELECTING + 2, 0.02), fontsize=9)
+    right.set(xlabel="step", ylabel="blocks in common", ylim=(0, 1.02), title="against the step that chooses")
+    right.legend(loc="lower right", bbox_to_anchor=(1, 0.05), fontsize=8)
+    figure.suptitle(f"Steps agree: {alike[_later(seen)].mean():.0%} of the blocks, over all later steps", fontsize=12)
+    return figure
+
+
+def _later(seen: Seen) -> slice:
+    """The steps that SparseD would run on the chosen blocks."""
+    return slice(seen.steps.index(SELECTING) + 1, None)
+
+
+def _typical_head(alike: Tensor) -> tuple[int, int]:
+    """Layer and head whose mean similarity over the steps is the median one; alike [steps, layers, heads]."""
+    means = alike.mean(0)
+    return divmod(int(means.flatten().argsort()[means.numel() // 2]), means.shape[1])
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of that size in inches, of no window."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
