@@ -65,7 +65,9 @@ def check_memory(model: nn.Module, args: argparse.Namespace, prompt_tokens: int)
     if needed <= free:
         return
     preset = _largest_preset(lambda tokens: peak_bytes(model, args, tokens) <= free)
-    way = "no preset fits" if preset is None else f"--prompt {preset} is the largest preset that fits"
+    way = f"--prompt {preset} is the largest preset that fits"
+    if preset is None:
+        way = "no preset fits: try a shorter --seq_len, --dtype bfloat16, or a device with more memory"
     raise TooLittleMemory(
         f"{prompt_tokens} prompt tokens and {args.seq_len} new ones would take about {needed / GIB:.1f} GiB, "
         f"{weight_bytes(model) / GIB:.1f} GiB of it weights; {device} has {free / GIB:.1f} GiB free; {way}"
