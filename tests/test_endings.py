@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -101,3 +102,18 @@ def test_file_names_that_are_not_utf_8_reach_the_record(checkpoint, tmp_path):
     with open(record, encoding="utf-8") as file:
         arguments = json.load(file)["arguments"]
     assert [os.fsencode(arguments[name]) for name in ("prompt_file", "json")] == [prompt, record]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.parametrize("length", [10**5, 2 * 10**9])
+def test_too_little_memory_is_one_line_with_what_was_asked_for(length, checkpoint):
+    limited = (
+        "import resource, sys; from pathlib import Path; from sparsed.cli import main_llada; "
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize(); "
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2); sys.exit(main_llada())"
+    )
+    words = ["--model_path", checkpoint, *SHORT, "--seq_len", length, "--block_length", length, "--quiet"]
+    command = [sys.executable, "-c", limited, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(r"-c: error: out of memory \(tried to allocate \d+ bytes\); try a shorter .*\n", done.stderr)

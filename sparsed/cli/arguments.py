@@ -13,7 +13,7 @@ from ..prompts import PRESETS
 from .families import DREAM, LLADA, Family
 from .paths import check_apart, output_path, own_prompt
 from .readers import config_field, device, non_empty, number_in, whole
-from .streams import Stdout, tell
+from .streams import Stdout, one_line, tell
 
 DEFAULT_PROMPT = "short_context"
 
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> None:
-        tell(f"{self.prog}: error: {' '.join(message.split())}")
+        tell(one_line(f"{self.prog}: error: {message}"))
         self.exit(2)
 
     def print_help(self, file: object = None) -> None:
