@@ -39,7 +39,8 @@ for number in range(201):
         states.append(state())
     family, main = [("dream", main_dream), ("llada", main_llada)][number % 2]
     words = ["--model_path", family, "--prompt_text", "a" * (7 * number % 100 + 1)]
-    words += ["--block_size", 16 + 16 * (number % 3), "--seq_len", 32, "--steps", 3, "--device", "cpu", "--quiet", "--json", "run.json"]
+    words += ["--block_size", 16 + 16 * (number % 3), "--seq_len", 32, "--steps", 3, "--device", "cpu", "--quiet"]
+    words += ["--json", "run.json"]
     words += ["--report", "run.html", "--compare"] if number % 10 == 0 else []
     assert main([str(word) for word in words]) == 0
 print("states:", json.dumps(states))
