@@ -52,6 +52,32 @@ def test_an_interrupted_run_leaves_nothing(sent, code, word, often, checkpoint, 
     assert list(tmp_path.iterdir()) == []
 
 
+LONG_CALL = """
+import sys, torch
+from sparsed.cli.ending import guarded
+from sparsed.cli.streams import tell
+torch.set_num_threads(1)
+matrix = torch.rand(4000, 4000)
+def work():
+    tell("working")
+    torch.linalg.svd(matrix)
+sys.exit(guarded(work, "it", advice="", ending=True))
+"""
+
+
+@pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_ends_a_long_call_of_pytorch_within_two_seconds(sent, code, word, tmp_path):
+    (tmp_path / "long.py").write_text(LONG_CALL)
+    process = start(tmp_path / "long.py", env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.stderr.readline() == "working\n"
+    time.sleep(0.2)  # into the call, which takes many seconds
+    process.send_signal(getattr(signal, sent))
+    started = time.monotonic()
+    out, err = process.communicate(timeout=120)
+    assert time.monotonic() - started < 2
+    assert (process.returncode, out, err) == (code, "", f"it: {word}\n")
+
+
 def test_ctrl_c_during_the_imports(tmp_path):
     """A package that interrupts its own import, twice, stands in for PyTorch's seconds."""
     for name in ("llada_generation.py", "sparsed_commands.py"):
