@@ -6,6 +6,7 @@ import math
 import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from sparsed import prompts
 from sparsed.cli import main_dream, main_llada
+from sparsed.cli.paths import LARGEST_FILE, LONGEST_PROMPT
 from sparsed.models import load_tokenizer
+from sparsed.models.common import LARGEST, MOST_LAYERS
 from sparsed.models.dream import DreamConfig
 from sparsed.models.files import LARGEST_TEXT
 from sparsed.models.llada import LLaDAConfig
@@ -168,6 +171,14 @@ def test_a_token_id_that_a_library_would_count_up_to(folder, call):
     Tokenizer(models.WordLevel({"[UNK]": LARGEST_ID}, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text("{}")
     refused(call(), "--model_path", f"not below {LARGEST_ID}")
+
+
+def test_the_limits_are_those_that_security_md_names():
+    text = (Path(__file__).parents[1] / "SECURITY.md").read_text()
+    mebibytes = [f"{size >> 20} MiB |" for size in (LONGEST_PROMPT, LARGEST_TEXT, LARGEST_FILE)]
+    template = f"{prompts.TEMPLATE_SECONDS:.0f} seconds, {prompts.TEMPLATE_CHARACTERS:,} characters"
+    for limit in (*mebibytes, template, f"{LARGEST:,}; layers {MOST_LAYERS:,} |", f"{LARGEST_ID - 1:,} |"):
+        assert limit in text
 
 
 # ------------------------------------------------------------------------------------------------- names in messages
