@@ -72,7 +72,8 @@ def test_a_local_folder_needs_no_network_and_runs_none_of_its_code(family, tmp_p
     outputs = ["--json", tmp_path / "run.json", "--report", tmp_path / "run.html"]
     result = audited(folder, family, tmp_path / "hub", "--model_path", folder, "--prompt_text", "Who?", *outputs)
     assert result == (0, "", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run.html", "run.json"]
+    # transformers 4 makes the folder of the cache when it is imported
+    assert {path.name for path in tmp_path.iterdir()} - {"hub"} == {"model", "run.html", "run.json"}
 
 
 def test_the_hub_is_asked_for_a_hub_id_alone(tmp_path):
