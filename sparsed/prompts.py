@@ -299,6 +299,9 @@ def encode_chat(tokenizer: Any, text: str) -> list[int]:
     """Ids of one user message in the tokenizer's chat template, ready for the answer; plain ids without a template.
 
     Control tokens come from the template alone: one that the user typed, such as '<|mask|>', is ordinary text.
+
+    Raises:
+        ChatTemplateError: the template or the tokenizer fails, or gives no tokens for a text that is not blank.
     """
     before, message, after = _render(tokenizer, text)
     control = re.compile("|".join(re.escape(token) for token in _control_tokens(tokenizer)) or r"(?!)")
@@ -309,11 +312,14 @@ def encode_chat(tokenizer: Any, text: str) -> list[int]:
     typed = before[head:] + message + after[:tail]
     # cut inside of the tokens in it, for the library splits only those that the checkpoint calls special
     cuts = [match.start() + 1 for match in re.finditer(f"(?={control.pattern})", typed)]
-    return [
+    ids = [
         *_encode(tokenizer, [before[:head]], control=True),
         *_encode(tokenizer, [typed[start:stop] for start, stop in pairwise([0, *cuts, len(typed)])], control=False),
         *_encode(tokenizer, [after[tail:]], control=True),
     ]
+    if message.strip() and not ids:
+        raise ChatTemplateError("the tokenizer gives no tokens for the prompt")
+    return ids
 
 
 def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:

@@ -120,6 +120,7 @@ CALLS = [
     ("dream", "--model_path {no_tokenizer}", "--model_path", "tokenizer"),
     ("dream", "--model_path {wrong_width}", "--model_path", "shape"),
     ("dream", "--speed 2", "--speed", "unrecognized"),
+    ("llada", "--trust_remote_code", "--trust_remote_code", "unrecognized"),
     ("llada", "--seq 32", "--seq", "unrecognized"),
     ("llada", "hello", "hello", "unrecognized"),
 ]

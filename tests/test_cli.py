@@ -18,6 +18,7 @@ from sparsed.cli import arguments, main_dream, main_llada, manual, running
 from sparsed.cli import main as main_module
 from sparsed.cli import record as record_module
 from sparsed.cli.families import DREAM, LLADA
+from sparsed.models import loading
 from sparsed.prompts import encode_chat
 
 ROOT = Path(__file__).parents[1]
@@ -302,7 +303,25 @@ def test_out_of_memory_is_one_line(call, monkeypatch):
     monkeypatch.setattr(main_module, "run_mode", too_much)
     code, out, err, record = call("llada", "--quiet")
     assert (code, out, record) == (3, "", None)
-    assert err.count("\n") == 1 and "out of memory" in err
+    assert err.count("\n") == 1 and "out of memory (tried to allocate 20.00 GiB); try" in err
+
+
+def test_weights_that_the_machine_cannot_hold_are_refused_before_they_are_read(call, checkpoints, monkeypatch):
+    monkeypatch.setattr(loading, "_host_bytes", lambda: 1000)
+    code, out, err, record = call("llada", "--quiet")
+    assert (code, out, record) == (3, "", None)
+    assert re.fullmatch(r".*: error: out of memory \(this machine has .* GiB of memory, .*\); try a shorter .*\n", err)
+    with pytest.raises(ValueError, match="this machine has"):
+        load_model(checkpoints["llada"], device="cpu")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_control_characters_of_an_answer_do_not_reach_a_terminal(terminal, call, monkeypatch):
+    monkeypatch.setattr(main_module, "decode", lambda *_: "a\x1b[2Jb\tc\nd\x9be")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    _, out, _, record = call("dream")
+    assert record["runs"][0]["text"] == "a\x1b[2Jb\tc\nd\x9be"
+    assert out == ("a?[2Jb\tc\nd?e\n" if terminal else "a\x1b[2Jb\tc\nd\x9be\n")
 
 
 @pytest.mark.parametrize("family", MAIN)

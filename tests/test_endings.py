@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,32 @@ def test_an_interrupted_run_leaves_nothing(sent, code, word, often, checkpoint, 
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (code, "", f"llada_generation.py: {word}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+LONG_CALL = """
+import sys, torch
+from sparsed.cli.ending import guarded
+from sparsed.cli.streams import tell
+torch.set_num_threads(1)
+matrix = torch.rand(4000, 4000)
+def work():
+    tell("working")
+    torch.linalg.svd(matrix)
+sys.exit(guarded(work, "it", advice="", ending=True))
+"""
+
+
+@pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_ends_a_long_call_of_pytorch_within_two_seconds(sent, code, word, tmp_path):
+    (tmp_path / "long.py").write_text(LONG_CALL)
+    process = start(tmp_path / "long.py", env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.stderr.readline() == "working\n"
+    time.sleep(0.2)  # into the call, which takes many seconds
+    process.send_signal(getattr(signal, sent))
+    started = time.monotonic()
+    out, err = process.communicate(timeout=120)
+    assert time.monotonic() - started < 2
+    assert (process.returncode, out, err) == (code, "", f"it: {word}\n")
 
 
 def test_ctrl_c_during_the_imports(tmp_path):
@@ -101,3 +128,18 @@ def test_file_names_that_are_not_utf_8_reach_the_record(checkpoint, tmp_path):
     with open(record, encoding="utf-8") as file:
         arguments = json.load(file)["arguments"]
     assert [os.fsencode(arguments[name]) for name in ("prompt_file", "json")] == [prompt, record]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.parametrize("length", [10**5, 2 * 10**9])
+def test_too_little_memory_is_one_line_with_what_was_asked_for(length, checkpoint):
+    limited = (
+        "import resource, sys; from pathlib import Path; from sparsed.cli import main_llada; "
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize(); "
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2); sys.exit(main_llada())"
+    )
+    words = ["--model_path", checkpoint, *SHORT, "--seq_len", length, "--block_length", length, "--quiet"]
+    command = [sys.executable, "-c", limited, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(r"-c: error: out of memory \(tried to allocate \d+ bytes\); try a shorter .*\n", done.stderr)

@@ -312,6 +312,7 @@ def test_plots(done, tmp_path):
         (["--block_length", "3"], "--block_length", "divide the 8 new tokens"),
         (["--seq_len", "64", "--steps", "3"], "--steps", "multiple of the 2 blocks"),
         (["--tasks_file", "nowhere.jsonl"], "--tasks_file", "nowhere.jsonl"),
+        (["--tasks_file", "/dev/zero"], "--tasks_file", "not an ordinary file"),
         (["--backend", "flash"], "--backend", "flash"),
         (["--tasks", "niah_multikey_3", "--lengths", "375", "--limit", "9"], "--lengths", "niah_multikey_3"),
     ],

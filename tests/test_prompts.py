@@ -10,6 +10,7 @@ from sparsed.models import load_tokenizer
 from sparsed.prompts import (
     LENGTHS,
     PRESETS,
+    ChatTemplateError,
     answer_found,
     build_document,
     build_prompt,
@@ -157,6 +158,13 @@ def test_encoding_leaves_the_tokenizer_as_it_was(demo_tokenizer):
 def test_empty_and_blank_text_encode(tokenizer):
     for text in ("", "  ", "\n"):
         assert isinstance(encode_chat(tokenizer, text), list)
+
+
+@pytest.mark.parametrize("preset", ["short_context", "4k"])
+def test_a_tokenizer_without_tokens_is_an_error_and_no_endless_search(preset):
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({}, [])))
+    with pytest.raises(ChatTemplateError, match="gives no tokens"):
+        build_prompt(preset, empty)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -16,7 +17,8 @@ import huggingface_hub
 import torch
 import transformers
 
-from .streams import StdoutLost, settle, tell
+from ..models.loading import ModelTooLarge
+from .streams import StdoutLost, one_line, settle, tell
 
 EXIT_WRONG, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 3, 130, 141, 143
 # seconds in which a second Ctrl-C means no more than the first; later ones count, lest a callback swallows the only one
@@ -64,8 +66,9 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = f"too little memory: {error}" if isinstance(error, TooLittleMemory) else f"out of memory; {advice}"
-        tell(f"{program}: error: {reason}")
+        said = f"out of memory{_estimate(error)}; {advice}"
+        reason = f"too little memory: {error}" if isinstance(error, TooLittleMemory) else said
+        tell(one_line(f"{program}: error: {reason}"))
         return EXIT_OUT_OF_MEMORY
     finally:
         settle()
@@ -81,7 +84,7 @@ def blame(
         yield
     except errors as error:
         if _is_out_of_memory(error):  # the system's, which is an OSError
-            raise MemoryError from error
+            raise error if isinstance(error, MemoryError) else MemoryError from error
         args.parser.error(f"argument {option}: {error}")
 
 
@@ -151,6 +154,14 @@ def _quiet_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _estimate(error: BaseException) -> str:
+    """What the error says about the memory that was asked for, in parentheses; nothing if it does not say."""
+    said = str(error) if isinstance(error, ModelTooLarge) else ""
+    if tried := re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error)):
+        said = f"tried to allocate {tried[1]}"
+    return f" ({said})" if said else ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

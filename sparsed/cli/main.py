@@ -23,6 +23,7 @@ from .ending import blame, guarded
 from .families import DREAM, LLADA, Family
 from .history import Speller
 from .memory import check_memory
+from .paths import check_checkpoint_kept
 from .record import answer_length, decode, environment, stop_ids, write_json, write_text
 from .running import Job, first_forward, run_mode
 from .streams import Stdout, tell
@@ -50,6 +51,8 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
         huggingface_hub.utils.disable_progress_bars()
     path = _model_path(family, args)
     source = "--demo" if args.demo else "--model_path"
+    check_checkpoint_kept(args.parser, "--json", args.json, source, path)
+    check_checkpoint_kept(args.parser, "--report", args.report, source, path)
     with blame(args, source):
         tokenizer = load_tokenizer(path)
     with blame(args, args.prompt_option), blame(args, source, (ChatTemplateError,)):

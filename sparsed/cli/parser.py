@@ -3,7 +3,7 @@
 import argparse
 import textwrap
 
-from .streams import Stdout, tell
+from .streams import Stdout, one_line, tell
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Manual, allow_abbrev=False, **described)
 
     def error(self, message: str) -> None:
-        tell(f"{self.prog}: error: {' '.join(message.split())}")
+        tell(one_line(f"{self.prog}: error: {message}"))
         self.exit(2)
 
     def print_help(self, file: object = None) -> None:

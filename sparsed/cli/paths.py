@@ -6,11 +6,15 @@ import io
 import os
 from pathlib import Path
 
+from ..models.loading import MODEL_FILES
+from ..models.tokenizer import TOKENIZER_FILES
 from .readers import shown
 from .record import temporary_beside
 
 # far beyond any model's context; an endless file is not read to its end
 LONGEST_PROMPT = 2**24
+# bytes, far above a record or a file of tasks
+LARGEST_FILE = 2**28
 # names of streams that are open already, a shell's <(...) among them; to open another pipe could wait for ever
 OPEN_STREAMS = ("/dev/stdin", "/dev/fd/")
 
@@ -44,6 +48,16 @@ def check_apart(parser: argparse.ArgumentParser, option: str, output: Path | Non
             parser.error(f"argument {option}: {shown(str(name))} is the file of {other}")
 
 
+def check_checkpoint_kept(
+    parser: argparse.ArgumentParser, option: str, output: Path | None, source: str, checkpoint: str
+) -> None:
+    """Refuse to write over, or to add, a file that is read with the checkpoint folder that another option names."""
+    folder = Path(os.path.realpath(Path(checkpoint).expanduser()))
+    for pattern in (*MODEL_FILES, *TOKENIZER_FILES):
+        for file in (folder / pattern, *folder.glob(pattern)):
+            check_apart(parser, option, output, source, file)
+
+
 def own_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | None:
     """The text of --prompt_text or --prompt_file, or None for a preset."""
     text = args.prompt_text
@@ -67,11 +81,26 @@ def _read_prompt(parser: argparse.ArgumentParser, name: str) -> str:
     return io.StringIO(text, newline=None).read()
 
 
-def text_of(name: str, *, encoding: str = "utf-8", most: int | None = None, streams: tuple[str, ...] = ()) -> str:
+def text_of(name: str, *, encoding: str = "utf-8", most: int = LARGEST_FILE, streams: tuple[str, ...] = ()) -> str:
     """The text of an ordinary file that the user named.
 
     Args:
         encoding: UTF-8, with a byte order mark or without.
+        most, streams: as for `bytes_of`.
+
+    Raises:
+        ValueError: in one line, why there is none.
+    """
+    try:
+        return bytes_of(name, most=most, streams=streams).decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(name)} is not UTF-8 text (see byte {error.start})") from None
+
+
+def bytes_of(name: str, *, most: int = LARGEST_FILE, streams: tuple[str, ...] = ()) -> bytes:
+    """The content of an ordinary file that the user named.
+
+    Args:
         most: bytes that it may have.
         streams: what the names of other files that are read too begin with.
 
@@ -84,14 +113,11 @@ def text_of(name: str, *, encoding: str = "utf-8", most: int | None = None, stre
         content = b""
         if ordinary:
             with path.open("rb") as file:
-                content = file.read(-1 if most is None else most + 1)
+                content = file.read(most + 1)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot read {shown(name)}: {getattr(error, 'strerror', None) or error}") from None
     if not ordinary:
         raise ValueError(f"{shown(name)} is not an ordinary file")
-    if most is not None and len(content) > most:
+    if len(content) > most:
         raise ValueError(f"{shown(name)} has more than {most} bytes")
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(name)} is not UTF-8 text (see byte {error.start})") from None
+    return content

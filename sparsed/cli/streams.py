@@ -1,24 +1,39 @@
 """What the scripts print: answers to stdout, everything else to stderr, either of which may be closed, full or left."""
 
 import os
+import re
 import sys
 from typing import TextIO
+
+LONGEST_LINE = 2000  # characters of one_line: a checkpoint's names may have megabytes
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class StdoutLost(Exception):
     """Stdout did not take what was printed; the cause is the system's error."""
 
 
+def printable(text: str) -> str:
+    """The text with ? for control characters but tabs and line ends: names in a file may not steer the terminal."""
+    return CONTROL.sub("?", text)
+
+
+def one_line(text: str) -> str:
+    """The text on one line, with its middle left out if it is very long."""
+    line, half = " ".join(text.split()), LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+
+
 def tell(text: str) -> None:
-    """Print to stderr; a stderr that cannot be written to takes nothing, as a closed one does."""
+    """Print to stderr, `printable`; a stderr that cannot be written to takes nothing, as a closed one does."""
     try:
-        _say(text, sys.stderr)
+        _say(printable(text), sys.stderr)
     except OSError:
         pass
 
 
 class Stdout:
-    """Prints to stdout.
+    """Prints to stdout: to a terminal `printable`, elsewhere what is given.
 
     Args:
         keep_going: let an error wait for `finish`, for there is more to do than to print.
@@ -32,7 +47,7 @@ class Stdout:
         """Print; nothing more after an error."""
         if self.fault is None:
             try:
-                _say(text, sys.stdout)
+                _say(printable(text) if sys.stdout is not None and sys.stdout.isatty() else text, sys.stdout)
             except OSError as fault:
                 self.fault = fault
         if not self.keep_going:

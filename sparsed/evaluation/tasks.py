@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..cli.paths import bytes_of
 from ..prompts import encode_chat, fit
 from .puzzles import Puzzle, common_words, frequent_words, needles, questions, tracking
 from .scoring import MATCHES
@@ -120,13 +121,12 @@ def read_samples(path: str | Path, tokenizer: Any) -> list[Sample]:
     "part"). Empty lines are skipped.
 
     Raises:
-        ValueError: anything else in the file; the message names the file and the line.
-        OSError: the file cannot be read.
+        ValueError: anything else in the file, or a file that cannot be read; the message names the file and the line.
     """
     path = Path(path)
     samples: list[Sample] = []
     first_lines: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(bytes_of(str(path)).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -1,6 +1,7 @@
 """Loading a published checkpoint into the models of this package: safetensors only, no remote code, no pickle."""
 
 import errno
+import math
 import os
 from fnmatch import filter as matching
 from pathlib import Path
@@ -31,6 +32,10 @@ STORED_DTYPES = ("BF16", "F16", "F32", "F64")
 GIB = 2**30
 
 
+class ModelTooLarge(ValueError, MemoryError):
+    """The weights need more memory than the device has."""
+
+
 class Stored(NamedTuple):
     """Where a tensor of the checkpoint lies, and what its header says."""
 
@@ -55,6 +60,7 @@ def load_model(
 
     Raises:
         ValueError: one line that names what is wrong with an argument or with a file.
+        ModelTooLarge: a ValueError and MemoryError; the weights do not fit into the device's memory.
     """
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
@@ -238,14 +244,18 @@ def _read_tensor(file: Path, name: str, device: torch.device, dtype: torch.dtype
 
 def _place(model: nn.Module, target: torch.device, *, spread: bool) -> dict[str, torch.device]:
     """Device of each module: all on `target`, or spread over the GPUs if the model does not fit there."""
+    needed = weight_bytes(model)
+    if target.type == "cpu" and needed > _host_bytes():
+        raise ModelTooLarge(
+            f"this machine has {_host_bytes() / GIB:.1f} GiB of memory, the weights need {needed / GIB:.1f} GiB"
+        )
     if target.type != "cuda":
         return {"": target}
-    needed = weight_bytes(model)
     free = {index: free_bytes(index) for index in range(torch.cuda.device_count())}
     if needed <= free[target.index]:
         return {"": target}
     if not spread or len(free) == 1:
-        raise ValueError(
+        raise ModelTooLarge(
             f"device {target} has {free[target.index] / GIB:.1f} GiB free, the weights need {needed / GIB:.1f} GiB; "
             "use device auto with more GPUs, a smaller dtype, or device cpu"
         )
@@ -255,6 +265,14 @@ def _place(model: nn.Module, target: torch.device, *, spread: bool) -> dict[str,
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the parameters in their dtype; of one on the meta device, what it would take."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _host_bytes() -> float:
+    """The machine's memory, free or not; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def free_bytes(index: int) -> int:
@@ -274,7 +292,7 @@ def plan_placement(model: nn.Module, max_memory: dict[int, int]) -> dict[str, to
         Module name -> device, for `accelerate.dispatch_model`.
 
     Raises:
-        ValueError: the GPUs together are too small.
+        ModelTooLarge: the GPUs together are too small.
     """
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
@@ -285,7 +303,7 @@ def plan_placement(model: nn.Module, max_memory: dict[int, int]) -> dict[str, to
         placement = infer_auto_device_map(model, max_memory=dict(budget), no_split_module_classes=layers)
         if set(placement.values()) <= set(max_memory):
             return {name: torch.device("cuda", index) for name, index in placement.items()}
-    raise ValueError(
+    raise ModelTooLarge(
         f"the model does not fit into the {sum(max_memory.values()) / GIB:.1f} GiB "
         f"that {len(max_memory)} GPUs have free; use a smaller dtype or device cpu"
     )
