@@ -60,6 +60,7 @@ CALLS = [
     ("dream", "--warmup -1", "--warmup", "at least 0"),
     ("llada", "--repeat 0", "--repeat", "at least 1"),
     ("llada", "--origin --compare", "--compare", "not allowed with argument --origin"),
+    ("dream", "--show --quiet", "--quiet", "not allowed with argument --show"),
     ("dream", "--demo --model_path {dream}", "--model_path", "not allowed with argument --demo"),
     ("dream", "--prompt 4k --prompt_text hello", "--prompt_text", "not allowed with argument --prompt"),
     ("llada", "--prompt short_context --prompt_file {text}", "--prompt_file", "not allowed with argument --prompt"),

@@ -63,13 +63,13 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
                 f"warning: the prompt has {len(prompt.input_ids)} tokens, this model was trained on at most "
                 f"{model.config.max_length}"
             )
-    job = Job(family, model, prompt.input_ids, args)
+    job = Job(family, model, tokenizer, prompt.input_ids, args)
     with blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
     first_forward_seconds = first_forward(job)
     # a record is worth writing without stdout too
     stdout = Stdout(keep_going=args.json is not None or args.report is not None)
-    runs = _runs(job, tokenizer, prompt, stdout)
+    runs = _runs(job, prompt, stdout)
     record = {
         "runs": runs,
         **({"comparison": compare(*runs)} if args.compare else {}),
@@ -111,9 +111,10 @@ def _prompt(tokenizer: Any, args: argparse.Namespace) -> Prompt:
     return Prompt(args.text, None, encode_chat(tokenizer, args.text))
 
 
-def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict[str, Any]]:
+def _runs(job: Job, prompt: Prompt, stdout: Stdout) -> list[dict[str, Any]]:
     """Run the modes that were asked for; each answer is printed as soon as it is there."""
-    args, stops = job.args, stop_ids(job.model.config, tokenizer)
+    args, tokenizer = job.args, job.tokenizer
+    stops = stop_ids(job.model.config, tokenizer)
     runs = []
     for mode in ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]:
         with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
