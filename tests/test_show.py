@@ -180,6 +180,21 @@ def test_missing_rich_is_one_line(checkpoints, monkeypatch, capsys):
     assert "argument --show: " in err and "pip install" in err
 
 
+def test_the_benchmark_runs_both_in_turn_on_a_terminal(monkeypatch):
+    benchmark = pytest.importorskip("benchmarks.show", reason="POSIX terminals")
+    monkeypatch.setenv("TERM", "xterm")
+    runs = []
+
+    def run_once(job, mode):
+        runs.append((job.args.show, sys.stderr.isatty(), mode))
+        print("something to read", file=sys.stderr)
+
+    monkeypatch.setattr(benchmark, "run_once", run_once)
+    found = benchmark.measure(benchmark.Job(None, None, None, [], SimpleNamespace(show=False)), pairs=2)
+    assert runs == [(True, True, "sparsed"), (False, True, "sparsed")] * 3
+    assert found["shown_seconds"]["count"] == found["plain_seconds"]["count"] == 2
+
+
 @pytest.mark.slow
 def test_the_demo_on_a_terminal(tmp_path):
     """Through a pseudo-terminal of 50 columns and 9 lines, in a process of its own."""
