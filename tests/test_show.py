@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from records import made_up_run
 from tiny_folders import tiny_folder
 
 from sparsed import load_tokenizer
@@ -193,6 +195,23 @@ def test_the_benchmark_runs_both_in_turn_on_a_terminal(monkeypatch):
     found = benchmark.measure(benchmark.Job(None, None, None, [], SimpleNamespace(show=False)), pairs=2)
     assert runs == [(True, True, "sparsed"), (False, True, "sparsed")] * 3
     assert found["shown_seconds"]["count"] == found["plain_seconds"]["count"] == 2
+
+
+def test_the_recording_shows_the_run(tmp_path):
+    """One frame before the first step and one after each, in an SVG that fetches nothing and runs nothing."""
+    recording = pytest.importorskip("assets.recording")
+    run = made_up_run("sparsed")
+    shown = recording.frames(run)
+    assert len(shown) == 17
+    texts = ["".join(segment.text for line in frame for segment in line) for frame in shown]
+    masked = [int(re.search(r"(\d+) of 32 masked", text).group(1)) for text in texts]
+    assert masked == [32 - 2 * step for step in range(17)]
+    assert [re.search("full|selecting|sparse", text).group() for text in texts[2:5]] == ["full", "selecting", "sparse"]
+    assert run["text"] in " ".join(texts[-1].split())
+    for made in (recording.animation(shown, [0.1] * 17), recording.FILE.read_text(encoding="utf-8")):
+        names = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(made).iter()}
+        assert names == {"svg", "title", "style", "rect", "text", "g"} and "url(" not in made and "href" not in made
+    assert recording.FILE.stat().st_size < 500_000
 
 
 @pytest.mark.slow
