@@ -29,7 +29,7 @@ def make_job(request, checkpoints):
     """Makes the job of a call with these words, on a prompt of 100 tokens."""
     family = FAMILIES[request.param]
     model = load_model(checkpoints[request.param], device="cpu")
-    return lambda words="": Job(family, model, [7] * 100, arguments.parse(family, ["--device", "cpu", *words.split()]))
+    return lambda words="": Job(family, model, None, [7] * 100, arguments.parse(family, ["--device", "cpu", *words.split()]))
 
 
 def seconds_at(prompt_tokens):
@@ -116,7 +116,7 @@ def test_guidance_doubles_the_batch(checkpoints):
     shapes = []
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     args = arguments.parse(LLADA, ["--device", "cpu", "--cfg_scale", "1", "--seq_len", "32", "--block_size", "16"])
-    time_steps(Job(LLADA, model, [7] * 100, args), 100)
+    time_steps(Job(LLADA, model, None, [7] * 100, args), 100)
     assert shapes == [(2, 132)] * 3
 
 

@@ -65,6 +65,8 @@ CALLS = [
     ("llada", "--advise --report {folder}/run.html", "--report", "not allowed with argument --advise"),
     ("dream", "--advise --repeat 3", "--repeat", "not allowed with argument --advise"),
     ("dream", "--advise --warmup 1", "--warmup", "not allowed with argument --advise"),
+    ("llada", "--advise --show", "--show", "not allowed with argument --advise"),
+    ("dream", "--show --quiet", "--quiet", "not allowed with argument --show"),
     ("dream", "--demo --model_path {dream}", "--model_path", "not allowed with argument --demo"),
     ("dream", "--prompt 4k --prompt_text hello", "--prompt_text", "not allowed with argument --prompt"),
     ("llada", "--prompt short_context --prompt_file {text}", "--prompt_file", "not allowed with argument --prompt"),

@@ -465,3 +465,12 @@ def test_the_readme_shows_the_committed_records():
                     assert run[phase] is None or run[phase]["median"] == statistics.median(run[phase]["samples"])
             row |= phases.derive(row["runs"], SparseDConfig(**record["config"]))
     assert plot.overview(records) in readme
+
+
+def test_the_readme_says_what_watching_costs():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for family, name in (("llada", "LLaDA"), ("dream", "Dream")):
+        record = json.loads((ROOT / f"benchmarks/results/show-{family}-cpu.json").read_text())
+        shown, plain = (statistics.median(record[f"{kind}_seconds"]["samples"]) for kind in ("shown", "plain"))
+        assert record["cost"] == shown / plain - 1 < 0.05
+        assert f"{100 * record['cost']:.1f} % ({name})" in readme

@@ -349,7 +349,7 @@ def test_help_is_complete(family, capsys):
     assert MAIN[family](["--help"]) == 0
     out, err = capsys.readouterr()
     flags = "model_path demo device dtype prompt prompt_text prompt_file seq_len steps sampling-alg temperature seed"
-    flags += " skip select block_size backend origin compare advise warmup json quiet"
+    flags += " skip select block_size backend origin compare advise warmup json show quiet"
     flags += " top_p top_k" if family == "dream" else " block_length cfg_scale"
     assert all(f"--{flag}" in out for flag in flags.split())
     assert all(f"\n{group}:\n" in out for group in ("model", "generation", "SparseD", "running", "output", "examples"))

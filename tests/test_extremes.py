@@ -86,7 +86,9 @@ def test_kept_blocks_are_determined_and_attention_errs_as_dense_does(extreme, dt
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     error, dense_error = ((x.double() - exact).abs().max().item() for x in (out, dense))
     assert out.isfinite().all()
-    assert error <= 2 * dense_error + torch.finfo(dtype).eps * exact.abs().max().item()
+    # a logit is known to float32's precision, and a weight to as much of itself
+    rounding = torch.finfo(dtype).eps + 2 * torch.finfo(torch.float32).eps * exact_logits(q, k).abs().max().item()
+    assert error <= 2 * dense_error + rounding * v.abs().max().item()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -17,7 +17,8 @@ from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
 from ..sampling.dream import EPS, commit_fractions, idle_steps
 from .choices import Choices
 from .families import DREAM
-from .running import Job, StepClock, progress, sparsified
+from .progress import bar
+from .running import Job, StepClock, sparsified
 
 # prompt tokens of the shorter measurement: on a GPU, those from which on the kernels are the ones of long prompts
 SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
@@ -90,9 +91,10 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     rows = prompt_tokens - 1 + torch.arange(getattr(job.args, "block_length", job.args.seq_len), device=device)
     each = REPLAYED_STEPS if canvas.numel() <= REPLAYED_TOKENS and device.type == "cuda" else 1
     few = _with_steps(job, full=each + 1, sparse=each)
-    with sparsified(few, Choices()) as run, progress(few.args) as bar:
+    shown = bar(few.args.steps, f"{prompt_tokens} tokens, ", few.args.quiet)
+    with sparsified(few, Choices()) as run, shown as show:
         denoiser = Denoiser(model, None, prompt_tokens - 1, len(rows))
-        clock = StepClock(device, run, bar, f"{prompt_tokens} tokens, ")
+        clock = StepClock(device, run, show)
         clock.start()
         for index in range(few.args.steps):
             denoiser(canvas, rows)

@@ -4,6 +4,7 @@ A wrong call ends in one line on stderr that names the option, and exit code 2.
 """
 
 import argparse
+import importlib.util
 import math
 
 from ..attention import BACKENDS, Problem, unavailable
@@ -38,6 +39,8 @@ def parse(family: Family, argv: list[str] | None) -> argparse.Namespace:
     _check_lengths(parser, args, family)
     _check_backend(parser, args)
     _check_advise(parser, args)
+    if args.show and importlib.util.find_spec("rich") is None:
+        parser.error('argument --show: rich is not installed (pip install ".[show]")')
     args.json = output_path(parser, "--json", args.json)
     args.report = output_path(parser, "--report", args.report)
     check_apart(parser, "--json", args.json, "--prompt_file", args.prompt_file)
@@ -253,7 +256,11 @@ def _add_output(group) -> None:
     group.add_argument(
         "--report", metavar="FILE", help="write a page about the run, to be looked at in a browser, to this HTML file"
     )
-    group.add_argument("--quiet", action="store_true", help="only the answer: nothing on stderr but errors")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--show", action="store_true", help="watch the answer come about in the terminal, step by step; needs rich"
+    )
+    which.add_argument("--quiet", action="store_true", help="only the answer: nothing on stderr but errors")
     group.add_argument(
         "--print-completion",
         choices=SHELLS,
@@ -278,7 +285,7 @@ def _check_lengths(parser: Parser, args: argparse.Namespace, family: Family) -> 
 
 def _check_advise(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse what is about answers or whole runs, of which --advise makes none."""
-    for name in ("report", "warmup", "repeat"):
+    for name in ("report", "warmup", "repeat", "show"):
         if args.advise and getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name}: not allowed with argument --advise")
 

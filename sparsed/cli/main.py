@@ -72,13 +72,13 @@ def _generate(family: Family, args: argparse.Namespace) -> None:
         if beyond:
             trained = f"this model was trained on at most {model.config.max_length}"
             tell(f"warning: the prompt has {tokens} tokens, {trained}")
-    job = Job(family, model, prompt.input_ids, args)
+    job = Job(family, model, tokenizer, prompt.input_ids, args)
     with blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
     # a record is worth writing without stdout too
     stdout = Stdout(keep_going=args.json is not None or args.report is not None)
     record = {
-        **(_advice(job, stdout) if args.advise else _answers(job, tokenizer, prompt, stdout)),
+        **(_advice(job, stdout) if args.advise else _answers(job, prompt, stdout)),
         "trained_length": model.config.max_length,
         "beyond_trained_length": beyond,
         "load_seconds": load_seconds,
@@ -122,10 +122,10 @@ def _advice(job: Job, stdout: Stdout) -> dict[str, Any]:
     return {"advice": advice}
 
 
-def _answers(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> dict[str, Any]:
+def _answers(job: Job, prompt: Prompt, stdout: Stdout) -> dict[str, Any]:
     """Generate and print the answers, and how they differ; the record's part about them."""
     first_forward_seconds = first_forward(job)
-    runs = _runs(job, tokenizer, prompt, stdout)
+    runs = _runs(job, prompt, stdout)
     found = {"runs": runs, "first_forward_seconds": first_forward_seconds}
     if job.args.compare:
         found["comparison"] = compare(*runs)
@@ -134,9 +134,10 @@ def _answers(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> dict[s
     return found
 
 
-def _runs(job: Job, tokenizer: Any, prompt: Prompt, stdout: Stdout) -> list[dict[str, Any]]:
+def _runs(job: Job, prompt: Prompt, stdout: Stdout) -> list[dict[str, Any]]:
     """Run the modes that were asked for; each answer is printed as soon as it is there."""
-    args, stops = job.args, stop_ids(job.model.config, tokenizer)
+    args, tokenizer = job.args, job.tokenizer
+    stops = stop_ids(job.model.config, tokenizer)
     runs = []
     for mode in ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]:
         with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):

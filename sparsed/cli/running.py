@@ -1,4 +1,4 @@
-"""Running one mode (full attention or SparseD) once, timed, with a progress bar that names the phase."""
+"""Running one mode (full attention or SparseD) once, timed, while a bar or the answer itself shows the progress."""
 
 import argparse
 import contextlib
@@ -9,16 +9,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..patch import FULL, Run, sparsify, synchronize
-from ..report.summary import selection_seconds, typical
+from ..report.summary import LABELS, selection_seconds, typical
 from ..sampling import dream_generate, llada_generate
 from ..sampling.common import Step
 from ..watching import watched
 from .choices import Choices
 from .families import DREAM, Family
-from .history import history
+from .history import Speller, history
+from .progress import Answer, Show, bar, screen, terminal
+from .record import stop_ids
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,19 @@ class Job:
 
     family: Family
     model: nn.Module
+    tokenizer: Any
     input_ids: list[int]
     args: argparse.Namespace
 
 
 class StepClock:
-    """Times the denoising steps and moves the progress bar; the device is waited for at step ends only.
+    """Times the denoising steps and shows the progress; the device is waited for at step ends only.
 
-    The compile time that `run` reports is taken out of the step in which it was spent.
+    The compile time that `run` reports is taken out of the step in which it was spent, and showing is in none.
     """
 
-    def __init__(self, device: torch.device, run: Run | None, bar: tqdm, label: str = ""):
-        self.device, self.run, self.bar, self.label = device, run, bar, label
+    def __init__(self, device: torch.device, run: Run | None, show: Show):
+        self.device, self.run, self.show = device, run, show
         self.steps: list[Step] = []
         self.step_seconds: list[float] = []
         self.compile_seconds = 0.0
@@ -46,7 +48,7 @@ class StepClock:
     def start(self) -> None:
         """Begin to time the first step."""
         synchronize(self.device)
-        self._describe()
+        self._show()
         self.last = time.perf_counter()
 
     def tick(self, step: Step) -> None:
@@ -57,13 +59,11 @@ class StepClock:
         self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if step.ran else 0.0)
         self.compile_seconds = compiled
         self.steps.append(step)
-        self.bar.update()
-        self._describe()
+        self._show()
         self.last = time.perf_counter()
 
-    def _describe(self) -> None:
-        """Name what the next step does."""
-        self.bar.set_description(self.label + (FULL if self.run is None else self.run.phase))
+    def _show(self) -> None:
+        self.show(FULL if self.run is None else self.run.phase, self.steps, sum(self.step_seconds))
 
 
 @torch.no_grad()
@@ -105,8 +105,7 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
     choices = Choices()
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(sparsified(job, choices)) if mode == "sparsed" else None
-        bar = stack.enter_context(progress(args))
-        clock = StepClock(device, run, bar, label)
+        clock = StepClock(device, run, stack.enter_context(_progress(job, mode, label)))
         _reset_peak_memory(device)
         clock.start()
         output = generate(job, clock)
@@ -153,10 +152,14 @@ def sparsified(job: Job, choices: Choices) -> contextlib.AbstractContextManager[
     return sparsify(job.model, args.config, rule=watched(choices), **shared)
 
 
-def progress(args: argparse.Namespace) -> tqdm:
-    """A bar of the denoising steps, unless --quiet forbids it."""
-    # disable=None: silent where stderr is not a terminal
-    return tqdm(total=args.steps, unit="step", leave=False, disable=True if args.quiet else None)
+def _progress(job: Job, mode: str, label: str) -> contextlib.AbstractContextManager[Show]:
+    args, config = job.args, job.model.config
+    console = terminal() if args.show else None
+    if console is None:
+        return bar(args.steps, label, args.quiet)
+    stops = stop_ids(config, job.tokenizer)
+    answer = Answer(args.seq_len, len(job.input_ids), config.mask_token_id, stops, Speller(job.tokenizer))
+    return screen(console, label + LABELS[mode], args.steps, answer)
 
 
 def _gpus(device: torch.device) -> range:

@@ -1,0 +1,129 @@
+"""How far a run is, on stderr while it runs: a bar that names the phase, or with `--show` the answer itself."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from ..sampling.common import Step
+from .history import Speller
+from .view import Token, View, drawn
+
+if TYPE_CHECKING:  # rich is optional
+    from rich.console import Console
+    from rich.live import Live
+
+# called before the first step and after each: what the next one computes, the steps that are over, their seconds
+Show = Callable[[str, list[Step], float], None]
+
+# seconds between two drawings; and as a multiple of what a drawing took, so that watching costs less than 1/25
+PAUSE, REST = 0.1, 24
+
+
+@contextlib.contextmanager
+def bar(steps: int, label: str, quiet: bool) -> Iterator[Show]:
+    """A progress bar; silent if quiet, or where stderr is no terminal."""
+    with tqdm(total=steps, unit="step", leave=False, disable=True if quiet else None) as shown:
+
+        def show(phase: str, done: list[Step], seconds: float) -> None:
+            shown.update(len(done) - shown.n)
+            shown.set_description(label + phase)
+
+        yield show
+
+
+@contextlib.contextmanager
+def screen(console: Console, title: str, steps: int, answer: Answer) -> Iterator[Show]:
+    """The answer as it comes about; its last state stays on the terminal."""
+    from rich.live import Live
+
+    # without a thread of its own, which would take its turns from the run's
+    options = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
+    with Live(console=console, **options) as live:
+        console.show_cursor()  # nothing would bring it back if the process is ended inside a long call of PyTorch
+        yield Screen(live, title, steps, answer).show
+
+
+def terminal() -> Console | None:
+    """The terminal that stderr is; None if it is none, or cannot move the cursor or show the blocks."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    able = console.is_interactive and not console.options.ascii_only
+    # rich believes FORCE_COLOR, even of a file
+    return console if able and sys.stderr is not None and sys.stderr.isatty() else None
+
+
+class Answer:
+    """What is committed so far.
+
+    Args:
+        length: tokens of the answer.
+        prompt_tokens: tokens before it.
+        mask_id: the mask token, which a model may draw: the position then stays masked.
+        stops: the end tokens.
+    """
+
+    def __init__(self, length: int, prompt_tokens: int, mask_id: int, stops: set[int], speller: Speller):
+        self._length, self._prompt_tokens, self._mask_id = length, prompt_tokens, mask_id
+        self._stops, self._speller = stops, speller
+        self._committed: dict[int, tuple[int, float]] = {}
+        self._told = 0
+        self.newest: set[int] = set()
+
+    def follow(self, done: list[Step]) -> None:
+        """Take in the steps that are new among those that are over; waits for the device."""
+        new = {
+            flat - self._prompt_tokens: (token, probability)
+            for step in done[self._told :]
+            for flat, token, probability in step.commits()
+            if token != self._mask_id
+        }
+        self._told = len(done)
+        self._committed |= new
+        self.newest = set(new) or self.newest
+
+    def tokens(self) -> list[Token | None]:
+        """Of every position, None where it is masked."""
+        tokens: list[Token | None] = []
+        for committed, group in groupby(range(self._length), self._committed.__contains__):
+            positions = list(group)
+            tokens += self._spelt(positions) if committed else [None] * len(positions)
+        return tokens
+
+    def _spelt(self, positions: list[int]) -> list[Token]:
+        """The tokens of committed positions side by side."""
+        ids, probabilities = zip(*map(self._committed.__getitem__, positions), strict=True)
+        pieces = self._speller.pieces(list(ids))
+        return [
+            Token(None if token in self._stops else piece, probability)
+            for token, piece, probability in zip(ids, pieces, probabilities, strict=True)
+        ]
+
+
+class Screen:
+    """Draws a run on a terminal, not too often; a change of phase and the end always."""
+
+    def __init__(self, live: Live, title: str, steps: int, answer: Answer):
+        self._live, self._title, self._steps, self._answer = live, title, steps, answer
+        self._phase, self._due = "", -math.inf
+
+    def show(self, phase: str, done: list[Step], seconds: float) -> None:
+        """Draw, if it is time to."""
+        began = time.perf_counter()
+        if began < self._due and phase == self._phase and len(done) < self._steps:
+            return
+        self._answer.follow(done)
+        step = min(len(done) + 1, self._steps)
+        tokens, newest = self._answer.tokens(), self._answer.newest
+        view = View(self._title, phase, step, self._steps, seconds, tokens, newest)
+        self._live.update(drawn(view, self._live.console), refresh=True)
+        ended = time.perf_counter()
+        self._phase, self._due = phase, ended + max(PAUSE, REST * (ended - began))
