@@ -29,7 +29,9 @@ def make_job(request, checkpoints):
     """Makes the job of a call with these words, on a prompt of 100 tokens."""
     family = FAMILIES[request.param]
     model = load_model(checkpoints[request.param], device="cpu")
-    return lambda words="": Job(family, model, None, [7] * 100, arguments.parse(family, ["--device", "cpu", *words.split()]))
+    return lambda words="": Job(
+        family, model, None, [7] * 100, arguments.parse(family, ["--device", "cpu", *words.split()])
+    )
 
 
 def seconds_at(prompt_tokens):
