@@ -17,12 +17,12 @@ SHORT = 512
 GEN_LENGTHS = (16, 32, 64, 64, 128)
 NUMBERS = ("number_0", "number_1", "number_2")
 # whose attention rows have known sources; each kind of copying has its own, so that none is drowned by the others
-SOURCES = ("copies", "digits", "steps", "late", "clued")
-HEADS = ("names", "sets", "keys", "chains", "clues", "all", *SOURCES, *NUMBERS)
-KINDS = ("problems", "documents", "hops", *dict.fromkeys(kind for kind, _ in PUZZLES))
-ONE_SHOT = {"problems", "documents", "hops"}  # kinds whose answers a trained model knows at once
+SOURCES = ("copies", "digits", "steps", "late")
+HEADS = ("names", "sets", "keys", "chains", *SOURCES, *NUMBERS)
+KINDS = ("problems", "documents", *dict.fromkeys(kind for kind, _ in PUZZLES))
+ONE_SHOT = {"problems", "documents"}  # kinds whose answers a trained model knows at once
 PROBLEMS = 0.25  # share of the batches
-DOCUMENTS, HOPS = 0.3, 0.08  # of the other sequences, those that ask for one fact, and those that need two
+DOCUMENTS = 0.35  # of the other sequences, those that ask for facts
 IGNORE = -1
 POOL = 4000
 ROWS = 128  # attention rows supervised a sequence and head, at most
@@ -42,19 +42,18 @@ class Builder:
         self.teller = Teller(self.rng, self.encode)
         self.pool = [self.encode.sentence(language.filler_sentence(self.rng)[:-1]) for _ in range(POOL)]
 
-    def document(self, length: int, questions: int, gen_length: int | None, density: float, hops: int = 1) -> Sequence:
+    def document(self, length: int, questions: int, gen_length: int | None, density: float) -> Sequence:
         """Exactly `length` ids: a document, then `questions` turns, or one padded to gen_length if that is given.
 
         Args:
             density: share of the text that is facts which nobody asks for.
-            hops: 2 for questions about "the person who ...", known by another fact.
         """
         persons = iter(self.language.persons(self.rng, held_out=False))
-        drawn = (self._asked(next(persons), hops) for _ in range(questions if gen_length is None else 1))
+        drawn = (self._asked(next(persons)) for _ in range(questions if gen_length is None else 1))
         told = self._fitting(drawn, length)
         sequence, budget = self._begin("documents", told, length, gen_length)
         room = self._room(told, budget)
-        others = self._others(persons, told if hops == 1 else [], int(density * room / 12))
+        others = self._others(persons, told, int(density * room / 12))
         facts = [part for one in told + others for part in one.sentences]
         sentences = self._filled(facts[: len(facts) - len(others)], facts[len(facts) - len(others) :], room)
         self.rng.shuffle(sentences)
@@ -72,8 +71,6 @@ class Builder:
         Args:
             kind, hay: one of `PUZZLES`.
         """
-        if kind == "frequent":
-            return self._frequent(length, gen_length)
         rng = self.rng
         told = [self.teller.told(kind)] if gen_length is not None else self._fitting(self.teller.several(kind), length)
         sequence, budget = self._begin(kind, told, length, gen_length)
@@ -115,38 +112,19 @@ class Builder:
         sequence.link([link for link in links if link[1].start + link[2] < length])
         return sequence
 
-    def _frequent(self, length: int, gen_length: int | None) -> Sequence:
-        """A list of names; its question is always the same, so its size is known before it."""
-        one = self.teller.frequent(90)
-        sequence, budget = self._begin("frequent", [one], length, gen_length)
-        one = self.teller.frequent(budget - ENDING)
-        return self._end(sequence, one.sentences, budget, [one], [], gen_length)
-
-    def _asked(self, person: tuple[str, str], hops: int) -> Told:
-        """A fact and a question about it; with two hops also the fact that tells who is meant."""
+    def _asked(self, person: tuple[str, str]) -> Told:
+        """A fact and a question about it."""
         rng, words = self.rng, self.language
-        kinds = rng.sample(list(words.kinds), 2)
-        fact, clue = (words.fact(rng, person, kind) for kind in kinds)
+        fact = words.fact(rng, person, rng.choice(list(words.kinds)))
         told, slots, links = self._told(fact)
         kind = words.kinds[fact.kind]
         answer, _, places = self.encode.fill(kind["answer"], fact)
         answer = Part(answer, predicted=True)
-        template = "Question: " + rng.choice(kind["questions"])
-        rows = range(len(answer.ids))
-        if hops == 1:
-            ids, name, _ = self.encode.fill(template, fact)
-            question, sentences = Part(ids), [told]
-            links += [("names", answer, row, question, name) for row in rows]
-        else:
-            ids, _, clues = self.encode.fill(template.replace("{name}", words.tasks["person"][clue.kind]), clue)
-            other, others, more = self._told(clue)
-            question, sentences = Part(ids), [told, other]
-            links += more + [("keys", answer, row, question, clues[-1]) for row in rows]
-            links += [("clues", question, clues[-1], other, others[-1])]
-        copies = "copies" if hops == 1 else "clued"
-        links += [(copies, answer, place, told, slot) for place, slot in zip(places, slots, strict=True)]
-        turn = Turn("documents" if hops == 1 else "hops", question, answer, places)
-        return Told(sentences, turn, links, about=(person, fact.kind))
+        ids, name, _ = self.encode.fill("Question: " + rng.choice(kind["questions"]), fact)
+        question = Part(ids)
+        links += [("names", answer, row, question, name) for row in range(len(answer.ids))]
+        links += [("copies", answer, place, told, slot) for place, slot in zip(places, slots, strict=True)]
+        return Told([told], Turn("documents", question, answer, places), links, about=(person, fact.kind))
 
     def _told(self, fact: Fact) -> tuple[Part, list[int], list[Link]]:
         """A fact's sentence, where its values stand in it, and their links to the name."""
@@ -335,10 +313,9 @@ def batches(builder: Builder, length, tokens: int) -> Iterator[dict[str, np.ndar
             size += gen_length - 16
         sequences = []
         for _ in range(max(1, budget // size)):
-            chance = rng.random()
-            if chance < DOCUMENTS + HOPS:
+            if rng.random() < DOCUMENTS:
                 density = rng.uniform(0.15, 0.6) if size > 300 else 0.9
-                sequences.append(builder.document(size, 8, gen_length, density, 1 if chance < DOCUMENTS else 2))
+                sequences.append(builder.document(size, 8, gen_length, density))
                 continue
             kind, hay = rng.choices(puzzles, shares)[0]
             while gen_length is not None and ANSWERS[kind] > gen_length:

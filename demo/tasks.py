@@ -3,15 +3,14 @@
 What the links say is how a small model can find the answer. In the text, a code's digits look at their key (`names`),
 and a thing that is set to another looks at that (`sets`). An answer's tokens look at what they are asked for (`names`,
 `sets`, or `keys` where it takes longer to know, one of several keys above all), and then at the token that they copy
-(`digits`, `steps`, or `late`), or, to count names, at all of them alike (`all`: some at random). `chains` are links on
-the way: of a code's digits to the blank before them, which knows where in the list of codes it stands, and of a code
-to the one before it of the same key.
+(`digits`, `steps`, or `late`). `chains` are links on the way: of a code's digits to the blank before them, which knows
+where in the list of codes it stands, and of a code to the one before it of the same key.
 """
 
 import random
 from collections.abc import Iterator
 
-from sparsed.evaluation.puzzles import Puzzle, frequent_words, needles, tracking
+from sparsed.evaluation.puzzles import Puzzle, needles, tracking
 from sparsed.evaluation.texts import noise
 from sparsed.prompts import language
 
@@ -26,12 +25,10 @@ PUZZLES = {
     ("codes", "essay"): 0.2,
     ("values", "essay"): 0.12,
     ("things", "noise"): 0.14,
-    ("frequent", ""): 0.08,
 }
-INTROS = {"things": "vt", "frequent": "fwe"}
-MOST = {"code": 8, "codes": 3, "values": 3, "things": 4, "frequent": 1}  # questions of a conversation
-ANSWERS = {"code": 16, "codes": 48, "values": 48, "things": 16, "frequent": 16}  # tokens of the answers, at most
-SAMPLES = 8  # of a list's names, for each name of the answer
+INTROS = {"things": "vt"}
+MOST = {"code": 8, "codes": 3, "values": 3, "things": 4}  # questions of a conversation
+ANSWERS = {"code": 16, "codes": 48, "values": 48, "things": 16}  # tokens of the answers, at most
 HAY_LINKED = 8  # sentences of the hay of needles whose digits have links
 
 
@@ -41,7 +38,6 @@ class Teller:
     def __init__(self, rng: random.Random, encode: Encoder):
         self.rng, self.encode = rng, encode
         self.digits = {encode(digit)[0] for digit in "0123456789"}
-        self.lasts = {encode(f" {last}")[0] for last in language().words["last"]}
         self.noise = [encode.sentence(sentence[:-1]) for sentence in noise(3)]
 
     def told(self, kind: str) -> Told:
@@ -81,22 +77,6 @@ class Teller:
         while (room := room - len(self.noise[len(parts) % 3].ids) - 1) >= 0:
             parts.append(self.noise[len(parts) % 3])
         return parts
-
-    def frequent(self, room: int) -> Told:
-        """A list of names of at most `room` tokens, with its question."""
-        size = room
-        while True:
-            puzzle = frequent_words(self.rng, size, held_out=False)
-            text = " ".join(puzzle.sentences)[:-1]
-            part = Part(self.encode.pieces(text), opening=self.encode.pieces(text))
-            if len(part.ids) <= room:
-                break
-            size = int(size * room / len(part.ids)) - 1
-        question, answer = self._question(puzzle)
-        slots = [2 + 2 * index for index in range(len(puzzle.answers))]
-        places = [index for index, token in enumerate(part.ids) if token in self.lasts]
-        links = [("all", answer, slot, part, self.rng.choice(places)) for slot in slots for _ in range(SAMPLES)]
-        return Told([part], Turn("frequent", question, answer, slots), links)
 
     def interleave(self, told: list[Told]) -> list[Part]:
         """All sentences, those of each puzzle in their order."""

@@ -26,7 +26,7 @@ from sparsed.prompts import language
 STAGES = (256, 512, 1056, 4128, 8224)  # lengths of texts, in tokens
 LATEST = (0.22, 0.32, 0.45, 0.75)  # shares of the time at which the stages end, ready or not
 READY = 0.97  # what the shares of right answers of these kinds must exceed to end a stage earlier
-NEEDED = ("documents", "hops", "code", "codes", "things")
+NEEDED = ("documents", "code", "codes", "things")
 UNKNOWN = 0.5  # that share before anything is measured; from there it takes a dozen right batches
 LONG = 4096  # of texts so long, attention is supervised less
 # (layer, head, offset): heads that look at a token nearby
@@ -39,15 +39,12 @@ PLACES = {
     "number_0": (2, 0),
     "number_1": (2, 1),
     "number_2": (2, 2),
-    "clues": (2, 0),  # word problems have none
     "chains": (2, 3),
     "copies": (3, 0),
     "digits": (3, 1),
     "keys": (3, 2),
     "steps": (3, 3),
-    "all": (4, 0),
     "late": (5, 0),
-    "clued": (5, 1),
 }
 BALANCE_EVERY = 20
 
