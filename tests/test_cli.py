@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -307,7 +308,7 @@ def test_out_of_memory_is_one_line(call, monkeypatch):
 
 
 def test_weights_that_the_machine_cannot_hold_are_refused_before_they_are_read(call, checkpoints, monkeypatch):
-    monkeypatch.setattr(loading, "_host_bytes", lambda: 1000)
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(total=1000, available=2**40))
     code, out, err, record = call("llada", "--quiet")
     assert (code, out, record) == (3, "", None)
     assert re.fullmatch(r".*: error: out of memory \(this machine has .* GiB of memory, .*\); try a shorter .*\n", err)

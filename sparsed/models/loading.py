@@ -1,12 +1,12 @@
 """Loading a published checkpoint into the models of this package: safetensors only, no remote code, no pickle."""
 
 import errno
-import math
 import os
 from fnmatch import filter as matching
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -245,9 +245,9 @@ def _read_tensor(file: Path, name: str, device: torch.device, dtype: torch.dtype
 def _place(model: nn.Module, target: torch.device, *, spread: bool) -> dict[str, torch.device]:
     """Device of each module: all on `target`, or spread over the GPUs if the model does not fit there."""
     needed = weight_bytes(model)
-    if target.type == "cpu" and needed > _host_bytes():
+    if target.type == "cpu" and needed > (memory := psutil.virtual_memory().total):
         raise ModelTooLarge(
-            f"this machine has {_host_bytes() / GIB:.1f} GiB of memory, the weights need {needed / GIB:.1f} GiB"
+            f"this machine has {memory / GIB:.1f} GiB of memory, the weights need {needed / GIB:.1f} GiB"
         )
     if target.type != "cuda":
         return {"": target}
@@ -265,14 +265,6 @@ def _place(model: nn.Module, target: torch.device, *, spread: bool) -> dict[str,
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the parameters in their dtype; of one on the meta device, what it would take."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def _host_bytes() -> float:
-    """The machine's memory, free or not; infinite where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 def free_bytes(index: int) -> int:
