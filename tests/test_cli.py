@@ -208,6 +208,7 @@ def test_presets_know_their_answer(call):
     assert record["arguments"]["prompt"] == "short_context"
     assert run["expected"] and run["answer_found"] is (run["expected"].lower() in run["text"].lower())
     assert f"expected answer {run['expected']!r}: {'found' if run['answer_found'] else 'not found'}" in err
+    assert call("dream", "--compare", own_prompt=False)[2].count("expected answer") == 1
 
 
 def test_prompt_file_and_prompt_text_are_the_same_prompt(call, tmp_path):

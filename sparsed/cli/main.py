@@ -15,7 +15,7 @@ from ..models.files import checkpoint_folder, read_json
 from ..models.loading import empty_model, resolve_device, resolve_dtype
 from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, demo_path, encode_chat
 from ..report.page import page
-from ..report.summary import compare, comparison_lines, run_lines
+from ..report.summary import compare, comparison_lines, expected_line, run_lines
 from ..sampling.common import PromptError, check_prompt
 from .advice import advice_lines, advise, fitted_lengths
 from .arguments import parse
@@ -150,6 +150,8 @@ def _runs(job: Job, prompt: Prompt, stdout: Stdout) -> list[dict[str, Any]]:
         run["answer_found"] = None if prompt.expected is None else answer_found(run["text"], prompt.expected)
         if not args.quiet:
             tell("\n".join(run_lines(run)))
+            if prompt.expected is not None and not args.compare:  # which says it of both
+                tell(expected_line(run))
         stdout.say(run["text"])
         runs.append(run)
     return runs
