@@ -111,7 +111,8 @@ def united_lists(pattern: Pattern, group: int) -> tuple[Tensor, Tensor]:
     width = min(pattern.grid.n_blocks, group * kept)
     chunks = head_chunks(heads, batch * n_blocks * pattern.grid.n_blocks)
     parts = [_united(pattern.part(batch, chunk).as_mask(), group, width) for chunk in chunks]
-    return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    lists, counts = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return lists, counts
 
 
 def _united(kept: Tensor, group: int, width: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +180,7 @@ def choose_backend(name: str, problem: Problem, length: int) -> tuple[str, str]:
         BackendError: the named backend is unknown, cannot run here, or fails its numeric self-check.
     """
     check_backend(name)
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in BACKENDS if name == "auto" else (name,):
         fault = unavailable(candidate, problem)
         if fault is None and name == "auto" and candidate == "flash" and length < FLASH_FROM:

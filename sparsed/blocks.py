@@ -39,7 +39,7 @@ class BlockGrid:
         return -(-self.length // self.block_size)
 
     @property
-    def parts(self) -> tuple[slice, slice]:
+    def parts(self) -> tuple[slice, ...]:
         """Prompt blocks, generation blocks: the latter lie wholly inside the generated region, or are the last one."""
         border = min(-(-self.prompt_len // self.block_size), self.n_blocks - 1)
         return slice(0, border), slice(border, self.n_blocks)
@@ -51,7 +51,7 @@ class BlockGrid:
         block_size = min(self.block_size, self.length)
         return F.pad(valid, (0, -self.length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
 
-    def budgets(self, select: float) -> list[tuple[int, int]]:
+    def budgets(self, select: float) -> list[tuple[int, ...]]:
         """Key blocks to keep in (prompt, generation) for each batch row (one row stands for all without padding).
 
         Each part keeps max(1, ceil(select * its blocks that hold a real token)), and none if there is no such block.

@@ -160,6 +160,7 @@ class Run:
 
         pattern = self.rule.choose(q, score, grid, self.config.select)
         self._densities.append(pattern.density)
+        assert self.backend is not None  # `_prepare` has chosen it
         sparse = self._sparse[layer, q.device] = BACKENDS[self.backend](pattern)
         return sparse(q, k, v) if self.rule.blind else out
 
@@ -173,9 +174,9 @@ class Run:
 
     def _prepare(self, q: Tensor, k: Tensor, lse: Tensor | None, grid: BlockGrid) -> None:
         """Choose the backend, whose self-check compiles it, and have the scores' kernel compiled."""
-        problem = Problem(
-            q.device, q.dtype, *q.shape[:2], k.shape[1], q.shape[3], grid.block_size, grid.key_valid is not None
-        )
+        batch, heads, _, head_dim = q.shape
+        padded = grid.key_valid is not None
+        problem = Problem(q.device, q.dtype, batch, heads, k.shape[1], head_dim, grid.block_size, padded)
         self.backend, self.backend_reason = choose_backend(self._wanted, problem, grid.length)
         if self.backend != "gather" and not self.rule.blind:
             compile_scores(q, k, grid, lse)
@@ -332,7 +333,7 @@ def _patched_sdpa(run: Run, layer: int, module: nn.Module, original: Callable) -
     return attention
 
 
-def _patched_dream(run: Run, layer: int, module: nn.Module, original: Callable) -> Callable:
+def _patched_dream(run: Run, layer: int, module: Any, original: Callable) -> Callable:
     """The whole forward of the hub's DreamAttention, which has no inner method to replace."""
     signature = inspect.signature(original)
     extra = next(
@@ -353,7 +354,7 @@ def _patched_dream(run: Run, layer: int, module: nn.Module, original: Callable) 
     return forward
 
 
-def _dream_heads(module: nn.Module, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _dream_heads(module: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, Hq, T, D], k and v [B, Hkv, T, D] as the hub's Dream computes them, rotated in the model's dtype."""
     x = given["hidden_states"]
     q, k, v = (

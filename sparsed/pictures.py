@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .blocks import Pattern
 from .cli.ending import blame, guarded
@@ -24,6 +24,7 @@ from .cli.record import replacing
 from .cli.streams import tell
 from .config import SparseDConfig
 from .models import load_model, load_tokenizer
+from .models.common import DiffusionLM
 from .patch import sparsify
 from .prompts import build_document, demo_path
 from .sampling import dream_generate, llada_generate
@@ -98,7 +99,7 @@ def _draw(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def look(model: nn.Module, input_ids: Tensor) -> Seen:
+def look(model: DiffusionLM, input_ids: Tensor) -> Seen:
     """Generate with full attention, and see what every `STRIDE`-th step would choose; input_ids [1, prompt]."""
     canvases = denoise(model, input_ids)
     steps = list(range(SELECTING % STRIDE, STEPS, STRIDE))
@@ -112,7 +113,7 @@ def look(model: nn.Module, input_ids: Tensor) -> Seen:
     )
 
 
-def denoise(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
+def denoise(model: DiffusionLM, input_ids: Tensor) -> list[Tensor]:
     """The ids [1, prompt + new tokens] that each step of a greedy generation with full attention reads."""
     canvas = F.pad(input_ids, (0, NEW_TOKENS), value=model.config.mask_token_id)
     read = []
@@ -122,7 +123,7 @@ def denoise(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
         for position, token, _ in step.commits():
             canvas[0, position] = token
 
-    shared = {"gen_length": NEW_TOKENS, "steps": STEPS, "on_step": note}
+    shared: dict[str, Any] = {"gen_length": NEW_TOKENS, "steps": STEPS, "on_step": note}
     if model.family == "dream":
         dream_generate(model, input_ids, **shared)
     else:
@@ -130,7 +131,7 @@ def denoise(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
     return read
 
 
-def choose(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Pattern]]:
+def choose(model: DiffusionLM, ids: Tensor) -> list[tuple[Tensor, Pattern]]:
     """Block scores [1, heads, nQ, nK] and kept blocks of every layer, if the step that reads `ids` were to choose."""
     seen: list[tuple[Tensor, Pattern]] = []
     first_step_chooses = replace(CONFIG, skip=0)

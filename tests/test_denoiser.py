@@ -56,7 +56,7 @@ def faked(monkeypatch):
 
     def capture(self, ids):
         captures.append(self._prepare(ids))
-        if self.inputs is None:
+        if not self.inputs:
             self.inputs = ids.clone(), torch.full((self.most_rows,), self.first_row)
         graph = FakeGraph(self)
         return graph, graph.logits

@@ -18,7 +18,7 @@ ALLOWED = {
     "attention": {"kernels", "blocks"},
     "patch": {"selection", "attention", "blocks", "kernels"},
     "models": {"kernels"},
-    "sampling": {"patch"},
+    "sampling": {"patch", "models"},
     "prompts": set(),
     "report": set(),
     "cli": {"report", "sampling", "patch", "watching", "blocks", "attention", "models", "prompts"},

@@ -50,5 +50,5 @@ class Choices:
             "columns": columns,
             "layers": layers,
             "heads": heads,
-            "cells": base64.b64encode(np.packbits(cells.numpy())).decode("ascii"),
+            "cells": base64.b64encode(np.packbits(cells.numpy()).tobytes()).decode("ascii"),
         }

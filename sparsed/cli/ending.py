@@ -59,9 +59,9 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     except KeyboardInterrupt as signalled:
         return end(signal.SIGTERM if isinstance(signalled, Terminated) else signal.SIGINT)
     except StdoutLost as lost:
-        if isinstance(lost.__cause__, BrokenPipeError):  # the reader has left, as `head` does
+        if isinstance(lost.fault, BrokenPipeError):  # the reader has left, as `head` does
             return EXIT_BROKEN_PIPE
-        tell(f"{program}: error: cannot write to stdout: {lost.__cause__.strerror}")
+        tell(f"{program}: error: cannot write to stdout: {lost.fault.strerror}")
         return EXIT_WRONG
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

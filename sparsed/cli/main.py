@@ -11,6 +11,7 @@ import torch
 
 from ..attention import BackendError
 from ..models import load_model, load_tokenizer
+from ..models.common import DiffusionLM
 from ..models.files import checkpoint_folder, read_json
 from ..models.loading import empty_model, resolve_device, resolve_dtype
 from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, demo_path, encode_chat
@@ -126,11 +127,12 @@ def _answers(job: Job, prompt: Prompt, stdout: Stdout) -> dict[str, Any]:
     """Generate and print the answers, and how they differ; the record's part about them."""
     first_forward_seconds = first_forward(job)
     runs = _runs(job, prompt, stdout)
-    found = {"runs": runs, "first_forward_seconds": first_forward_seconds}
+    found: dict[str, Any] = {"runs": runs, "first_forward_seconds": first_forward_seconds}
     if job.args.compare:
-        found["comparison"] = compare(*runs)
+        origin, sparsed = runs
+        comparison = found["comparison"] = compare(origin, sparsed)
         if not job.args.quiet:
-            tell("\n".join(comparison_lines(*runs, found["comparison"])))
+            tell("\n".join(comparison_lines(origin, sparsed, comparison)))
     return found
 
 
@@ -157,7 +159,7 @@ def _runs(job: Job, prompt: Prompt, stdout: Stdout) -> list[dict[str, Any]]:
     return runs
 
 
-def _heading(family: Family, args: argparse.Namespace, prompt: Prompt, model: torch.nn.Module) -> str:
+def _heading(family: Family, args: argparse.Namespace, prompt: Prompt, model: DiffusionLM) -> str:
     source = "demo checkpoint" if args.demo else args.model_path or family.model_path
     name = args.prompt or "of your own"
     return (

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import psutil
 import torch
-from torch import nn
 
 from ..blocks import BlockGrid
 from ..config import share
+from ..models.common import DiffusionLM
 from ..models.loading import GIB, free_bytes, resolve_device, weight_bytes
 from ..prompts import LENGTHS, PRESETS
 from .ending import TooLittleMemory
@@ -24,7 +24,7 @@ SAMPLED = 8
 SCORE = INDEX = 4
 
 
-def peak_bytes(model: nn.Module, args: argparse.Namespace, prompt_tokens: int) -> int:
+def peak_bytes(model: DiffusionLM, args: argparse.Namespace, prompt_tokens: int) -> int:
     """What a run takes at its peak: weights, one layer's activations, kept blocks and logits. Measured peaks are near.
 
     Args:
@@ -57,7 +57,7 @@ def available_bytes(device: torch.device, *, spread: bool) -> int:
     return sum(free_bytes(index) for index in (range(torch.cuda.device_count()) if spread else [device.index]))
 
 
-def check_memory(model: nn.Module, args: argparse.Namespace, prompt_tokens: int) -> None:
+def check_memory(model: DiffusionLM, args: argparse.Namespace, prompt_tokens: int) -> None:
     """Raise TooLittleMemory, which names the largest preset that fits, if the run needs more than is free."""
     device = resolve_device(args.device)
     free = available_bytes(device, spread=args.device == "auto")

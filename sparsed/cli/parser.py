@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+from typing import Any, NoReturn
 
 from .streams import Stdout, one_line, tell
 
@@ -20,10 +21,10 @@ class Manual(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage, and whose flags are written in full."""
 
-    def __init__(self, **described: str):
+    def __init__(self, **described: Any):
         super().__init__(formatter_class=Manual, allow_abbrev=False, **described)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         tell(one_line(f"{self.prog}: error: {message}"))
         self.exit(2)
 
@@ -34,13 +35,13 @@ class Parser(argparse.ArgumentParser):
 class PrintCompletion(argparse.Action):
     """Prints the parser's completion for a shell, and ends; arguments called FILE or PATH complete to file names."""
 
-    def __call__(self, parser: argparse.ArgumentParser, args: object, shell: str, option: str | None = None) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, args: object, shell: Any, option: str | None = None) -> None:
         try:
             import shtab
         except ModuleNotFoundError:
             parser.error(f'argument {option}: needs the package shtab: pip install ".[completion]"')
         for action in parser._actions:
             if action.metavar in ("FILE", "PATH"):
-                action.complete = shtab.FILE
+                action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
         Stdout().say(shtab.complete(parser, shell=shell))
         parser.exit(0)

@@ -38,7 +38,9 @@ def output_path(parser: argparse.ArgumentParser, option: str, name: str | None) 
     return path
 
 
-def check_apart(parser: argparse.ArgumentParser, option: str, output: Path | None, other: str, name: object) -> None:
+def check_apart(
+    parser: argparse.ArgumentParser, option: str, output: Path | None, other: str, name: str | Path | None
+) -> None:
     """Refuse to write over the file that another option names."""
     if output is None or name is None:
         return

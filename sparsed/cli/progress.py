@@ -45,8 +45,7 @@ def screen(console: Console, title: str, steps: int, answer: Answer) -> Iterator
     from rich.live import Live
 
     # without a thread of its own, which would take its turns from the run's
-    options = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
-    with Live(console=console, **options) as live:
+    with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
         console.show_cursor()  # nothing would bring it back if the process is ended inside a long call of PyTorch
         yield Screen(live, title, steps, answer).show
 

@@ -4,9 +4,12 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from ..config import SparseDConfig
 from ..models.loading import resolve_device
+
+Number = TypeVar("Number", int, float)
 
 LARGEST = 2**31 - 1  # what a tensor's int32 index holds
 LONGEST_SHOWN = 60  # characters of a wrong value that an error line repeats
@@ -46,7 +49,7 @@ def config_field(name: str, kind: type) -> Callable[[str], float]:
     def read(word: str) -> float:
         number = _convert(kind, word)
         try:
-            SparseDConfig(**{name: number})
+            SparseDConfig(**{name: number})  # type: ignore[arg-type]  # which it checks
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name} ")) from None
         return number
@@ -70,7 +73,7 @@ def some_of(allowed: Iterable[str]) -> Callable[[str], list[str]]:
     return list_of(name)
 
 
-def _convert(kind: type, word: str) -> float:
+def _convert(kind: Callable[[str], Number], word: str) -> Number:
     try:
         return kind(word)
     except ValueError:

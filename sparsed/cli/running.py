@@ -3,13 +3,15 @@
 import argparse
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..models.common import DiffusionLM
 from ..patch import FULL, Run, sparsify, synchronize
 from ..report.summary import LABELS, selection_seconds, typical
 from ..sampling import dream_generate, llada_generate
@@ -27,7 +29,7 @@ class Job:
     """What every run of one call of a script shares."""
 
     family: Family
-    model: nn.Module
+    model: DiffusionLM
     tokenizer: Any
     input_ids: list[int]
     args: argparse.Namespace
@@ -135,6 +137,8 @@ def generate(job: Job, clock: StepClock) -> Tensor:
     args, device = job.args, job.model.device
     input_ids = torch.tensor([job.input_ids], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
+    sampler: Callable[..., Tensor]
+    chosen: dict[str, Any]
     shared = {"gen_length": args.seq_len, "steps": args.steps, "temperature": args.temperature}
     if job.family is DREAM:
         chosen = {"alg": args.sampling_alg, "top_p": args.top_p, "top_k": args.top_k or None}

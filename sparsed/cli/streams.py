@@ -10,7 +10,11 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class StdoutLost(Exception):
-    """Stdout did not take what was printed; the cause is the system's error."""
+    """Stdout did not take what was printed; `fault` is the system's error."""
+
+    def __init__(self, fault: OSError):
+        super().__init__(fault.strerror)
+        self.fault = fault
 
 
 def printable(text: str) -> str:
@@ -56,7 +60,7 @@ class Stdout:
     def finish(self) -> None:
         """Raise `StdoutLost` if stdout did not take everything."""
         if self.fault is not None:
-            raise StdoutLost from self.fault
+            raise StdoutLost(self.fault) from self.fault
 
 
 def settle() -> None:

@@ -60,7 +60,7 @@ def drawn(view: View, console: Console) -> Text:
     from rich.text import Text
 
     lines = Text.assemble(*_answer(view)).wrap(console, console.width)
-    marked = [number for number, line in enumerate(lines) if any(NEW in span.style for span in line.spans)]
+    marked = [number for number, line in enumerate(lines) if any(NEW in str(span.style) for span in line.spans)]
     first, last = window(marked, len(lines), max(1, console.height - 2))  # beside the heading and the legend
     part = f"lines {first + 1} to {last} of {len(lines)}  " if last - first < len(lines) else ""
     coloured = console.color_system is not None and not console.no_color

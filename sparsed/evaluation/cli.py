@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ..attention import BackendError
@@ -22,6 +21,7 @@ from ..cli.ending import blame, guarded
 from ..cli.record import environment, write_json, write_text
 from ..cli.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
+from ..models.common import DiffusionLM
 from ..prompts import ChatTemplateError, demo_path
 from ..sampling.common import Step
 from . import plots
@@ -105,7 +105,7 @@ def evaluate(args: argparse.Namespace) -> None:
             _report(args, folder, batches)
 
 
-def _settings(args: argparse.Namespace, path: str, model: torch.nn.Module) -> Record:
+def _settings(args: argparse.Namespace, path: str, model: DiffusionLM) -> Record:
     """What decides a sample's result, beyond what its line says."""
     return {
         "model": args.demo or path,
@@ -128,7 +128,7 @@ def fingerprint(files: list[Path]) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def _call(model: torch.nn.Module) -> Record:
+def _call(model: DiffusionLM) -> Record:
     return {
         "command": shlex.join(["python", "-m", "sparsed.evaluation", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

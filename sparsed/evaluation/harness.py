@@ -10,7 +10,7 @@ fill a GPU by themselves.
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -123,7 +123,7 @@ class Options:
             raise ValueError(f"unknown option {unknown!r}; there are {', '.join(kinds)}")
         if "pretrained" not in given:
             raise ValueError("pretrained is missing: the folder or hub id of a checkpoint")
-        values = {
+        values: dict[str, Any] = {
             name: str(value) if kinds[name] is str else handle_arg_string(value) if isinstance(value, str) else value
             for name, value in given.items()
         }
@@ -203,12 +203,13 @@ class SparseDLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text, ready for the answer, or for the rest of the last message."""
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return str(text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text whose control tokens, such as those of a chat template, are written out in it."""
@@ -260,10 +261,12 @@ class SparseDLM(TemplateLM):
             length += -length % block_length
             settings["block_length"] = block_length
         steps = settings.pop("steps", None) or options.steps or length
-        sampler = {"dream": dream_generate, "llada": llada_generate}[family]
+        samplers: dict[str, Callable[..., torch.Tensor]] = {"dream": dream_generate, "llada": llada_generate}
         ids = torch.tensor([context or [self.prefix_token_id]])
         with attention_of(self.model, options.config, steps, length, backend=options.backend):
-            out = sampler(self.model, ids, gen_length=length, steps=steps, generator=self.generator, **settings)
+            out = samplers[family](
+                self.model, ids, gen_length=length, steps=steps, generator=self.generator, **settings
+            )
         return out[0, ids.shape[1] :].tolist()
 
     def _loglikelihood_tokens(
@@ -271,7 +274,7 @@ class SparseDLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether it is greedy) of each ((context, target), context ids, target ids)."""
         options, answers = self.options, []
-        attention = {"config": options.config, "backend": options.backend}
+        attention: dict[str, Any] = {"config": options.config, "backend": options.backend}
         for texts, context, target in self._progress(requests, "Scoring", disable_tqdm):
             # the same draws for all targets of one length: their differences are not those of the draws
             generator = torch.Generator().manual_seed(options.seed)

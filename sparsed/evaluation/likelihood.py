@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import SparseDConfig, check_numbers
+from ..models.common import DiffusionLM
 from ..patch import SPARSE
 from ..sampling.common import attention_of, check_prompt
 from ..sampling.denoiser import Denoiser
@@ -35,7 +36,7 @@ def draw_masks(samples: int, length: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def log_likelihood(
-    model: nn.Module,
+    model: DiffusionLM,
     prompt: Sequence[int],
     target: Sequence[int],
     *,
@@ -83,7 +84,7 @@ def log_likelihood(
 
 @torch.no_grad()
 def is_greedy(
-    model: nn.Module,
+    model: DiffusionLM,
     prompt: Sequence[int],
     target: Sequence[int],
     *,
@@ -109,7 +110,7 @@ def is_greedy(
     return True
 
 
-def _sequence(model: nn.Module, prompt: Sequence[int], target: Sequence[int]) -> Tensor:
+def _sequence(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) -> Tensor:
     """Prompt and target on the model's device, int64 [1, n]."""
     if not prompt or not target:
         raise ValueError("a likelihood needs at least one token of prompt and one of target")
@@ -118,16 +119,16 @@ def _sequence(model: nn.Module, prompt: Sequence[int], target: Sequence[int]) ->
     return ids
 
 
-def _shift(model: nn.Module) -> int:
+def _shift(model: DiffusionLM) -> int:
     """How far before a token the row of the logits stands that predicts it."""
     return int(model.family == "dream")
 
 
-def _denoiser(model: nn.Module, prompt: Sequence[int], target: Sequence[int]) -> Denoiser:
+def _denoiser(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) -> Denoiser:
     return Denoiser(model, None, len(prompt) - _shift(model), len(target))
 
 
-def _masked(model: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
+def _masked(model: DiffusionLM, ids: Tensor, hidden: Tensor) -> Tensor:
     masked = ids.clone()
     masked[0, hidden] = model.config.mask_token_id
     return masked

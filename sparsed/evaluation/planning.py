@@ -1,7 +1,7 @@
 """Which samples are answered, in which order and with how many steps."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -46,15 +46,13 @@ def plan(args: argparse.Namespace, tokenizer: Any) -> list[Batch]:
         for start in range(0, args.limit, args.batch_size):
             indices = range(start, min(start + args.batch_size, args.limit))
             ids = tuple(sample_id(task, tokens, seed, index) for index in indices)
-            batches.append(
-                _batch(args, ids, lambda make=make, indices=indices: tuple(map(make, indices)), task.gen_length)
-            )
+            batches.append(_batch(args, ids, partial(_made, make, indices), task.gen_length))
     if args.tasks_file is not None:
         with blame(args, "--tasks_file"):
             own = read_samples(args.tasks_file, tokenizer)[: args.limit]
         for samples in of_one_length(own, args.batch_size):
             ids = tuple(sample.id for sample in samples)
-            batches.append(_batch(args, ids, lambda samples=samples: samples, OWN_NEW_TOKENS))
+            batches.append(_batch(args, ids, partial(tuple, samples), OWN_NEW_TOKENS))
     _check_names(args, batches)
     return batches
 
@@ -66,6 +64,10 @@ def _check_names(args: argparse.Namespace, batches: list[Batch]) -> None:
         if name in seen:
             args.parser.error(f"argument --tasks_file: the id {name!r} is that of a sample of --tasks")
         seen.add(name)
+
+
+def _made(make: Callable[[int], Sample], indices: Iterable[int]) -> tuple[Sample, ...]:
+    return tuple(map(make, indices))
 
 
 def _batch(args: argparse.Namespace, ids: tuple[str, ...], make: Callable[[], tuple[Sample, ...]], new: int) -> Batch:

@@ -140,8 +140,8 @@ def common_words(rng: random.Random, size: int, *, held_out: bool) -> Puzzle:
     often, seldom = LONG_COUNTS if size >= LONG_LIST else SHORT_COUNTS
     rest = size - COMMON * often
     common = take(keys(rng, held_out=held_out), COMMON)
-    others = (key for key in keys(rng, held_out=beside(held_out)) if key not in common)
-    others = take(others, math.ceil(rest / seldom))
+    seldom_ones = (key for key in keys(rng, held_out=beside(held_out)) if key not in common)
+    others = take(seldom_ones, math.ceil(rest / seldom))
     items = [" ".join(key) for key in common * often + [others[index // seldom] for index in range(rest)]]
     rng.shuffle(items)
     asked = {" ".join(key) for key in common}

@@ -174,7 +174,7 @@ def _accuracy(tasks: list[list[Record]], full: dict[str, float]) -> Record:
     """Accuracy over some tasks, and its difference to full attention's scores, which are known by the samples' ids."""
     records = [record for task in tasks for record in task]
     scores = [[record["score"] for record in task] for task in tasks]
-    difference = (None, None, None)
+    difference: Iterable[float | None] = (None, None, None)
     if records[0]["method"] != "origin" and all(record["id"] in full for record in records):
         others = [[full[record["id"]] for record in task] for task in tasks]
         difference = _percent(mean_of(list(map(paired_difference, scores, others))))

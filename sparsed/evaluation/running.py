@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cli.record import answer_length, decode, stop_ids
 from ..config import SparseDConfig
+from ..models.common import DiffusionLM
 from ..patch import synchronize
 from ..sampling import dream_generate, llada_generate
 from ..sampling.common import OnStep, attention_of
@@ -54,7 +55,7 @@ class Sampler:
         backend: the kernel of the sparse steps.
     """
 
-    model: nn.Module
+    model: DiffusionLM
     tokenizer: Any
     block_length: int
     backend: str
@@ -78,7 +79,7 @@ class Sampler:
         rule = METHODS[variant.method].rule
         recalls: list[Tensor] = []  # of every layer in turn, [B]
         options = {"steps": steps, "gen_length": gen_length}
-        sparse = {"backend": self.backend}
+        sparse: dict[str, Any] = {"backend": self.backend}
         if rule is not None:
             sparse["rule"] = watched(lambda scores, pattern: recalls.append(recall(scores, pattern)), rule)
         synchronize(device)

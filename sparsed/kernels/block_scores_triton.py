@@ -99,8 +99,10 @@ def _tile(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
     held = dtype != torch.float32 and width <= TILE
     tile = Tile(TILE_FLOAT32 if dtype == torch.float32 else TILE, 3, width, dtype.itemsize, held)
     while not fits(tile.shared_memory, device) and (tile.rows, tile.stages) != (16, 1):
-        less = {"stages": tile.stages - 1} if tile.stages > 1 else {"rows": tile.rows // 2}
-        tile = replace(tile, **less)
+        if tile.stages > 1:
+            tile = replace(tile, stages=tile.stages - 1)
+        else:
+            tile = replace(tile, rows=tile.rows // 2)
     return tile
 
 

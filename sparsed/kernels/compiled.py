@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton"):
     from .block_scores_triton import block_scores_triton
     from .block_sparse_triton import block_sparse_attention
 else:
-    block_scores_triton = block_sparse_attention = elementwise_triton = None
+    block_scores_triton = block_sparse_attention = elementwise_triton = None  # type: ignore[assignment]
 
 
 @functools.cache

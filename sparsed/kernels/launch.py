@@ -34,5 +34,6 @@ def fits(tile_bytes: int, device: torch.device) -> bool:
     """Whether tiles of so many bytes fit the shared memory of one program on the device."""
     available = CONSUMER_SHARED_MEMORY
     if device.type == "cuda":
-        available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks this one
+        available = properties.shared_memory_per_block_optin
     return tile_bytes + RESERVE <= available

@@ -3,14 +3,17 @@
 import sys
 from dataclasses import MISSING, fields
 from reprlib import repr as shown
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import add_rms_norm, full_attention, rms_norm
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 # far above any model: a larger number in a config.json is a mistake, and would overflow
 LARGEST = 10**9
 # every layer is built, if without memory, before the weights' headers can show that they are not there
@@ -45,7 +48,7 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     return cls(**taken)
 
 
-def _checked(name: str, value: Any, kind: type) -> Any:
+def _checked(name: str, value: Any, kind: Any) -> Any:
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"config.json: '{name}' must be true or false, got {shown(value)}")
@@ -56,9 +59,9 @@ def _checked(name: str, value: Any, kind: type) -> Any:
             wanted = f"a whole number from {lowest} to {highest}"
             raise ValueError(f"config.json: '{name}' must be {wanted}, got {shown(value)}")
     elif kind is float:
-        highest = sys.float_info.max  # which a whole number in JSON may exceed
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= highest:
-            wanted = f"a positive number of at most {highest:.1e}"
+        largest = sys.float_info.max  # which a whole number in JSON may exceed
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= largest:
+            wanted = f"a positive number of at most {largest:.1e}"
             raise ValueError(f"config.json: '{name}' must be {wanted}, got {shown(value)}")
         return float(value)
     return value
@@ -152,6 +155,7 @@ class DiffusionLM(nn.Module):
     """Base of both families: where the weights live and in which dtype."""
 
     family: str
+    config: Any
 
     @property
     def device(self) -> torch.device:

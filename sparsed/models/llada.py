@@ -159,7 +159,7 @@ class LLaDABackbone(nn.Module):
         # positions count every token of the tensor, padding included; the tables stay float32, in which LLaDA rotates
         positions = torch.arange(input_ids.shape[1], device=x.device)[None, None]
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        *blocks, last = self.transformer["blocks"]
+        *blocks, last = self.transformer["blocks"].children()
         for block in blocks:
             x = block(x, rope, key_valid)
         x = last(x, rope, key_valid, first_row)

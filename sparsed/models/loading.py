@@ -4,7 +4,7 @@ import errno
 import os
 from fnmatch import filter as matching
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -17,7 +17,7 @@ from .dream import DreamConfig, DreamLayer, DreamModel
 from .files import checkpoint_folder, listing, read_json
 from .llada import LLaDABlock, LLaDAConfig, LLaDAModel
 
-FAMILIES = {"Dream": (DreamConfig, DreamModel), "llada": (LLaDAConfig, LLaDAModel)}
+FAMILIES: dict[str, tuple[Any, Any]] = {"Dream": (DreamConfig, DreamModel), "llada": (LLaDAConfig, LLaDAModel)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODEL_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
 # the weights first: other .bin files are a training's leftovers
@@ -107,7 +107,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if isinstance(dtype, str) and dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {str(dtype)!r}")
     return found
 

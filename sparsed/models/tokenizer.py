@@ -48,9 +48,9 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         found = backend.token_to_id(token.content)
         if found != index:
             raise ValueError(f"{folder}: token {token.content!r} must have id {index}, the vocabulary gives it {found}")
-    for name, token in names.items():
-        if backend.token_to_id(token) is None:
-            raise ValueError(f"{folder}: the {name} {token!r} is not in the vocabulary")
+    for name, content in names.items():
+        if backend.token_to_id(content) is None:
+            raise ValueError(f"{folder}: the {name} {content!r} is not in the vocabulary")
     # model_max_length stays unset: it would only make the library warn about long prompts
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -40,7 +40,7 @@ def _view(record: dict[str, Any]) -> dict[str, Any]:
     """All that the template shows."""
     runs = record["runs"]
     tokens = compare_tokens(*runs) if len(runs) == 2 and _has_history(runs) else None
-    times = compare_times(*runs) if len(runs) == 2 else {"seconds": times_of(runs), "speedup": {}}
+    times: dict[str, Any] = compare_times(*runs) if len(runs) == 2 else {"seconds": times_of(runs), "speedup": {}}
     return {
         "title": _title(record),
         "subtitle": _subtitle(record),

@@ -37,8 +37,8 @@ class Step:
         """Flat position, token and probability of what was committed, ascending; waits for the device."""
         if self.chosen is None:
             return []
-        columns = (column[self.chosen].tolist() for column in (self.rows, self.tokens, self.probability))
-        return list(zip(*columns, strict=True))
+        columns = (self.rows, self.tokens, self.probability)
+        return list(zip(*(column[self.chosen].tolist() for column in columns if column is not None), strict=True))
 
 
 # called after each step
@@ -149,7 +149,7 @@ def probability_of(tokens: Tensor, probabilities: Tensor) -> Tensor:
     return probabilities.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def most_confident(shape: tuple[int, int], rows: Tensor, confidence: Tensor, counts: Tensor) -> Tensor:
+def most_confident(shape: torch.Size, rows: Tensor, confidence: Tensor, counts: Tensor) -> Tensor:
     """Which candidates are among their batch row's `counts` most confident, bool [n]; of equals the earlier wins.
 
     Args:

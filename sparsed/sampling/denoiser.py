@@ -1,8 +1,9 @@
 """The model's forward, once a denoising step; short sequences replay it as a CUDA graph."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..models.common import DiffusionLM
 from ..patch import FULL, SELECTING, SPARSE, Run, run_of
 
 # up to so many tokens, batch rows together, a GPU waits for the host to launch kernels; beyond, a graph gains nothing
@@ -22,14 +23,14 @@ class Denoiser:
         most_rows: of so many rows at most a step wants logits; a step that wants more runs as it is.
     """
 
-    def __init__(self, model: nn.Module, mask: Tensor | None, first_row: int, most_rows: int):
+    def __init__(self, model: DiffusionLM, mask: Tensor | None, first_row: int, most_rows: int):
         self.model, self.mask, self.first_row, self.most_rows = model, mask, first_row, most_rows
         self.run: Run | None = run_of(model)
         self.replayable = _replayable(model)
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pattern_version: int | None = None
-        self.inputs: tuple[Tensor, Tensor] | None = None  # what the graphs read
+        self.inputs: tuple[Tensor, ...] = ()  # what the graphs read
         self.total: Tensor | None = None  # of the latest logits
 
     def __call__(self, ids: Tensor, rows: Tensor) -> Tensor:
@@ -89,11 +90,11 @@ class Denoiser:
         return self.replayable
 
     def _capture(self, ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        if self.inputs is None:
+        if not self.inputs:
             self.inputs = ids.clone(), torch.full((self.most_rows,), self.first_row, device=ids.device)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self.graphs.values()), None)
-        before = None if self.run is None else self.run.step
+        before = 0 if self.run is None else self.run.step
         # other threads may go on using the GPU meanwhile
         with torch.cuda.device(ids.device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = self.model(self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row)
@@ -111,7 +112,7 @@ class Denoiser:
         return logits[: len(rows)]
 
 
-def _replayable(model: nn.Module) -> bool:
+def _replayable(model: DiffusionLM) -> bool:
     """Whether the model lies on one GPU, and nobody has hooked into it or replaced its methods: a replay calls none."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":

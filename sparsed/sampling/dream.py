@@ -1,9 +1,10 @@
 """Dream's sampler: every masked position competes in every step; row j - 1 of the logits predicts token j."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import SparseDConfig, check_numbers
+from ..models.common import DiffusionLM
 from .common import (
     OnStep,
     Step,
@@ -28,7 +29,7 @@ ALGORITHMS = ("maskgit_plus", "entropy", "topk_margin", "origin")
 
 @torch.no_grad()
 def dream_generate(
-    model: nn.Module,
+    model: DiffusionLM,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -137,14 +138,14 @@ def filtered_probabilities(logits: Tensor, temperature: float, top_p: float | No
     logits = logits.float()
     if temperature > 0:
         logits = tempered(logits, temperature)
-    nucleus = top_p is not None and top_p < 1
-    if not nucleus and not top_k:
+    nucleus = top_p if top_p is not None and top_p < 1 else None
+    if nucleus is None and not top_k:
         return logits.softmax(-1)
     # with top_k, the nucleus need not be looked for beyond the top_k likeliest: no sort of the vocabulary
     ordered = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1).values
-    if nucleus:
+    if nucleus is not None:
         shares = (ordered - logits.logsumexp(-1, keepdim=True)).exp()
-        ordered = ordered.masked_fill(shares.cumsum(-1) - shares > top_p, torch.inf)
+        ordered = ordered.masked_fill(shares.cumsum(-1) - shares > nucleus, torch.inf)
     lowest = ordered.amin(-1, keepdim=True)
     return logits.masked_fill(logits < lowest, torch.finfo(logits.dtype).min).softmax(-1)
 

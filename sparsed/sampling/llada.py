@@ -1,9 +1,10 @@
 """LLaDA's sampler: the generated region is unmasked block after block; row j of the logits predicts token j."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import SparseDConfig, check_numbers
+from ..models.common import DiffusionLM
 from .common import (
     OnStep,
     Step,
@@ -26,7 +27,7 @@ REMASKING = ("low_confidence", "random")
 
 @torch.no_grad()
 def llada_generate(
-    model: nn.Module,
+    model: DiffusionLM,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
