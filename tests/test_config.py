@@ -7,7 +7,7 @@ from math import ceil, inf, nan
 import pytest
 from reference import exact_share, n_full
 
-from sparsed.config import SparseDConfig, share
+from sparsed.config import SparseDConfig, check_numbers, share
 
 
 def test_defaults_are_the_papers():
@@ -33,6 +33,7 @@ def test_defaults_are_the_papers():
         {"block_size": -16},
         {"block_size": 8},
         {"block_size": 100},
+        {"block_size": 2**31},
         {"block_size": 32.0},
         {"block_size": "32"},
         {"block_size": None},
@@ -47,10 +48,27 @@ def test_bad_values_are_named_in_one_line(bad):
 
 
 @pytest.mark.parametrize(
-    "good", [{"skip": 0}, {"skip": 1}, {"select": 1}, {"select": 1e-6}, {"block_size": 16}, {"block_size": 48}], ids=str
+    "good",
+    [
+        {"skip": 0},
+        {"skip": 1},
+        {"select": 1},
+        {"select": 1e-6},
+        {"block_size": 16},
+        {"block_size": 48},
+        {"block_size": 2**31 - 16},
+    ],
+    ids=str,
 )
 def test_the_ends_of_the_ranges_are_allowed(good):
     SparseDConfig(**good)
+
+
+@pytest.mark.parametrize("bad", [0, -1, True, 1.0, "1", None])
+def test_numbers_are_positive_and_whole(bad):
+    check_numbers(steps=1, gen_length=2)
+    with pytest.raises(ValueError, match="^gen_length must be a positive whole number, got"):
+        check_numbers(steps=1, gen_length=bad)
 
 
 def test_unknown_options_and_later_changes_are_errors():

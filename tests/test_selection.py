@@ -8,11 +8,11 @@ import reference
 import torch
 from interpreter import interpret
 
-from sparsed import blocks
+from sparsed import blocks, selection
 from sparsed.attention import united_lists
 from sparsed.blocks import BlockGrid, true_places
 from sparsed.kernels import block_scores, full_attention
-from sparsed.selection import isolated_top_k, select_blocks
+from sparsed.selection import compile_scores, isolated_top_k, select_blocks
 
 ROOT = Path(__file__).parents[1]
 BORDERS = [
@@ -147,6 +147,7 @@ def test_the_ragged_block_counts_what_it_has():
         {"prompt_len": 65},
         {"block_size": 0},
         {"select": 0},
+        {"select": -0.1},
         {"select": 1.2},
         {"key_valid": torch.ones(1, 64)},
         {"key_valid": torch.ones(1, 63, dtype=torch.bool)},
@@ -303,3 +304,25 @@ def test_a_gpu_keeps_the_blocks_that_float64_would(heads, block_size):
             assert (exact[:, part][mine].view(len(mine), -1) >= lowest * (1 - 1e-4)).all()
             chosen = torch.zeros_like(mine).scatter_(-1, best.indices[:, :budget], True)
             assert (chosen == mine).float().mean() > 0.999
+
+
+def test_the_kernel_is_compiled_on_the_first_block(monkeypatch):
+    q, k, lse = torch.rand(2, 4, 50, 16), torch.rand(2, 2, 50, 16), torch.rand(2, 4, 50)
+    valid = torch.rand(2, 50) > 0.5
+    calls = []
+    monkeypatch.setattr(selection, "block_scores", lambda *tensors, **options: calls.append((tensors, options)))
+    compile_scores(q, k, BlockGrid(50, 30, 16, valid), lse)
+    compile_scores(q, k, BlockGrid(50, 30, 16), None)
+    for (tensors, options), masked in zip(calls, (True, False), strict=True):
+        assert torch.equal(tensors[0], q[:, :, :16]) and torch.equal(tensors[1], k[:, :, :16])
+        assert options["block_size"] == 16
+        if masked:
+            assert torch.equal(options["key_valid"], valid[:, :16]) and torch.equal(options["lse"], lse[:, :, :16])
+        else:
+            assert options["key_valid"] is options["lse"] is None
+
+
+def test_a_mask_of_another_shape_is_told_the_right_one():
+    q, k = torch.zeros(2, 4, 64, 16), torch.zeros(2, 4, 64, 16)
+    with pytest.raises(ValueError, match=r"key_valid must be bool \[B, T\] = \[2, 64\], got \[2, 5\]"):
+        select_blocks(q, k, prompt_len=32, block_size=16, select=0.3, key_valid=torch.ones(2, 5, dtype=torch.bool))
