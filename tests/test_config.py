@@ -34,6 +34,7 @@ def test_defaults_are_the_papers():
         {"block_size": 8},
         {"block_size": 100},
         {"block_size": 2**31},
+        {"block_size": 2**31 + 16},
         {"block_size": 32.0},
         {"block_size": "32"},
         {"block_size": None},

@@ -154,6 +154,7 @@ def test_the_ragged_block_counts_what_it_has():
         {"k": torch.zeros(1, 3, 64, 16)},
         {"k": torch.zeros(1, 2, 63, 16)},
         {"q": torch.zeros(64, 16)},
+        {"k": torch.zeros(2, 64, 16)},
     ],
     ids=lambda bad: next(iter(bad)),
 )
@@ -304,6 +305,14 @@ def test_a_gpu_keeps_the_blocks_that_float64_would(heads, block_size):
             assert (exact[:, part][mine].view(len(mine), -1) >= lowest * (1 - 1e-4)).all()
             chosen = torch.zeros_like(mine).scatter_(-1, best.indices[:, :budget], True)
             assert (chosen == mine).float().mean() > 0.999
+
+
+def test_blocks_of_one_token_are_rows_of_attention():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 12, 16), torch.randn(1, 2, 12, 16)
+    chosen = select_blocks(q, k, prompt_len=12, block_size=1, select=0.25)
+    logits = q.double() @ k.double().mT
+    assert torch.equal(chosen[..., :11], logits[..., :11] >= logits[..., :11].topk(3).values[..., -1:])
 
 
 def test_the_kernel_is_compiled_on_the_first_block(monkeypatch):
