@@ -1,6 +1,7 @@
 """The memory of long prompts on the CPU grows with their tokens, not with the square, so that 64k tokens fit 6 GB."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,11 @@ def test_64k_tokens_fit_6_gigabytes(family):
     """Extrapolated from prompts that take seconds; benchmarks/cpu_memory.py measures it."""
     lengths = [2048, 4096]
     command = [sys.executable, "-c", PEAKS, family, json.dumps(lengths)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    # tensors in maps of their own, which go back when they are freed: what malloc keeps of them varies from run to run
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=300)
     short, long = json.loads(done.stdout)
     growth = (long - short) / (lengths[1] - lengths[0])  # bytes a token
     assert long + growth * (65536 - lengths[1]) < 6e9
     # the square of the length is still small here: it shows as a part of what is allowed
-    assert 0 < growth < 45e3
+    assert 0 < growth < 30e3
