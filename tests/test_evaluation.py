@@ -86,7 +86,7 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
         Folder(tmp_path).claim({"seed": 0}, {})
 
 
-@pytest.mark.parametrize("damage", ["{}\n", "5\n", "\n", "not JSON\n"])
+@pytest.mark.parametrize("damage", ["{}\n", "5\n", "[]\n", "\n", "not JSON\n"])
 def test_damaged_lines_do_not_count(tmp_path, damage):
     folder = Folder(tmp_path)
     folder.append([line("s0", "origin", 1.0)])
@@ -95,6 +95,14 @@ def test_damaged_lines_do_not_count(tmp_path, damage):
     assert [record["id"] for record in folder.finished().values()] == ["s0"]
     folder.close(list(folder.finished().values()))
     assert (tmp_path / f"{results.SAMPLES}.bak").read_text() == "mine"
+
+
+@pytest.mark.parametrize("field", line("s0", "origin", 1.0))
+def test_a_line_without_what_the_summary_needs_does_not_count(tmp_path, field):
+    lines = [line("s0", "origin", 1.0), line("s1", "origin", 1.0)]
+    del lines[0][field]
+    (tmp_path / results.SAMPLES).write_text("".join(json.dumps(record) + "\n" for record in lines))
+    assert [record["id"] for record in Folder(tmp_path).finished().values()] == ["s1"]
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": 3, "calls": []}', '{"settings": {}}'])

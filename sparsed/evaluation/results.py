@@ -15,6 +15,8 @@ from .scoring import mean_of, paired_difference, proportion
 SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "table.md"
 # what tells one way to run from another; None where it means nothing to the method
 VARIANT = ("method", "select", "skip", "block_size")
+# what else the summary reads of a line
+READ = {"id", "task", "length", "seed", "score", "density", "recall", "seconds"}
 
 Record = dict[str, Any]
 
@@ -65,14 +67,15 @@ class Folder:
             write_json(file, {"settings": settings, "calls": [*calls, call]})
 
     def finished(self) -> dict[tuple, Record]:
-        """The samples that are there, by `key`; a line that was cut off, as by a crash, does not count."""
+        """The samples that are there, by `key`; a line that is not whole, as after a crash, does not count."""
         found = {}
         for file in (self.path / SAMPLES, *self._parts()):
             for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else ():
                 try:
                     record = json.loads(line)
-                    found[key(record)] = record
-                except (ValueError, LookupError, TypeError):
+                    if READ <= record.keys():
+                        found[key(record)] = record
+                except (ValueError, LookupError, TypeError, AttributeError):
                     continue
         return found
 
