@@ -2,9 +2,12 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_folders import tiny_folder
 
 from sparsed import load_model
@@ -67,13 +70,49 @@ def test_a_long_prompt_is_its_own_second_measurement(make_job, monkeypatch):
     assert found["command"].endswith("--device cpu --prompt short_context --select 0.2")
 
 
+@pytest.mark.parametrize(("tokens", "fitted"), [(100, [1024, 2048]), (1500, [1500, 3000]), (2048, [1024, 2048])])
+def test_the_prompt_is_fitted_too_unless_it_is_short(make_job, monkeypatch, tokens, fitted):
+    job = make_job()
+    job.input_ids.extend([7] * (tokens - 100))
+    monkeypatch.setattr(advice, "time_steps", lambda _, length: seconds_at(length))
+    assert advise(job)["fitted_prompt_tokens"] == fitted
+
+
+@settings(max_examples=300)
+@given(
+    prompt_tokens=st.integers(1, 5000),
+    seconds=st.lists(st.tuples(*[st.floats(0.1, 10)] * 3), min_size=3, max_size=3),
+)
+def test_the_length_and_the_command_agree_whatever_was_timed(prompt_tokens, seconds):
+    """Noisy times must not end in advice that contradicts itself."""
+    args = arguments.parse(DREAM, ["--device", "cpu"])
+    job = Job(DREAM, SimpleNamespace(device=torch.device("cpu")), None, [7] * prompt_tokens, args)
+    timed = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            advice,
+            "time_steps",
+            lambda _, n: StepTimes(n, *timed.setdefault(n, seconds[len(timed)]), 0.3, "gather"),
+        )
+        found = advise(job)
+    faster = found["sparsed_seconds"] < found["origin_seconds"]
+    assert ("--origin" in found["command"]) != faster
+    if faster:
+        assert found["pays_from"] <= prompt_tokens
+    elif found["pays_from"] is not None:
+        assert found["pays_from"] >= prompt_tokens
+
+
 def test_advice_for_people():
     steps = [vars(seconds_at(tokens)) for tokens in (1024, 4096)]
     found = {"steps": steps, "origin_seconds": 30.0, "sparsed_seconds": 20.0, "command": "run it"}
+    found["steps_that_run"] = 128
     found |= {"fitted_prompt_tokens": [1024, 4096], "pays_from": 2000}
     text = "\n".join(advice_lines(found, 4096, 128))
     for part in ("4096 prompt tokens", "22.066 s", "backend gather", "1.50x as fast", "about 2000", "run it"):
         assert part in text
+    assert "128 steps with full attention" in text
+    assert "1024 steps, 896 of which commit nothing" in "\n".join(advice_lines(found, 4096, 1024))
     assert "or fewer" in "\n".join(advice_lines(found | {"pays_from": 1024}, 4096, 128))
     assert "nothing shows" in "\n".join(advice_lines(found | {"pays_from": None}, 4096, 128))
     steps[1] |= {"backend": FULL, "density": 1.0}

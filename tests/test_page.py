@@ -116,6 +116,13 @@ def test_full_attention_alone_has_no_pattern():
     assert read.says("Full attention reads every block in every step: there is no pattern to show.")
 
 
+def test_the_legend_names_what_the_steps_computed():
+    names = ("full attention and selection", "sparse attention")
+    both, alone = (Reader(page(made_up_record(*modes))) for modes in (("origin", "sparsed"), ("origin",)))
+    assert [both.says(name) for name in names] == [True, True]
+    assert [alone.says(name) for name in names] == [False, False]
+
+
 def test_a_run_that_chose_nothing_has_no_pattern():
     record = made_up_record("sparsed")
     record["runs"][0].update(pattern=None, layers=None, density=None, backend="dense")
@@ -186,7 +193,8 @@ def at(path, value):
 
 
 WRONG = [
-    (at("runs", ...), "there is no runs"),
+    (at("runs", ...), "runs is missing"),
+    (at("advice", {}), "this is the record of --advise"),
     (at("runs", []), "runs must be one of mode"),
     (at("runs", {}), "runs must be a list"),
     (at("runs.0.mode", "dense"), "runs must be one of mode"),
@@ -207,7 +215,7 @@ WRONG = [
     (at("runs.1.history.0", []), "runs[1].history must be one list for each of the 16 steps"),
     (at("runs.0.pieces", ["a"]), "runs[0].pieces must be one text for each of the 32 tokens"),
     (at("runs.0.answer_tokens", 33), "runs[0].answer_tokens must be at most 32"),
-    (at("runs.1.layers", [{"density": 0.3}]), "there is no runs[1].layers[0].recall"),
+    (at("runs.1.layers", [{"density": 0.3}]), "runs[1].layers[0].recall is missing"),
     (at("runs.1.pattern.cells", "AAAA"), "runs[1].pattern.cells must be the base64 of 4608 bits"),
     (at("runs.1.pattern.cells", "<b>"), "runs[1].pattern.cells must be base64"),
     (at("runs.1.pattern.heads", 0), "runs[1].pattern.heads"),
@@ -254,7 +262,7 @@ def files(tmp_path):
         ("deep.json -o out.html", "RECORD", "is not JSON"),
         ("latin.json -o out.html", "RECORD", "not UTF-8"),
         ("list.json -o out.html", "RECORD", "the record must be an object"),
-        ("other.json -o out.html", "RECORD", "there is no runs[0].token_ids"),
+        ("other.json -o out.html", "RECORD", "runs[0].token_ids is missing"),
         ("run.json -o folder", "--out", "not an ordinary file"),
         ("run.json -o missing/out.html", "--out", "no folder"),
         ("run.json -o run.json", "--out", "is the file of RECORD"),

@@ -86,14 +86,14 @@ def test_the_answer_replaces_the_masks(family, call, monkeypatch):
     monkeypatch.setattr(progress, "PAUSE", 0)
     monkeypatch.setattr(progress, "REST", 0)
     output, record = call(family, "--show")
-    headings = re.findall(r"SparseD  (\w+)  step (\d) of 8  (\d+) of 32 masked", ESCAPE.sub("", output))
+    headings = re.findall(r"SparseD  (\w+)  step (\d) of 8  [\d.]+ s  (\d+) of 32 masked", ESCAPE.sub("", output))
     assert [phase for phase, _, _ in headings[:9]] == ["full", "selecting"] + ["sparse"] * 7
     assert [int(step) for _, step, _ in headings[:9]] == [*range(1, 9), 8]
     committed = [len(entry) for entry in record["runs"][0]["history"]]
     assert [int(masked) for _, _, masked in headings[:9]] == [32 - sum(committed[:step]) for step in range(9)]
     last = "\n".join(screens_of(output)[-1])
     assert last.count("SparseD  ") == 1, "what was drawn before is gone"
-    assert MASK not in last.split("masked  ")[1].split("▒ masked")[0]
+    assert MASK not in last.split("of 32 masked")[1].split("▒ masked")[0]
 
 
 def test_tokens_are_those_without_it(call):
@@ -238,16 +238,17 @@ def test_the_demo_on_a_terminal(tmp_path):
     os.close(main)
     assert process.wait(timeout=60) == 0
     screens = screens_of(output.decode().replace("\r\n", "\n"))
-    views = [screen for screen in screens if any("of 64 masked" in line for line in screen)]
+    views = [screen for screen in screens if any("SparseD  " in line for line in screen)]
     assert len(views) > 2
-    begin = next(number for number, line in enumerate(views[0]) if "masked  " in line)
+    begin = next(number for number, line in enumerate(views[0]) if "SparseD  " in line)
     for view in views[:-1]:
         assert len(view) - begin <= 9 and max(map(len, view[begin:])) <= 50
-    assert "64 of 64 masked" in views[0][begin] and "0 of 64 masked" in views[-1][begin]
+    assert "step 1 of" in views[0][begin] and "masked" not in views[-1][begin], "cut off, unlike the time"
+    assert re.search(r"step (\d+) of \1  \d+\.\d s", views[-1][begin])
     (run,) = json.loads((tmp_path / "record.json").read_text())["runs"]
     body = "\n".join(views[-1][begin + 1 :])
     assert " ".join(run["text"].split()) in " ".join(body.split())
     assert process.stdout.read().decode() == run["text"] + "\n"
-    cursor = [output.index(b"\x1b[?25l"), output.index(b"\x1b[?25h"), output.index(b"of 64 masked")]
+    cursor = [output.index(b"\x1b[?25l"), output.index(b"\x1b[?25h"), output.index(b"SparseD")]
     assert cursor == sorted(cursor), "hidden by rich, the cursor is back before the first step"
     assert output.count(b"\x1b[?25l") == 1

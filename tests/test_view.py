@@ -32,7 +32,7 @@ def tokens_of(pieces, probability=1.0):
 def test_tokens_stand_in_order_and_masks_are_counted():
     pieces = [piece if position % 3 else MASK for position, piece in enumerate(WORDS)]
     heading, answer, legend = rendered(view_of(tokens_of(pieces)))
-    assert heading == "SparseD  sparse  step 3 of 8  3 of 9 masked  1.2 s"
+    assert heading == "SparseD  sparse  step 3 of 8  1.2 s  3 of 9 masked"
     assert answer == "▒ old key ▒ under a ▒ stone."
     assert legend == "▒ masked  ∎ end"
 

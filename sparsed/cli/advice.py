@@ -39,21 +39,25 @@ class StepTimes:
 
 
 def fitted_lengths(prompt_tokens: int, device: torch.device) -> tuple[int, int]:
-    """Prompt tokens of the two measurements that tell from which length on SparseD pays: few, and at least twice those.
+    """Prompt tokens of the two measurements that tell from which length on SparseD pays: one at least twice the other.
 
-    The second one is the prompt's own length, where that is long enough, and never shorter.
+    The prompt's own length is one of them, unless it is too short to tell of longer ones.
     """
     short = SHORT_ON_GPU if device.type == "cuda" else SHORT
-    return short, max(prompt_tokens, 2 * short)
+    if prompt_tokens >= 2 * short:
+        return short, prompt_tokens
+    lowest = max(short, prompt_tokens)
+    return lowest, 2 * lowest
 
 
 def advise(job: Job) -> dict[str, Any]:
     """Time steps and put whole runs together, for the record.
 
     Returns:
-        `steps`, the times at each length; `origin_seconds` and `sparsed_seconds` of the whole run;
-        `fitted_prompt_tokens`, the `fitted_lengths`; `pays_from`, the prompt tokens from which on SparseD is faster
-        (not below the first of those), None if nothing shows that it ever is; `command`, which runs what is faster.
+        `steps`, the times at each length; `steps_that_run`, how many of the whole run's steps call the model;
+        `origin_seconds` and `sparsed_seconds` of the whole run; `fitted_prompt_tokens`, the `fitted_lengths`;
+        `pays_from`, the prompt tokens from which on SparseD is faster (not below the shortest that was timed), None if
+        nothing shows that it ever is; `command`, which runs what is faster.
 
     Raises:
         BackendError: the named backend cannot run.
@@ -69,12 +73,16 @@ def advise(job: Job) -> dict[str, Any]:
     runs = {length: whole_runs(found, ran, n_full) for length, found in times.items()}
     origin, sparsed = runs[prompt_tokens]
     beyond = break_even(*((length + args.seq_len, runs[length][0] - runs[length][1]) for length in (short, long)))
+    pays_from = None if beyond is None else max(short, math.ceil(beyond) - args.seq_len)
+    if sparsed < origin:  # what was timed counts more than what follows from it
+        pays_from = min(pays_from or prompt_tokens, prompt_tokens)
     return {
         "steps": [asdict(found) for found in times.values()],
+        "steps_that_run": sum(ran),
         "origin_seconds": origin,
         "sparsed_seconds": sparsed,
         "fitted_prompt_tokens": [short, long],
-        "pays_from": None if beyond is None else max(short, math.ceil(beyond) - args.seq_len),
+        "pays_from": pays_from,
         "command": command_of(args, origin=sparsed >= origin),
     }
 
@@ -152,7 +160,9 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     own = next(found for found in advice["steps"] if found["prompt_tokens"] == prompt_tokens)
     origin, sparsed, pays_from = advice["origin_seconds"], advice["sparsed_seconds"], advice["pays_from"]
     short, long = advice["fitted_prompt_tokens"]
-    whole = f"{steps} steps with full attention (--origin) would take {origin:.1f} s"
+    idle = steps - advice["steps_that_run"]
+    some = f"{steps} steps, {idle} of which commit nothing and run no model," if idle else f"{steps} steps"
+    whole = f"{some} with full attention (--origin) would take {origin:.1f} s"
     if own["backend"] == FULL:
         lines = [
             f"one step on {prompt_tokens} prompt tokens: {own['full']:.3f} s",
@@ -168,7 +178,9 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     if pays_from is None:
         lines.append("nothing shows that SparseD would pay with these settings, however long the prompt")
     else:
-        least = f"{short} prompt tokens on or fewer" if pays_from == short else f"about {pays_from} prompt tokens on"
+        least = (
+            f"{pays_from} prompt tokens on or fewer" if pays_from <= short else f"about {pays_from} prompt tokens on"
+        )
         lines.append(f"with these settings SparseD pays from {least}, as steps at {short} and {long} tokens tell")
     counted = "estimates from a single forward pass of each kind"
     return [*lines, f"({counted}; loading, compiling and sampling are not in them)", f"use: {advice['command']}"]

@@ -245,7 +245,8 @@ def _add_running(group) -> None:
         type=whole(1),
         default=1,
         metavar="N",
-        help="timed runs of each mode, all with the same seed; the one of median time counts (default: %(default)s)",
+        help="timed runs of each mode, all with the same seed; the one of median time counts, of an even number the "
+        "faster of the middle two (default: %(default)s)",
     )
 
 
@@ -258,7 +259,9 @@ def _add_output(group) -> None:
     )
     which = group.add_mutually_exclusive_group()
     which.add_argument(
-        "--show", action="store_true", help="watch the answer come about in the terminal, step by step; needs rich"
+        "--show",
+        action="store_true",
+        help='watch the answer come about in the terminal, step by step (needs rich: pip install ".[show]")',
     )
     which.add_argument("--quiet", action="store_true", help="only the answer: nothing on stderr but errors")
     group.add_argument(

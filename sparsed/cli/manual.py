@@ -7,6 +7,8 @@ EPILOG = """\
 examples:
   python {script} --demo --compare --prompt 4k --seq_len 32 --steps 32
       the bundled demo checkpoint on a 4,096-token document, full attention against SparseD
+  python {script} --demo --show --report run.html --prompt short_context
+      watch the answer come about, and keep the run as a page for the browser
   python {script} --prompt 16k --warmup 1 --json run.json
       the published checkpoint with SparseD; times and tokens go to run.json
   python {script} --prompt 64k --advise

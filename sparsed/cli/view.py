@@ -113,7 +113,8 @@ def _appearance(token: Token | None) -> Part:
 
 def _heading(view: View) -> list[Part]:
     masked = sum(token is None for token in view.tokens)
-    rest = f"step {view.step} of {view.steps}  {masked} of {len(view.tokens)} masked  {view.seconds:.1f} s"
+    # where the terminal is narrow, the end is cut off
+    rest = f"step {view.step} of {view.steps}  {view.seconds:.1f} s  {masked} of {len(view.tokens)} masked"
     return [(view.title, "bold"), ("  ", ""), (view.phase, "bold cyan"), (f"  {rest}", "")]
 
 

@@ -6,6 +6,12 @@ from typing import Any
 from .summary import LABELS, phases
 
 PHASES = {"full_steps": "full steps", "selection": "selection", "sparse_steps": "sparse steps"}
+# what a step of each phase computes
+COMPUTED = {
+    "full_steps": "full attention",
+    "selection": "full attention and selection",
+    "sparse_steps": "sparse attention",
+}
 SHORTEST = 1e-6  # seconds that a scale spans at least
 
 
@@ -27,11 +33,14 @@ def step_chart(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One row of bars a run, a bar a step, all to one scale.
 
     Returns:
-        `ticks` (y, label), and `rows`: the label and the bars (x, y, width, height, phase, title) of each run.
+        `ticks` (y, label), `rows`: the label and the bars (x, y, width, height, phase, title) of each run, and
+        `legend`: the phases among them, with what they compute.
     """
     marks = ticks(max(SHORTEST, *(max(run["step_seconds"]) for run in runs)))
     rows = [{"label": LABELS[run["mode"]], "bars": _step_bars(run, marks[-1])} for run in runs]
-    return {"ticks": _tick_marks(marks, duration), "rows": rows}
+    drawn = {bar["phase"] for row in rows for bar in row["bars"]}
+    legend = [(phase, text) for phase, text in COMPUTED.items() if phase in drawn]
+    return {"ticks": _tick_marks(marks, duration), "rows": rows, "legend": legend}
 
 
 def _step_bars(run: dict[str, Any], highest: float) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ def check_record(record: Any) -> None:
     Raises:
         ValueError: names the field that is wrong, and says what it should be.
     """
+    if isinstance(record, dict) and "advice" in record:
+        raise ValueError("this is the record of --advise, which makes no answer; the page needs a run's")
     RECORD(record, "")
     modes = [run["mode"] for run in record["runs"]]
     if modes not in (["origin"], ["sparsed"], ["origin", "sparsed"]):
@@ -80,7 +82,7 @@ def _object(required: dict[str, Check], optional: dict[str, Check] | None = None
             if name in value:
                 check(value[name], path)
             elif name in required:
-                raise ValueError(f"there is no {path}")
+                raise ValueError(f"{path} is missing")
 
     return check_object
 

@@ -112,11 +112,11 @@ def stretches(run: dict[str, Any], different: list[int]) -> list[tuple[bool, str
 def run_lines(run: dict[str, Any]) -> list[str]:
     """One run, for people."""
     seconds, steps = phases(run), len(run["step_seconds"])
-    parts = [f"{run['full_steps']} full steps {seconds['full_steps']:.2f} s"]
+    parts = [f"{_counted(run['full_steps'], 'full step')} {seconds['full_steps']:.2f} s"]
     if seconds["selection"] is not None:
         parts.append(f"selection {seconds['selection']:.2f} s")
     if seconds["sparse_steps"] is not None:
-        parts.append(f"{steps - run['full_steps']} sparse steps {seconds['sparse_steps']:.2f} s")
+        parts.append(f"{_counted(steps - run['full_steps'], 'sparse step')} {seconds['sparse_steps']:.2f} s")
     lines = [f"{LABELS[run['mode']]}: {run['seconds']:.2f} s ({', '.join(parts)})"]
     if len(run["repeats"]["seconds"]) > 1:
         lines.append(f"  {repeats_line(run['repeats'])}")
@@ -127,6 +127,10 @@ def run_lines(run: dict[str, Any]) -> list[str]:
     if run["backend"] is not None:
         lines.append(f"  backend {run['backend']} ({run['backend_reason']})")
     return lines
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def expected_line(run: dict[str, Any]) -> str:
