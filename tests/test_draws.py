@@ -203,6 +203,7 @@ IDLE = [  # case, the steps that run no forward with full attention
     ("dream", {"gen_length": 32, "steps": 64}, range(33)),
     ("dream", {"gen_length": 16, "steps": 16}, range(1)),
     ("dream", {"gen_length": 16, "steps": 24, "alg": "entropy", "alg_temp": 0.5}, range(9)),
+    ("dream", {"gen_length": 32, "steps": 64, "alg": "topk_margin"}, range(33)),
     ("dream", {"gen_length": 32, "steps": 64, "temperature": 1.0}, ()),
     ("dream", {"gen_length": 32, "steps": 64, "alg": "origin"}, ()),
     ("llada", {"gen_length": 8, "steps": 12, "block_length": 4}, (4, 5, 10, 11)),

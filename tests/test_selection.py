@@ -151,8 +151,12 @@ def test_the_ragged_block_counts_what_it_has():
         {"select": 1.2},
         {"key_valid": torch.ones(1, 64)},
         {"key_valid": torch.ones(1, 63, dtype=torch.bool)},
+        {"key_valid": torch.ones(1, 65, dtype=torch.bool)},
         {"k": torch.zeros(1, 3, 64, 16)},
         {"k": torch.zeros(1, 2, 63, 16)},
+        {"k": torch.zeros(1, 2, 65, 16)},
+        {"k": torch.zeros(1, 0, 64, 16)},
+        {"q": torch.zeros(1, 0, 64, 16)},
         {"q": torch.zeros(64, 16)},
         {"k": torch.zeros(2, 64, 16)},
     ],
@@ -329,6 +333,12 @@ def test_the_kernel_is_compiled_on_the_first_block(monkeypatch):
             assert torch.equal(options["key_valid"], valid[:, :16]) and torch.equal(options["lse"], lse[:, :, :16])
         else:
             assert options["key_valid"] is options["lse"] is None
+
+
+def test_a_prompt_beyond_the_sequence_is_told_its_length():
+    q = torch.zeros(2, 4, 64, 16)
+    with pytest.raises(ValueError, match="between 0 and the sequence's 64 tokens, got 70"):
+        select_blocks(q, q, prompt_len=70, block_size=16, select=0.3)
 
 
 def test_a_mask_of_another_shape_is_told_the_right_one():
