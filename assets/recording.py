@@ -20,8 +20,8 @@ from rich.segment import Segment
 
 from sparsed.cli.record import write_text
 from sparsed.cli.view import Token, View, drawn
-from sparsed.patch import FULL, SELECTING, SPARSE
 from sparsed.report.summary import LABELS
+from sparsed.run import FULL, SELECTING, SPARSE
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_name("denoising.svg")

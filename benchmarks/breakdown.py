@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from sparsed import SparseDConfig, sparsify
-from sparsed.patch import synchronize
+from sparsed.run import synchronize
 from sparsed.sampling.common import Step
 
 from .common import LENGTHS, NEW_TOKENS, build_parser, markdown, new_record, parse_arguments, require_gpu, save

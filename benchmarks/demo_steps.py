@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from sparsed import SparseDConfig, load_model, load_tokenizer, sparsify
 from sparsed.cli.readers import whole
-from sparsed.patch import synchronize
 from sparsed.prompts import build_prompt, demo_path
+from sparsed.run import synchronize
 
 from .common import build_parser, new_record, parse_arguments, save
 

@@ -24,7 +24,7 @@ from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, s
 from sparsed.attention import BACKENDS
 from sparsed.cli.parser import Parser
 from sparsed.cli.readers import config_field, number_in, some_of, whole
-from sparsed.patch import synchronize
+from sparsed.run import synchronize
 from sparsed.sampling.common import OnStep, Step
 
 from . import reference

@@ -21,10 +21,11 @@ import transformers
 from torch import Tensor, nn
 
 from demo.tokenizer import write_json
+from sparsed.chat import encode_chat
 from sparsed.config import SparseDConfig
 from sparsed.models import load_model, load_tokenizer
 from sparsed.patch import sparsify
-from sparsed.prompts import answer_found, build_document, build_prompt, encode_chat, language
+from sparsed.prompts import answer_found, build_document, build_prompt, language
 from sparsed.sampling import dream_generate, llada_generate
 
 TASKS = ("documents", "word_problems", "presets")

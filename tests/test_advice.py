@@ -15,7 +15,8 @@ from sparsed.cli import advice, arguments, main_dream, main_llada, running
 from sparsed.cli.advice import StepTimes, advice_lines, advise, break_even, steps_that_run, time_steps, whole_runs
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.cli.running import Job
-from sparsed.patch import FULL, SELECTING, SPARSE, run_of
+from sparsed.patch import run_of
+from sparsed.run import FULL, SELECTING, SPARSE
 
 MAIN = {"dream": main_dream, "llada": main_llada}
 FAMILIES = {"dream": DREAM, "llada": LLADA}

@@ -15,12 +15,12 @@ import torch
 from tiny_folders import tiny_folder
 
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer
+from sparsed.chat import encode_chat
 from sparsed.cli import arguments, main_dream, main_llada, manual, running
 from sparsed.cli import main as main_module
 from sparsed.cli import record as record_module
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.models import loading
-from sparsed.prompts import encode_chat
 
 ROOT = Path(__file__).parents[1]
 MAIN = {"dream": main_dream, "llada": main_llada}

@@ -10,7 +10,7 @@ from sampling_cases import CONFIG, GENERATE, head_of, inputs_of, options_of
 from standins import MASK
 
 from sparsed import SparseDConfig, dream_generate, llada_generate
-from sparsed.patch import Run
+from sparsed.run import Run
 
 # ------------------------------------------------------------------------------------------------- randomness
 

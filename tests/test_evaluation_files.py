@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from sparsed.chat import encode_chat
 from sparsed.evaluation import read_samples
 from sparsed.models import load_tokenizer
-from sparsed.prompts import demo_path, encode_chat
+from sparsed.prompts import demo_path
 
 
 @pytest.fixture(scope="module")

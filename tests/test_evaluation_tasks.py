@@ -6,12 +6,13 @@ from collections import Counter
 
 import pytest
 
+from sparsed.chat import encode_chat
 from sparsed.evaluation import TASKS, make_sample, score
 from sparsed.evaluation.puzzles import tracking
 from sparsed.evaluation.tasks import sample_id
 from sparsed.evaluation.texts import key_held_out, key_words
 from sparsed.models import load_tokenizer
-from sparsed.prompts import demo_path, encode_chat, language
+from sparsed.prompts import demo_path, language
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 NEEDLE = re.compile(rf"(The|A) code of (the \w+ \w+|{UUID}) is (\d{{7}}|{UUID})\.")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_folders import tiny_folder
 from tokenizers import AddedToken, Tokenizer, models
 
-from sparsed import prompts
+from sparsed import chat
+from sparsed.chat import encode_chat
 from sparsed.cli import main_dream, main_llada
 from sparsed.cli.paths import LARGEST_FILE, LONGEST_PROMPT
 from sparsed.models import load_tokenizer
@@ -23,7 +24,6 @@ from sparsed.models.dream import DreamConfig
 from sparsed.models.files import LARGEST_TEXT
 from sparsed.models.llada import LLaDAConfig
 from sparsed.models.tokenizer import LARGEST_ID
-from sparsed.prompts import encode_chat
 
 MAIN = {"dream": main_dream, "llada": main_llada}
 SHORT = ["--seq_len", "32", "--steps", "4", "--block_size", "16", "--device", "cpu", "--quiet"]
@@ -176,7 +176,7 @@ def test_a_token_id_that_a_library_would_count_up_to(folder, call):
 def test_the_limits_are_those_that_security_md_names():
     text = (Path(__file__).parents[1] / "SECURITY.md").read_text()
     mebibytes = [f"{size >> 20} MiB |" for size in (LONGEST_PROMPT, LARGEST_TEXT, LARGEST_FILE)]
-    template = f"{prompts.TEMPLATE_SECONDS:.0f} seconds, {prompts.TEMPLATE_CHARACTERS:,} characters"
+    template = f"{chat.TEMPLATE_SECONDS:.0f} seconds, {chat.TEMPLATE_CHARACTERS:,} characters"
     for limit in (*mebibytes, template, f"{LARGEST:,}; layers {MOST_LAYERS:,} |", f"{LARGEST_ID - 1:,} |"):
         assert limit in text
 
@@ -250,7 +250,7 @@ def test_what_a_chat_template_may_write_is_bounded(template, says, folder, call)
 
 def test_a_chat_template_without_end_is_left_alone(folder, call, monkeypatch):
     """This one ends, after a second, lest it take time from the tests after it."""
-    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.1)
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.1)
     loops = "{% for i in range(99999) %}{% for i in range(30) %}{% endfor %}{% endfor %}"
     (folder / "chat_template.jinja").write_text(loops + "{{ messages[0]['content'] }}")
     refused(call(), "--model_path", "takes more than 0.1 seconds")

@@ -16,18 +16,21 @@ ALLOWED = {
     "selection": {"kernels", "blocks"},
     "watching": {"selection", "blocks"},
     "attention": {"kernels", "blocks"},
-    "patch": {"selection", "attention", "blocks", "kernels"},
+    "run": {"selection", "attention", "blocks", "kernels"},
+    "patch": {"run", "selection", "attention"},
     "models": {"kernels"},
-    "sampling": {"patch", "models"},
-    "prompts": set(),
+    "sampling": {"patch", "run", "models"},
+    "chat": set(),
+    "prompts": {"chat"},
     "report": set(),
-    "cli": {"report", "sampling", "patch", "watching", "blocks", "attention", "models", "prompts"},
+    "cli": {"report", "sampling", "patch", "run", "watching", "blocks", "attention", "models", "chat", "prompts"},
     "pictures": {"cli", "sampling", "patch", "watching", "blocks", "models", "prompts"},
-    "evaluation": {"cli", "sampling", "patch", "watching", "attention", "models", "prompts", "selection", "blocks"},
+    "evaluation": {"cli", "sampling", "patch", "run", "watching", "attention", "models", "chat", "prompts"}
+    | {"selection", "blocks"},
     "__main__": {"cli", "evaluation"},
     "__init__": {"sampling", "patch", "selection", "models"},
 }
-LEAVES = {"config", "models", "prompts"}  # not even config
+LEAVES = {"config", "models", "chat", "prompts"}  # not even config
 
 
 def layer_of(path: Path) -> str:

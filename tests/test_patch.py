@@ -21,9 +21,9 @@ from reference_sampling import Denoiser, decided
 from standins import DREAM, LLADA, MASK, HubDream
 from standins_llada import llada_sampler
 
-from sparsed import SparseDConfig, patch
+from sparsed import SparseDConfig
 from sparsed.kernels import block_scores
-from sparsed.patch import valid_keys
+from sparsed.run import valid_keys
 
 # -------------------------------------------------------------------------------------------------- same as the twin
 
@@ -249,7 +249,7 @@ def test_where_every_block_is_kept_auto_keeps_full_attention(monkeypatch, any_mo
     dense = outputs(model, steps)
     scored = []
     score = lambda *args, **named: scored.append(1) or block_scores(*args, **named)  # noqa: E731
-    monkeypatch.setattr(patch, "block_scores", score)
+    monkeypatch.setattr("sparsed.run.block_scores", score)
     with run(model, config=config) as state:
         assert torch.equal(outputs(model, steps), dense)
     assert not scored and (state.backend, state.density, state.step) == ("full", 1.0, STEPS)

@@ -6,16 +6,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sparsed.chat import ChatTemplateError, encode_chat
 from sparsed.models import load_tokenizer
 from sparsed.prompts import (
     LENGTHS,
     PRESETS,
-    ChatTemplateError,
     answer_found,
     build_document,
     build_prompt,
     demo_path,
-    encode_chat,
     language,
 )
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention import FLASH_FROM
-from ..patch import FULL
+from ..run import FULL
 from ..sampling.common import Step
 from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
 from ..sampling.dream import EPS, commit_fractions, idle_steps

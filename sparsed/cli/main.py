@@ -10,11 +10,12 @@ import huggingface_hub
 import torch
 
 from ..attention import BackendError
+from ..chat import ChatTemplateError, encode_chat
 from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
 from ..models.files import checkpoint_folder, read_json
 from ..models.loading import empty_model, resolve_device, resolve_dtype
-from ..prompts import ChatTemplateError, Prompt, answer_found, build_prompt, demo_path, encode_chat
+from ..prompts import Prompt, answer_found, build_prompt, demo_path
 from ..report.page import page
 from ..report.summary import compare, comparison_lines, expected_line, run_lines
 from ..sampling.common import PromptError, check_prompt

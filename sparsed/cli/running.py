@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.common import DiffusionLM
-from ..patch import FULL, Run, sparsify, synchronize
+from ..patch import sparsify
 from ..report.summary import LABELS, selection_seconds, typical
+from ..run import FULL, Run, synchronize
 from ..sampling import dream_generate, llada_generate
 from ..sampling.common import Step
 from ..watching import watched

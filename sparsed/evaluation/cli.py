@@ -17,12 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..attention import BackendError
+from ..chat import ChatTemplateError
 from ..cli.ending import blame, guarded
 from ..cli.record import environment, write_json, write_text
 from ..cli.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
-from ..prompts import ChatTemplateError, demo_path
+from ..prompts import demo_path
 from ..sampling.common import Step
 from . import plots
 from .arguments import parse

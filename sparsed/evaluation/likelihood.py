@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import SparseDConfig, check_numbers
 from ..models.common import DiffusionLM
-from ..patch import SPARSE
+from ..run import SPARSE
 from ..sampling.common import attention_of, check_prompt
 from ..sampling.denoiser import Denoiser
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cli.record import answer_length, decode, stop_ids
 from ..config import SparseDConfig
 from ..models.common import DiffusionLM
-from ..patch import synchronize
+from ..run import synchronize
 from ..sampling import dream_generate, llada_generate
 from ..sampling.common import OnStep, attention_of
 from ..watching import recall, watched

@@ -37,7 +37,7 @@ def step_chart(runs: list[dict[str, Any]]) -> dict[str, Any]:
         `legend`: the phases among them, with what they compute.
     """
     marks = ticks(max(SHORTEST, *(max(run["step_seconds"]) for run in runs)))
-    rows = [{"label": LABELS[run["mode"]], "bars": _step_bars(run, marks[-1])} for run in runs]
+    rows: list[dict[str, Any]] = [{"label": LABELS[run["mode"]], "bars": _step_bars(run, marks[-1])} for run in runs]
     drawn = {bar["phase"] for row in rows for bar in row["bars"]}
     legend = [(phase, text) for phase, text in COMPUTED.items() if phase in drawn]
     return {"ticks": _tick_marks(marks, duration), "rows": rows, "legend": legend}

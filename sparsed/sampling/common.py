@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SparseDConfig
-from ..patch import Run, sparsify
+from ..patch import sparsify
+from ..run import Run
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..models.common import DiffusionLM
-from ..patch import FULL, SELECTING, SPARSE, Run, run_of
+from ..patch import run_of
+from ..run import FULL, SELECTING, SPARSE, Run
 
 # up to so many tokens, batch rows together, a GPU waits for the host to launch kernels; beyond, a graph gains nothing
 REPLAYED_TOKENS = 2048

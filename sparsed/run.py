@@ -1,0 +1,213 @@
+"""One generation under SparseD: its steps are counted, its blocks are chosen once, and then attended to.
+
+The first `n_full` steps run the model's own full attention; the last of them also chooses every layer's blocks; the
+steps after it attend to those only (arXiv 2509.24014, section 4).
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import BACKENDS, Problem, SparseAttention, choose_backend
+from .blocks import BlockGrid
+from .config import SparseDConfig
+from .kernels import block_scores, full_attention
+from .selection import Rule, compile_scores
+
+# what a step computes
+FULL, SELECTING, SPARSE = "full", "selecting", "sparse"
+# an additive mask at or below this hides a key: libraries use -1e4, -1e9, the dtype's lowest number or -inf
+NEVER = -1e4
+
+
+class Run:
+    """State of the generations inside one `sparsify`, all of it: nothing stays on the model.
+
+    Attributes:
+        step: index of the next denoising step (inside a forward: of the current one).
+        n_full: number of leading steps with full attention; 0 under a rule that needs none.
+        backend, backend_reason: the kernel of the sparse steps and why it was taken; None until blocks are chosen.
+        compile_seconds: time spent choosing and compiling kernels, part of step n_full - 1's time.
+        phase: what the next step (inside a forward: the current one) computes: FULL, SELECTING or SPARSE.
+        pattern_version: changes whenever the chosen blocks do.
+    """
+
+    def __init__(self, config: SparseDConfig, steps: int, gen_length: int, backend: str, rule: Rule):
+        self.config, self.steps, self.gen_length, self.rule = config, steps, gen_length, rule
+        self.n_full = 0 if rule.blind else config.n_full(steps)
+        self.backend: str | None = None
+        self.backend_reason: str | None = None
+        self.compile_seconds = 0.0
+        self._wanted = backend
+        self._shape: tuple[int, ...] | None = None
+        self._running = threading.Lock()
+        self._keeps_all = False
+        self.pattern_version = 0
+        self.reset()
+
+    @property
+    def density(self) -> float | None:
+        """Attended over all valid (query, key) pairs in the sparse steps, mean over layers and heads."""
+        if self.backend == FULL:
+            return 1.0
+        return torch.stack([d.cpu() for d in self._densities]).mean().item() if self._densities else None
+
+    def reset(self) -> None:
+        """Drop the chosen blocks: the next forward is step 0 of a new generation."""
+        self.step = 0
+        self.backend = self.backend_reason = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._grid: BlockGrid | None = None
+        self._sparse: dict[tuple[int, torch.device], SparseAttention] = {}
+        self._devices: set[torch.device] = set()
+        self._densities: list[Tensor] = []
+        self.pattern_version += 1
+
+    def release(self) -> None:
+        """Free the chosen blocks and keep what was measured."""
+        self._grid, self._sparse = None, {}
+
+    def prepare(self, shape: tuple[int, ...]) -> str:
+        """The phase of the next step, over [batch, length] tokens; a finished run or another shape starts anew."""
+        if shape[1] < self.gen_length:
+            raise ValueError(f"sparsify: gen_length {self.gen_length} exceeds the forward's {shape[1]} tokens")
+        if self.step >= self.steps or shape != self._shape:
+            self.reset()
+            grid = BlockGrid(shape[1], shape[1] - self.gen_length, self.config.block_size)
+            self._keeps_all = self._wanted == "auto" and grid.keeps_all(self.config.select)
+            if self._keeps_all and self.n_full < self.steps:
+                self.backend, self.backend_reason = FULL, "every block is kept"
+        self._shape = shape
+        return self.phase
+
+    def count(self) -> None:
+        """The step that was prepared is done, without a forward of the model: it was replayed, or needed none."""
+        self.step += 1
+
+    @contextmanager
+    def forward(self, shape: tuple[int, ...]) -> Iterator[None]:
+        """A forward of the model, which is one step; if it fails, the step does not count."""
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError("sparsify: a forward began inside another one of the same model, or in another thread")
+        try:
+            if self.prepare(shape) == SELECTING:
+                self._forget()  # what an earlier try at this step chose before it failed
+            yield
+            self.step += 1
+        finally:
+            self._running.release()
+
+    @property
+    def phase(self) -> str:
+        """The last full step selects, unless no sparse step follows; a run that keeps every block stays full."""
+        if self._keeps_all or self.n_full == self.steps or self.step < self.n_full - 1:
+            return FULL
+        return SELECTING if self.step == max(0, self.n_full - 1) else SPARSE
+
+    def current_phase(self) -> str:
+        """The phase of the step whose forward is running; RuntimeError if none is."""
+        if not self._running.locked():
+            raise RuntimeError("sparsify: attention ran outside a forward of the model that was given to sparsify")
+        return self.phase
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
+        """One layer's attention in this step: `full()` in the full steps, else over the layer's kept blocks.
+
+        Args:
+            layer: index of the attention module.
+            q: [B, Hq, n, D] after rotary embedding, the LAST n tokens of the sequence; all of them where blocks are
+                selected.
+            k, v: [B, Hkv, T, D].
+            mask: the mask that the model gave its attention, in any of the forms of `valid_keys`.
+            full: computes the model's own full attention.
+        """
+        phase = self.current_phase()
+        if phase == FULL:
+            return full()
+        if phase == SPARSE:
+            return self._sparse_attention(layer, q.device)(q, k, v)
+        return self._select(layer, q, k, v, mask, full)
+
+    def _select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
+        """Full attention, and the blocks that the sparse steps will attend to; a blind rule's at once."""
+        length = q.shape[2]
+        if k.shape[2] != length:
+            raise ValueError(f"sparsify needs all tokens in every forward, got {length} queries and {k.shape[2]} keys")
+        if self._grid is None:
+            self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
+        grid = self._grid.to(q.device)
+        out = lse = None
+        if not self.rule.blind:
+            # without a mask, ours is the model's own full attention, and can give the log-sum-exp along with it
+            out, lse = full_attention(q, k, v) if mask is None or isinstance(mask, str) else (full(), None)
+        first = q.device not in self._devices
+        if first:
+            self._devices.add(q.device)
+            self._timed(lambda: self._prepare(q, k, lse, grid), q.device)
+
+        def score() -> Tensor:
+            compiled = self.backend != "gather"
+            return block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid, lse=lse, compiled=compiled)
+
+        pattern = self.rule.choose(q, score, grid, self.config.select)
+        self._densities.append(pattern.density)
+        assert self.backend is not None  # `_prepare` has chosen it
+        sparse = self._sparse[layer, q.device] = BACKENDS[self.backend](pattern)
+        return sparse(q, k, v) if self.rule.blind else out
+
+    def _sparse_attention(self, layer: int, device: torch.device) -> SparseAttention:
+        """What the layer was given when it selected."""
+        if (layer, device) not in self._sparse:
+            raise RuntimeError(
+                f"sparsify: no blocks were chosen on {device} for attention {layer}; reset() after moving a model"
+            )
+        return self._sparse[layer, device]
+
+    def _prepare(self, q: Tensor, k: Tensor, lse: Tensor | None, grid: BlockGrid) -> None:
+        """Choose the backend, whose self-check compiles it, and have the scores' kernel compiled."""
+        batch, heads, _, head_dim = q.shape
+        padded = grid.key_valid is not None
+        problem = Problem(q.device, q.dtype, batch, heads, k.shape[1], head_dim, grid.block_size, padded)
+        self.backend, self.backend_reason = choose_backend(self._wanted, problem, grid.length)
+        if self.backend != "gather" and not self.rule.blind:
+            compile_scores(q, k, grid, lse)
+
+    def _timed(self, work: Callable[[], Any], device: torch.device) -> None:
+        """Run `work` and count its time, the device's included, as compile time."""
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        self.compile_seconds += time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def valid_keys(mask: Any, k: Tensor) -> Tensor | None:
+    """Which keys [B, T] an attention mask lets any query attend to; None if all of them.
+
+    Args:
+        mask: None or a string such as "full" (no mask); bool or integer (nonzero = attend) or additive float
+            (-1e4 and below = never attend), broadcastable to [B, H, T, T] or of shape [B, T].
+        k: [B, Hkv, T, D].
+    """
+    if mask is None or isinstance(mask, str):
+        return None
+    batch, length = k.shape[0], k.shape[2]
+    allowed = mask > NEVER if mask.is_floating_point() else mask.bool()
+    if allowed.shape != (batch, length):
+        while allowed.ndim < 4:
+            allowed = allowed[None]
+        allowed = allowed.any(dim=2).any(dim=1).expand(batch, length)
+    return None if allowed.all() else allowed.to(k.device)
