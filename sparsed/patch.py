@@ -5,6 +5,7 @@ A denoising step is one forward of the patched model; what it computes, its `Run
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +17,9 @@ from .attention import check_backend
 from .config import SparseDConfig, check_numbers
 from .run import FULL, Run
 from .selection import SPARSED, Rule
+
+# held while a model is patched, lest two threads both find it unpatched
+PATCHING = threading.Lock()
 
 
 @contextmanager
@@ -32,7 +36,8 @@ def sparsify(
 
     It works on this package's classes and on the hub's remote code, and with any sampler that calls the model once a
     denoising step. After `steps` forwards, or when batch or length changes, the next forward starts a new generation; a
-    sampler that stops before calls `reset()`.
+    sampler that stops before calls `reset()`. What wraps a patched method inside the context stays when it ends, around
+    the method as it was before.
 
     Args:
         model: recognised by the structure of its attention modules.
@@ -47,7 +52,7 @@ def sparsify(
 
     Raises:
         ValueError: no Dream or LLaDA attention in the model, or a number out of range.
-        RuntimeError: the model is inside another `sparsify`.
+        RuntimeError: the model is inside another `sparsify`; or (at the end) another thread is inside a forward.
         BackendError: (in the step that chooses the blocks) the named backend cannot run.
     """
     if not isinstance(config, SparseDConfig):
@@ -57,30 +62,39 @@ def sparsify(
     seams = [(module, *seam) for module in model.modules() if (seam := _seam(module))]
     if not seams:
         raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
-    if run_of(model) is not None:
-        raise RuntimeError("the model is inside another sparsify already: leave it, or generate without config=")
     run = Run(config, steps, gen_length, backend, rule)
     with ExitStack() as undo:
-        for layer, (module, name, patched) in enumerate(seams):
-            _replace(undo, module, name, patched(run, layer, module, getattr(module, name)), run)
-        _replace(undo, model, "forward", _counted(run, model.forward), run)
+        with PATCHING:
+            if run_of(model) is not None:
+                raise RuntimeError(
+                    "the model is inside another sparsify already: leave it, or generate without config="
+                )
+            for layer, (module, name, patched) in enumerate(seams):
+                _replace(undo, module, name, patched(run, layer, module, getattr(module, name)), run)
+            _replace(undo, model, "forward", _counted(run, model.forward), run)
         undo.callback(run.release)
         yield run
+        run.check_idle()
 
 
 def run_of(model: nn.Module) -> Run | None:
     """The run of the `sparsify` that the model, or a part of it, is inside of; None outside."""
-    functions = (function for module in model.modules() for function in module.__dict__.values())
-    return next((function.sparsed_run for function in functions if hasattr(function, "sparsed_run")), None)
+    shadows = (value for module in model.modules() for value in module.__dict__.values() if isinstance(value, _Shadow))
+    return next((shadow.sparsed_run for shadow in shadows if shadow.sparsed_run is not None), None)
 
 
 def _replace(undo: ExitStack, module: nn.Module, name: str, function: Callable, run: Run) -> None:
     """Shadow a method on the instance; `undo` puts back what the instance had, or takes the shadow away."""
-    if name in module.__dict__:
-        undo.callback(module.__dict__.__setitem__, name, module.__dict__[name])
-    else:
-        undo.callback(module.__dict__.pop, name, None)
-    module.__dict__[name] = _Shadow(function, getattr(module, name), run)
+    own = {name: module.__dict__[name]} if name in module.__dict__ else {}
+    shadow = module.__dict__[name] = _Shadow(function, getattr(module, name), run)
+
+    def restore() -> None:
+        if module.__dict__.get(name) is shadow:  # else it was wrapped meanwhile, by a hook of accelerate perhaps
+            del module.__dict__[name]
+            module.__dict__.update(own)
+        shadow.retire()
+
+    undo.callback(restore)
 
 
 class _Shadow:
@@ -91,10 +105,15 @@ class _Shadow:
 
     def __init__(self, function: Callable, original: Callable, run: Run):
         functools.update_wrapper(self, original)
-        self.function, self.sparsed_run = function, run
+        self.function, self.original = function, original
+        self.sparsed_run: Run | None = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+    def retire(self) -> None:
+        """Become the original method, for what has wrapped the patched one."""
+        self.function, self.sparsed_run = self.original, None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError("sparsify: a patched model can be neither copied nor pickled: do it outside the context")

@@ -104,6 +104,11 @@ class Run:
         finally:
             self._running.release()
 
+    def check_idle(self) -> None:
+        """RuntimeError if a forward is running, the rest of whose layers would attend to everything."""
+        if self._running.locked():
+            raise RuntimeError("sparsify: the context ended while another thread was inside a forward of the model")
+
     @property
     def phase(self) -> str:
         """The last full step selects, unless no sparse step follows; a run that keeps every block stays full."""
@@ -197,6 +202,8 @@ def synchronize(device: torch.device) -> None:
 def valid_keys(mask: Any, k: Tensor) -> Tensor | None:
     """Which keys [B, T] an attention mask lets any query attend to; None if all of them.
 
+    Where a row may attend to nothing, its outputs mean nothing: it is taken to attend to all, so that they are finite.
+
     Args:
         mask: None or a string such as "full" (no mask); bool or integer (nonzero = attend) or additive float
             (-1e4 and below = never attend), broadcastable to [B, H, T, T] or of shape [B, T].
@@ -210,4 +217,5 @@ def valid_keys(mask: Any, k: Tensor) -> Tensor | None:
         while allowed.ndim < 4:
             allowed = allowed[None]
         allowed = allowed.any(dim=2).any(dim=1).expand(batch, length)
+    allowed = allowed | ~allowed.any(-1, keepdim=True)
     return None if allowed.all() else allowed.to(k.device)

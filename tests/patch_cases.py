@@ -64,8 +64,12 @@ def snapshot(model):
     seen = {}
     for name, module in model.named_modules():
         attributes = {key: id(value) for key, value in vars(module).items()}
-        hooks = {key: tuple(value) for key, value in vars(module).items() if "hooks" in key and value is not None}
-        seen[name] = (type(module), attributes, hooks)
+        held = {
+            key: [*map(id, value), *map(id, value.values())]
+            for key, value in vars(module).items()
+            if isinstance(value, dict)
+        }
+        seen[name] = (type(module), attributes, held)
     parameters = {name: (id(value), value._version) for name, value in model.named_parameters()}
     class_attributes = {type(m): {k: id(v) for k, v in vars(type(m)).items()} for m in model.modules()}
     return seen, parameters, class_attributes, vars(torch.nn.functional)["scaled_dot_product_attention"]

@@ -6,13 +6,16 @@ import inspect
 import io
 import pickle
 import threading
+import time
 import weakref
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from patch_cases import STEPS, build, logits_of, outputs, run, sequences, snapshot
 from standins import HubDream
+
+from sparsed import patch
 
 
 @pytest.fixture
@@ -80,6 +83,40 @@ def test_a_hook_of_accelerate_stays(any_model, alone):
     assert snapshot(model) == before
 
 
+def test_a_hook_that_comes_inside_stays_too(any_model, alone):
+    (model, _), (steps, expected) = any_model, alone
+    before, dense = snapshot(model), outputs(model, steps)
+    with run(model):
+        add_hook_to_module(model, ModelHook())
+        assert torch.equal(outputs(model, steps), expected)
+    assert torch.equal(outputs(model, steps), dense)
+    with run(model):
+        assert torch.equal(outputs(model, steps), expected)
+    remove_hook_from_module(model)
+    assert torch.equal(outputs(model, steps), dense)
+    vars(model).pop("forward")  # accelerate leaves the method where the hook was
+    assert snapshot(model) == before
+
+
+def test_a_hook_that_goes_inside_is_gone(any_model, alone):
+    (model, _), (steps, expected) = any_model, alone
+    dense = outputs(model, steps)
+    add_hook_to_module(model, ModelHook())
+    with run(model):
+        remove_hook_from_module(model)
+    assert torch.equal(outputs(model, steps), dense)
+    with run(model):
+        assert torch.equal(outputs(model, steps), expected)
+
+
+def test_a_shallow_copy_made_inside_is_free_afterwards(any_model, alone):
+    (model, _), (steps, expected) = any_model, alone
+    with run(model):
+        twin = copy.copy(model)
+    with run(twin):
+        assert torch.equal(outputs(twin, steps), expected)
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
 def test_a_copy_would_compute_with_the_weights_of_the_original(any_model, alone, way):
     (model, _), (steps, expected) = any_model, alone
@@ -122,6 +159,52 @@ def test_two_threads_do_not_share_a_step(any_model, alone):
         go_on.set()
         thread.join()
     assert torch.equal(found[0], expected)
+
+
+def test_of_two_threads_one_gets_in(any_model, monkeypatch):
+    model, _ = any_model
+    before, look, refused, inside = snapshot(model), patch.run_of, [], threading.Barrier(2)
+
+    def slowly(model):
+        found = look(model)
+        time.sleep(0.1)  # the other thread may look, too
+        return found
+
+    def enter():
+        try:
+            with run(model):
+                inside.wait(20)
+        except RuntimeError as error:
+            refused.append(str(error))
+            inside.wait(20)
+
+    monkeypatch.setattr(patch, "run_of", slowly)
+    threads = [threading.Thread(target=enter) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 1 and "another sparsify" in refused[0]
+    assert snapshot(model) == before
+
+
+def test_the_context_must_not_end_inside_another_thread_s_forward(any_model):
+    model, _ = any_model
+    before, entered, go_on = snapshot(model), threading.Event(), threading.Event()
+
+    def wait(*_):
+        entered.set()
+        assert go_on.wait(20)
+
+    with pytest.raises(RuntimeError, match="another thread was inside a forward"), run(model):
+        thread = threading.Thread(target=lambda: logits_of(model, sequences(1)[0]))
+        hook = embedding(model).register_forward_pre_hook(wait)
+        thread.start()
+        assert entered.wait(20)
+    go_on.set()
+    thread.join()
+    hook.remove()
+    assert snapshot(model) == before
 
 
 def test_a_forward_inside_a_forward_is_an_error(any_model, alone):

@@ -146,6 +146,20 @@ def test_no_padding_is_no_mask(mask):
     assert valid_keys(mask, torch.zeros(2, 2, 5, 16)) is None
 
 
+def test_a_row_without_a_real_token_is_finite_and_leaves_the_others_alone(any_model):
+    model, _ = any_model
+    steps, valid = sequences(STEPS, rows=2), torch.ones(2, PROMPT_LEN + GEN_LENGTH, dtype=torch.bool)
+    valid[0] = False
+    valid[1, :16] = False
+    with run(model):
+        alone = [logits_of(model, ids[1:], valid[1:]) for ids in steps]
+    with run(model):
+        together = [logits_of(model, ids, valid) for ids in steps]
+    for both, one in zip(together, alone, strict=True):
+        assert both.isfinite().all()
+        torch.testing.assert_close(both[1:, 16:], one[:, 16:], atol=1e-4, rtol=1e-4)
+
+
 def test_one_row_of_mask_stands_for_the_batch():
     assert torch.equal(valid_keys(MASKED[:1, None, None], torch.zeros(2, 2, 5, 16)), MASKED[:1].expand(2, 5))
 
