@@ -6,6 +6,8 @@ from collections.abc import Callable
 from itertools import chain, pairwise
 from typing import Any
 
+import jinja2
+
 PLACEHOLDER = "placeholder0of0the0user0text"
 # far above any chat template, which is a program that comes with the checkpoint: seconds that it may run, and
 # characters that it may put around the message
@@ -47,6 +49,8 @@ def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:
     """The template's text before the message, the message, and the template's text after it."""
     if not getattr(tokenizer, "chat_template", None):
         return "", text, ""
+    if _computes_powers(tokenizer.chat_template):
+        raise ChatTemplateError("the tokenizer's chat template computes powers (**), which nothing could interrupt")
     message = text.strip()
     # the template sees the message's outer spaces, for some trim them
     lead, _, trail = text.partition(message) if message else (text, "", "")
@@ -59,6 +63,15 @@ def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:
         fault = "repeats the user's message" if after else "leaves the user's message out"
         raise ChatTemplateError(f"the tokenizer's chat template {fault}")
     return before, message, after[0]
+
+
+def _computes_powers(template: Any) -> bool:
+    """Whether ** stands in a template: one such operation can take for ever, while no other thread runs."""
+    try:
+        words = jinja2.Environment().lex(template)
+        return any((kind, word) == ("operator", "**") for _, kind, word in words)
+    except (jinja2.TemplateError, TypeError):  # rendering says what is wrong
+        return False
 
 
 def _in_time(render: Callable[[], str]) -> str:

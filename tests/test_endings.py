@@ -44,10 +44,12 @@ def test_an_interrupted_run_leaves_nothing(sent, code, word, often, checkpoint, 
     process = start(ROOT / "llada_generation.py", *words, cwd=tmp_path)
     assert process.stderr.readline().startswith("LLaDA")  # the heading: generation begins
     process.send_signal(getattr(signal, sent))
+    began = time.monotonic()
     while often and process.poll() is None:  # into Python's own exit
         time.sleep(0.002)
         process.send_signal(getattr(signal, sent))
     out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 2
     assert (process.returncode, out, err) == (code, "", f"llada_generation.py: {word}\n")
     assert list(tmp_path.iterdir()) == []
 

@@ -238,7 +238,7 @@ def test_a_chat_template_reaches_nothing_outside_of_itself(template, folder, cal
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{{ 'x' * 10**7 }}", "characters around the message"),
+        ("{{ 'x' * 10000000 }}", "characters around the message"),
         ("{{ messages[0]['content'] }}", "repeats the user's message"),
     ],
     ids=["long", "twice"],
@@ -246,6 +246,17 @@ def test_a_chat_template_reaches_nothing_outside_of_itself(template, folder, cal
 def test_what_a_chat_template_may_write_is_bounded(template, says, folder, call):
     (folder / "chat_template.jinja").write_text(template + "{{ messages[0]['content'] }}")
     refused(call(), "--model_path", says)
+
+
+@pytest.mark.parametrize("power", ["{{ 9 ** (9 ** 9) }}", "{% set n = messages|length * 9 %}{{ n**n**n }}"])
+def test_a_chat_template_with_powers_is_refused(folder, call, power):
+    (folder / "chat_template.jinja").write_text(power + "{{ messages[0]['content'] }}")
+    refused(call(), "--model_path", "computes powers (**)")
+
+
+def test_stars_in_the_text_of_a_template_are_no_powers(folder, call):
+    (folder / "chat_template.jinja").write_text("**bold** {# 2 ** 3 #}{{ '**' }}{{ messages[0]['content'] }}")
+    assert call()[0] == 0
 
 
 def test_a_chat_template_without_end_is_left_alone(folder, call, monkeypatch):

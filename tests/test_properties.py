@@ -31,11 +31,15 @@ CPU_MODELS = {"dream": tiny_dream(), "llada": tiny_llada()}
 @st.composite
 def sequences(draw, longest=3000):
     """q, k, v of drawn shape and dtype, which of the tokens are real, and the sizes of the method."""
-    length = draw(st.integers(1, 40) | st.integers(1, min(300, longest)) | st.integers(1, longest))
+    size = draw(BLOCK_SIZES)
+    if draw(st.sampled_from([True, True, False])):  # several blocks, the last of any length
+        length = min(longest, size * draw(st.integers(2, 12)) - draw(st.integers(0, size - 1)))
+    else:
+        length = draw(st.integers(1, 40) | st.integers(1, longest))
     few = length > 600  # the twin holds [batch, heads, length, length] in float64
     kv_heads, shared = draw(st.sampled_from([(1, 1), (1, 2)] if few else [(1, 4), (2, 1), (2, 3), (3, 2), (1, 7)]))
     batch, width = 1 if few else draw(st.integers(1, 3)), draw(st.sampled_from([32, 64, 80, 128]))
-    pads = [draw(st.just(0) | st.integers(0, length - 1)) for _ in range(batch)]
+    pads = [draw(st.just(0) | st.integers(0, length // 3) | st.integers(0, length - 1)) for _ in range(batch)]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     dtype = draw(st.sampled_from(DTYPES))
     q, k, v = (
@@ -50,7 +54,7 @@ def sequences(draw, longest=3000):
         valid=valid,
         key_valid=None if valid.all() and draw(st.booleans()) else valid,
         prompt_len=draw(st.integers(0, length)),
-        block_size=draw(BLOCK_SIZES),
+        block_size=size,
         select=draw(SHARES),
     )
 
@@ -109,7 +113,8 @@ def test_sparse_attention_equals_the_twin(case):
     real = case.valid[:, None, :, None].expand_as(out)
     error, dense_error = ((x.double() - exact)[real].abs().max() for x in (out, dense))
     assert out.isfinite().all(), "also of queries that are padding"
-    assert error <= 2 * dense_error + torch.finfo(out.dtype).eps * exact[real].abs().max()
+    # and what one rounding of the largest value that is summed may add
+    assert error <= 2 * dense_error + torch.finfo(out.dtype).eps * case.v.double().abs().max()
     share = mask.float().sum((-1, -2)) if case.valid.all() else None
     if share is not None:
         assert pattern.density.item() == pytest.approx((share / case.valid.shape[1] ** 2).mean().item(), abs=1e-5)
@@ -138,23 +143,32 @@ def test_the_schedule(steps, skip):
 
 
 @st.composite
-def generations(draw):
-    """A sampler's arguments with a tiny model, and SparseD's numbers."""
+def generations(draw, by_chance=False):
+    """A sampler's arguments with a tiny model, and SparseD's numbers; `by_chance` also those that draw."""
     family = draw(st.sampled_from(["dream", "llada"]))
     blocks, block_length = draw(st.integers(1, 3)), draw(st.integers(1, 16))
     gen_length = blocks * block_length
     if family == "llada":
-        options = {"steps": blocks * draw(st.integers(1, block_length)), "block_length": block_length}
+        options = {"steps": blocks * draw(st.integers(1, 2 * block_length)), "block_length": block_length}
+        options["cfg_scale"] = draw(st.sampled_from([0.0, 0.0, 1.5]))
+        if by_chance:
+            options["remasking"] = draw(st.sampled_from(["low_confidence", "random"]))
     else:
-        algorithms = ["maskgit_plus", "entropy", "topk_margin"]
+        algorithms = ["maskgit_plus", "entropy", "topk_margin", *(["origin"] if by_chance else [])]
         options = {"steps": draw(st.integers(1, 2 * gen_length)), "alg": draw(st.sampled_from(algorithms))}
+        options["top_k"] = draw(st.none() | st.integers(1, 100))
+        options["top_p"] = draw(st.none() | st.floats(0.1, 1))
+        if by_chance:
+            options["alg_temp"] = draw(st.sampled_from([0.0, 0.5]))
+    if by_chance:
+        options["temperature"] = draw(st.just(0.0) | st.floats(0.1, 2))
     return SimpleNamespace(
         family=family,
-        lengths=draw(st.lists(st.integers(1, 90), min_size=2, max_size=3)),
+        lengths=draw(st.lists(st.integers(1, 90) | st.integers(1, 300), min_size=2, max_size=3)),
         options=options | {"gen_length": gen_length},
         skip=draw(st.integers(0, 100)) / 100,
         select=draw(SHARES),
-        block_size=draw(st.sampled_from([16, 32, 48])),
+        block_size=draw(st.sampled_from([16, 32, 48, 64, 128])),
         seed=draw(st.integers(0, 2**32)),
     )
 
@@ -176,11 +190,14 @@ def padded(prompts, multiple):
     return ids, torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]
 
 
-@given(generations())
+@given(generations(by_chance=True))
 def test_skipping_everything_is_full_attention_token_for_token(case):
     prompt = prompts_of(case)[0]
-    full = generate(case, prompt)
-    assert torch.equal(generate(case, prompt, config=SparseDConfig(1.0, case.select, case.block_size)), full)
+    full, skipping = (
+        generate(case, prompt, config=config, generator=torch.Generator().manual_seed(case.seed))
+        for config in (None, SparseDConfig(1.0, case.select, case.block_size))
+    )
+    assert torch.equal(skipping, full)
     assert torch.equal(full[:, : prompt.shape[1]], prompt)
 
 
@@ -191,20 +208,13 @@ def test_selecting_everything_gives_the_tokens_of_full_attention(case):
     assert torch.equal(generate(case, prompt, config=config), generate(case, prompt))
 
 
-@given(generations(), st.floats(0.1, 2))
-def test_one_seed_gives_the_same_tokens_twice(case, temperature):
+@given(generations(by_chance=True))
+def test_one_seed_gives_the_same_tokens_twice(case):
     prompt, config = prompts_of(case)[0], SparseDConfig(case.skip, case.select, case.block_size)
-    twice = [
-        generate(
-            case,
-            prompt,
-            config=config,
-            temperature=temperature,
-            generator=torch.Generator().manual_seed(case.seed),
-        )
-        for _ in range(2)
-    ]
-    assert torch.equal(*twice)
+    once, again = (
+        generate(case, prompt, config=config, generator=torch.Generator().manual_seed(case.seed)) for _ in range(2)
+    )
+    assert torch.equal(once, again)
 
 
 @given(generations())

@@ -57,7 +57,11 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     except SystemExit as stop:  # argparse's way to end
         return int(stop.code or 0)
     except KeyboardInterrupt as signalled:
-        return end(signal.SIGTERM if isinstance(signalled, Terminated) else signal.SIGINT)
+        code = end(signal.SIGTERM if isinstance(signalled, Terminated) else signal.SIGINT)
+        if ending:  # at once: Python's own exit waits for threads, and takes PyTorch apart, for seconds
+            settle()
+            os._exit(code)
+        return code
     except StdoutLost as lost:
         if isinstance(lost.fault, BrokenPipeError):  # the reader has left, as `head` does
             return EXIT_BROKEN_PIPE
