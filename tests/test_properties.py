@@ -3,6 +3,7 @@
 The examples are the same in every run; `--hypothesis-profile=campaign` draws many new ones.
 """
 
+import copy
 import math
 from fractions import Fraction
 from types import SimpleNamespace
@@ -238,6 +239,20 @@ def test_one_seed_gives_the_same_tokens_twice(case):
     prompt, config = prompts_of(case)[0], SparseDConfig(case.skip, case.select, case.block_size)
     once, again = (
         generate(case, prompt, config=config, generator=torch.Generator().manual_seed(case.seed)) for _ in range(2)
+    )
+    assert torch.equal(once, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", CPU_MODELS)
+def test_one_seed_gives_the_same_tokens_twice_on_a_gpu(family, temperature):
+    model = copy.deepcopy(CPU_MODELS[family]).to("cuda", torch.bfloat16)
+    prompts = torch.randint(0, 90, (2, 500), device="cuda")
+    options = {"gen_length": 32, "steps": 32, "temperature": temperature, "config": SparseDConfig(0.2, 0.3, 32)}
+    options |= {"block_length": 16} if family == "llada" else {}
+    once, again = (
+        GENERATE[family](model, prompts, generator=torch.Generator("cuda").manual_seed(7), **options) for _ in range(2)
     )
     assert torch.equal(once, again)
 
