@@ -1,5 +1,6 @@
 """A user message as token ids in the checkpoint's chat template, which is a program from elsewhere."""
 
+import functools
 import re
 import threading
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:
     """The template's text before the message, the message, and the template's text after it."""
     if not getattr(tokenizer, "chat_template", None):
         return "", text, ""
-    if _computes_powers(tokenizer.chat_template):
+    if _computes_powers(str(tokenizer.chat_template)):
         raise ChatTemplateError("the tokenizer's chat template computes powers (**), which nothing could interrupt")
     message = text.strip()
     # the template sees the message's outer spaces, for some trim them
@@ -65,12 +66,13 @@ def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:
     return before, message, after[0]
 
 
-def _computes_powers(template: Any) -> bool:
+@functools.lru_cache(maxsize=8)  # a prompt of an exact length is encoded dozens of times
+def _computes_powers(template: str) -> bool:
     """Whether ** stands in a template: one such operation can take for ever, while no other thread runs."""
     try:
         words = jinja2.Environment().lex(template)
         return any((kind, word) == ("operator", "**") for _, kind, word in words)
-    except (jinja2.TemplateError, TypeError):  # rendering says what is wrong
+    except jinja2.TemplateError:  # rendering says what is wrong
         return False
 
 

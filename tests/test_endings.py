@@ -45,7 +45,7 @@ def test_an_interrupted_run_leaves_nothing(sent, code, word, often, checkpoint, 
     assert process.stderr.readline().startswith("LLaDA")  # the heading: generation begins
     process.send_signal(getattr(signal, sent))
     began = time.monotonic()
-    while often and process.poll() is None:  # into Python's own exit
+    while often and process.poll() is None:  # to its end
         time.sleep(0.002)
         process.send_signal(getattr(signal, sent))
     out, err = process.communicate(timeout=60)
