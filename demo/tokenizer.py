@@ -10,6 +10,7 @@ from sparsed.models.tokenizer import QWEN2_PIECES
 from sparsed.prompts import Language
 
 VOCABULARY = 2560
+REPLIES = ("It is x.", "They are x and x.")  # the evaluation's answers, see `sparsed.evaluation.puzzles.reply`
 SPECIALS = {
     "dream": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"),
     "llada": (
@@ -60,6 +61,10 @@ def corpus(language: Language) -> list[str]:
     for kind in language.kinds.values():
         templates += [*kind["facts"], *("Question: " + question for question in kind["questions"]), kind["answer"]]
     templates += [problem["text"] for problem in language.problems["problems"]] + [language.problems["answer"]]
+    tasks = language.tasks
+    for group in (tasks["intro"], tasks["question"], tasks["needle"], tasks["person"]):
+        templates += group.values()
+    templates += [*tasks["noise"], *REPLIES]
     plain = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
     plain += [" And and and.", "x.\n\nQuestion:", "\n\n"]
     starts = [word.capitalize() for sentence in templates for word in sentence.split() if word.isalpha()]
