@@ -65,7 +65,7 @@ def llada_config(width: int, layers: int, heads: int, vocabulary: int, ids: dict
         "rope": True,
         "rope_theta": 500000.0,
         "rope_full_precision": True,
-        "max_sequence_length": 4096,
+        "max_sequence_length": 8192,
         "include_bias": False,
         "include_qkv_bias": False,
         "weight_tying": False,

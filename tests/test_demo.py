@@ -31,7 +31,7 @@ CONFIG_KEYS = {
         "block_type": "llama",
         "activation_type": "silu",
         "layer_norm_type": "rms",
-        "max_sequence_length": 4096,
+        "max_sequence_length": 8192,
         "weight_tying": False,
     },
 }
