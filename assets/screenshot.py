@@ -13,19 +13,28 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
+from sparsed.evaluation.tasks import TASKS, make_sample
+from sparsed.models import load_tokenizer
+from sparsed.prompts import demo_path
+
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_name("page.png")
-RUN = "llada_generation.py --demo --compare --prompt 4k --seq_len 32 --steps 32 --block_size 64 --report"
-STEP = "29"  # of 32: the end tokens came first, and most of the answer is there
-LAYER, HEAD = "1", "1"
+# two blocks of 32 are one too few for this answer: its last part goes wrong, see the README's results
+TASK, TOKENS = "niah_multivalue", 4096
+RUN = "llada_generation.py --demo --compare --seq_len 64 --steps 64 --block_size 32"
+STEP = "58"  # of 64: most of the answer is there
+LAYER, HEAD = "3", "1"
 
 
 def main() -> None:
     """Run the demo, open its page, move the slider and the pickers, take the picture."""
     chromium = shutil.which("chromium") or sys.exit("no Chromium; on Debian: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "run.html")
-        subprocess.run([sys.executable, *RUN.split(), report], cwd=ROOT, check=True)
+        prompt, report = Path(folder, "prompt.txt"), Path(folder, "run.html")
+        tokenizer = load_tokenizer(demo_path("llada"))
+        prompt.write_text(make_sample(TASKS[TASK], tokenizer, TOKENS, seed=0, index=0).prompt, encoding="utf-8")
+        run = [sys.executable, *RUN.split(), "--prompt_file", prompt, "--report", report]
+        subprocess.run(run, cwd=ROOT, check=True)
         with sync_playwright() as driver:
             # Chromium's sandbox does not run as root, as in a container
             sandbox = [] if os.getuid() else ["--no-sandbox"]

@@ -1,7 +1,7 @@
-"""Measure the demo checkpoints on held-out questions: python -m demo.evaluate --out demo/results.json
+"""Measure the demo checkpoints on short word problems and on the presets: python -m demo.evaluate --out FILE.json
 
-Every question asks about a name that training never saw, in a document of exactly the given length. An answer is right
-if the whole generated text, up to its end token, is the expected sentence. Decoding is greedy.
+Every problem has numbers that training never saw. An answer is right if the whole generated text, up to its end token,
+is the expected sentence. Decoding is greedy. For long prompts there is `python -m sparsed.evaluation`.
 """
 
 import argparse
@@ -25,12 +25,11 @@ from sparsed.chat import encode_chat
 from sparsed.config import SparseDConfig
 from sparsed.models import load_model, load_tokenizer
 from sparsed.patch import sparsify
-from sparsed.prompts import answer_found, build_document, build_prompt, language
+from sparsed.prompts import answer_found, build_prompt, language
 from sparsed.sampling import dream_generate, llada_generate
 
-TASKS = ("documents", "word_problems", "presets")
+TASKS = ("word_problems", "presets")
 SEED = 1_000_000
-DOCUMENT_MODES = {"origin": None, "sparsed": SparseDConfig(skip=0.2, select=0.3, block_size=32)}
 # a word problem is two blocks of 32 long: half of its blocks, as in the paper's commands
 PROBLEM_MODES = {"origin": None, "sparsed": SparseDConfig(skip=0.2, select=0.5, block_size=32)}
 PRESET_MODES = {
@@ -46,15 +45,6 @@ class Question:
 
     input_ids: list[int]
     answer: str
-
-
-def document_questions(tokenizer, length: int, count: int) -> list[Question]:
-    """Questions about documents of exactly `length` tokens; their seeds follow `SEED`."""
-    questions = []
-    for index in range(count):
-        document, prompt = build_document(tokenizer, length, SEED + index)
-        questions.append(Question(prompt.input_ids, document.answer))
-    return questions
 
 
 def problem_questions(tokenizer, count: int) -> list[Question]:
@@ -126,18 +116,13 @@ def evaluate(family: str, options: argparse.Namespace) -> Iterator[tuple[str, di
     model, tokenizer = load_model(folder, device=options.device), load_tokenizer(folder)
     if "presets" in options.tasks:
         yield "presets", check_presets(model, tokenizer)
-    tasks = {}
-    if "documents" in options.tasks:
-        for length in options.lengths:
-            tasks[f"document_{length}"] = DOCUMENT_MODES, document_questions(tokenizer, length, options.questions)
     if "word_problems" in options.tasks:
-        tasks["word_problems"] = PROBLEM_MODES, problem_questions(tokenizer, options.questions)
-    for task, (modes, questions) in tasks.items():
+        questions = problem_questions(tokenizer, options.questions)
         results = {"questions": len(questions), "seed": SEED, "seq_len": options.seq_len, "steps": options.seq_len}
-        for mode, config in modes.items():
+        for mode, config in PROBLEM_MODES.items():
             settings = {} if config is None else vars(config)
             results[mode] = accuracy(model, tokenizer, questions, config, options) | settings
-        yield task, results
+        yield "word_problems", results
 
 
 def environment(device: str) -> dict[str, str]:
@@ -153,10 +138,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoints", type=Path, default=Path(__file__).parent, help="folder of both")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; what else it holds stays")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--questions", type=int, default=200, help="a task")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 4096], help="document prompts, in tokens")
+    parser.add_argument("--questions", type=int, default=200, help="word problems")
     parser.add_argument("--seq_len", type=int, default=32, help="new tokens, and denoising steps")
-    parser.add_argument("--tokens", type=int, default=131072, help="tokens a batch")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens a batch")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 

@@ -1,6 +1,7 @@
 """The bundled checkpoints: published format, small, and right with full attention and with SparseD; the recipe runs."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ OUTER_TENSORS = {
     "dream": {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"},
     "llada": {"model.transformer.wte.weight", "model.transformer.ln_f.weight", "model.transformer.ff_out.weight"},
 }
+METHODS = {"origin": "full attention", "sparsed": "SparseD", "window": "sliding window"}  # of the README's table
 TOKENIZER_FILES = {"dream": {"vocab.json", "merges.txt"}, "llada": {"tokenizer.json"}}
 
 
@@ -124,16 +126,36 @@ def test_questions_about_a_document_of_1k_tokens_are_answered(demo, config):
     assert tokenizer.decode(ids, skip_special_tokens=True) == document.answer
 
 
-def test_the_recorded_results_meet_the_targets():
+def test_the_recorded_presets_are_answered():
     results = json.loads((REPO / "demo/results.json").read_text())
     for family in ("dream", "llada"):
-        for task in ("document_1024", "document_4096"):
-            figures = results[family][task]
-            assert figures["questions"] >= 200
-            assert figures["origin"]["exact_percent"] >= 95
-            assert figures["origin"]["exact_percent"] - figures["sparsed"]["exact_percent"] <= 1
         presets = results[family]["presets"]
         assert all(run["answer_found"] for name in ("short_context", "4k") for run in presets[name].values())
+
+
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_the_recorded_evaluation_meets_the_targets(family):
+    """Issue 5: 200 samples a cell, SparseD within 1 point on average and 2 on each task, a window far below."""
+    rows = json.loads((REPO / f"demo/evaluation/{family}-4k/summary.json").read_text())["rows"]
+    found = {method: {row["task"]: row for row in rows if row["method"] == method} for method in METHODS}
+    full, sparse, window = ({task: row["accuracy"] for task, row in found[name].items()} for name in METHODS)
+    assert all(row["n"] >= 200 and row["length"] == 4096 for row in rows)
+    assert len(full) == 8 and min(full.values()) >= 90
+    assert full.keys() == sparse.keys() == window.keys()
+    assert all(abs(full[task] - sparse[task]) <= 2 for task in full)
+    assert abs(statistics.mean(full.values()) - statistics.mean(sparse.values())) <= 1
+    assert all(full[task] - window[task] > 20 for task in full)
+
+
+def test_the_readme_shows_the_recorded_evaluation():
+    readme = (REPO / "README.md").read_text()
+    for family, title in (("dream", "Dream"), ("llada", "LLaDA")):
+        rows = json.loads((REPO / f"demo/evaluation/{family}-4k/summary.json").read_text())["rows"]
+        for method, name in METHODS.items():
+            cells = [row["accuracy"] for row in rows if row["method"] == method]
+            density = statistics.mean(row["density"] for row in rows if row["method"] == method)
+            shown = [f"{title}, {name}", f"{density:.2f}", *(f"{value:.1f}" for value in cells)]
+            assert f"| {' | '.join(shown)} | {statistics.mean(cells):.1f} |" in readme
 
 
 @pytest.mark.parametrize("family", ["dream", "llada"])

@@ -137,12 +137,14 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
         rows: a cell each: task, length, the variant, seeds, n, accuracy in percent with its Wilson interval (low and
             high), its difference to full attention on the same samples (None where there is nothing to compare with),
             density, recall (mean over layers, None without a pattern), recall_layers, seconds a sample.
-        averages: a length and variant each: the means over tasks of accuracy and difference, with 95 % intervals.
+        averages: a length and variant each: the means over tasks of accuracy and difference, with 95 % intervals; the
+            methods in the order of `METHODS`, whatever order they were run in.
     """
     records = sorted(records, key=lambda record: (record["length"] is None, record["length"]))
     full = {record["id"]: record["score"] for record in records if record["method"] == "origin"}
     cells = [_cell(group, full) for group in _groups(records, "task", "length", *VARIANT)]
     averages = [_average(group, full) for group in _groups(records, "length", *VARIANT)]
+    averages.sort(key=lambda row: list(METHODS).index(row["method"]))
     return {"rows": cells, "averages": averages}
 
 
