@@ -159,7 +159,7 @@ def test_the_results(done, capsys):
         if record["method"] == "origin":
             assert (record["density"], record["recall"], record["skip"]) == (1.0, None, None)
         else:
-            assert 0.3 <= record["density"] < 0.4 and len(record["recall"]) == 6
+            assert 0.3 <= record["density"] < 0.4 and len(record["recall"]) == 8
             assert all(record["density"] < share <= 1 for share in record["recall"]), "worse than chance"
     summary = json.loads((done / results.SUMMARY).read_text())
     assert {"rows", "averages", "settings", "calls"} <= summary.keys()
