@@ -1,8 +1,7 @@
 """The released code beside ours: its process, and what it measured in the terms of our own record.
 
-DIR is a checkout of the released repository with its dependencies in DIR/site, apart from torch:
-
-    pip install --target DIR/site transformers==4.46.2
+DIR is a checkout of the released repository with its dependencies in DIR/site, apart from torch; benchmarks/README.md
+has the commands that make one.
 """
 
 import json

@@ -105,8 +105,10 @@ def united_lists(pattern: Pattern, group: int) -> tuple[Tensor, Tensor]:
         int32 [B, Hq, ceil(nQ / group), width], entries as `block_sparse_attention` takes them; how many of each count.
     """
     if group == 1:
-        counts = torch.tensor(pattern.counts, dtype=torch.int32, device=pattern.indices.device)
-        return pattern.indices, counts[:, None, None].expand(pattern.indices.shape[:3]).contiguous()
+        counts = torch.zeros(pattern.indices.shape[:3], dtype=torch.int32, device=pattern.indices.device)
+        for rows, count in zip(counts.chunk(len(pattern.counts)), pattern.counts, strict=True):
+            rows.fill_(count)  # a copy of the tuple would wait for the GPU
+        return pattern.indices, counts
     batch, heads, n_blocks, kept = pattern.indices.shape
     width = min(pattern.grid.n_blocks, group * kept)
     chunks = head_chunks(heads, batch * n_blocks * pattern.grid.n_blocks)

@@ -176,6 +176,11 @@ def test_triton_kernel_interpreted():
     interpret(INTERPRETED)
 
 
+def test_triton_kernel_with_tiles_cut_down_interpreted():
+    """Queries of one list of blocks in several tiles, as where there is little shared memory."""
+    interpret("from sparsed.kernels import launch; launch.CONSUMER_SHARED_MEMORY = 6 * 1024\n" + INTERPRETED)
+
+
 @pytest.mark.parametrize("shared_memory", [48, 99, 163, 227])
 @pytest.mark.parametrize("row_bytes", [32, 128, 256, 512])
 @pytest.mark.parametrize(("block_size", "group"), [(16, 4), (32, 2), (48, 1), (64, 1), (80, 1), (128, 1), (256, 1)])

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,6 +135,27 @@ def test_a_model_that_cannot_be_captured_runs_as_it_is(monkeypatch):
     assert len(tries) == 1 and torch.equal(GENERATE["llada"](model, prompts, **options), tokens)
 
 
+def test_a_capture_that_fails_at_its_end_counts_no_step(monkeypatch):
+    """As where there is no memory for the graph: the forward was run through by then."""
+
+    @contextmanager
+    def failing(*_, **__):
+        yield
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(denoiser, "_replayable", lambda model: True)
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    model, prompts, steps = MODELS["llada"](), torch.randint(0, 90, (1, 30)), []
+    options = {"gen_length": 16, "steps": 16, "block_length": 16}
+    with sparsify(model, SPARSE, steps=16, gen_length=16) as run:
+        tokens = GENERATE["llada"](model, prompts, on_step=lambda _: steps.append(run.step), **options)
+    assert steps == list(range(1, 17))
+    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    assert torch.equal(GENERATE["llada"](model, prompts, config=SPARSE, **options), tokens)
+
+
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("at_step", [0, 5, 15])
@@ -231,11 +254,13 @@ def test_prompts_of_other_lengths_compile_nothing(family, block_size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", MODELS)
-def test_no_forward_waits_for_the_gpu(family):
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_no_forward_waits_for_the_gpu(family, block_size):
     """Full, selecting and sparse, once its kernels are compiled; what the sampler reads is its own affair."""
     model, ids = MODELS[family]().cuda(), torch.randint(0, 90, (1, 1000)).cuda()
+    config = replace(SPARSE, block_size=block_size)
     try:
-        with torch.no_grad(), sparsify(model, SPARSE, steps=10, gen_length=48):
+        with torch.no_grad(), sparsify(model, config, steps=10, gen_length=48):
             for mode in ("default", "error"):
                 torch.cuda.set_sync_debug_mode(mode)
                 for _ in range(10):

@@ -10,6 +10,7 @@ from standins import tiny_dream, tiny_llada
 from sparsed import SparseDConfig, sparsify
 from sparsed.blocks import BlockGrid
 from sparsed.evaluation.methods import METHODS, joint_top_k, streaming, window
+from sparsed.evaluation.running import leave_group
 from sparsed.selection import isolated_top_k
 from sparsed.watching import recall, watched
 
@@ -156,3 +157,10 @@ def test_an_unpatched_model_is_left_behind():
     with sparsify(model, SparseDConfig(0.2, 0.3, 16), steps=2, gen_length=GEN_LENGTH, rule=rule):
         assert not torch.allclose(logits_of(model, ids[0]), before, atol=1e-3)
     assert torch.equal(logits_of(model, ids[0]), before)
+
+
+def test_leaving_the_group_of_processes(tmp_path):
+    leave_group()  # without one, nothing happens
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    leave_group()
+    assert not torch.distributed.is_initialized()

@@ -29,7 +29,7 @@ from . import plots
 from .arguments import parse
 from .planning import Batch, check_steps, plan
 from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table
-from .running import Sampler
+from .running import Sampler, leave_group
 from .tasks import Sample
 
 ENDS = 1 << 20  # bytes of a file's beginning, and of its end, that its fingerprint reads
@@ -104,6 +104,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if team.index == 0:
         with blame(args, "--out", (OSError,)):
             _report(args, folder, batches)
+    leave_group()
 
 
 def _settings(args: argparse.Namespace, path: str, model: DiffusionLM) -> Record:

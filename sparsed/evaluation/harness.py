@@ -27,6 +27,7 @@ from ..models import load_model, load_tokenizer
 from ..sampling import dream_generate, llada_generate
 from ..sampling.common import attention_of
 from .likelihood import is_greedy, log_likelihood
+from .running import leave_group
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -300,6 +301,7 @@ def main() -> int:
     except OptionError as error:
         logging.getLogger(__name__).error(error)
         return 2
+    leave_group()
     return 0
 
 

@@ -129,3 +129,9 @@ def of_one_length(samples: list[Sample], size: int) -> Iterator[tuple[Sample, ..
         batch.append(sample)
     if batch:
         yield tuple(batch)
+
+
+def leave_group() -> None:
+    """End the group of processes, if there is one: its threads, left alone, now and then abort a process that exits."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

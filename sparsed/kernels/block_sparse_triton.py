@@ -86,7 +86,7 @@ def _tile(block_size: int, group: int, row_bytes: int, device: torch.device) -> 
 
 @triton.jit
 def _sweep(
-    acc, total, peak, q, k_base, v_base, k_row, v_row, valid_base, list_base, first, last, kept, length, scale,
+    acc, total, peak, q, inside, k_base, v_base, k_row, v_row, valid_base, list_base, first, last, kept, length, scale,
     MASKED: tl.constexpr,
     PADDED: tl.constexpr,
     D: tl.constexpr,
@@ -96,10 +96,13 @@ def _sweep(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key tiles first ... last - 1 of one list, its blocks laid end to end."""
+    """Online softmax over the key tiles first ... last - 1 of one list, its blocks laid end to end.
+
+    Args:
+        inside: [ROWS], the queries' places in the span of blocks that share the list.
+    """
     d = tl.arange(0, D_TILE)
     n = tl.arange(0, KEYS)
-    m = tl.arange(0, ROWS)
     for tile in range(first, last):
         if BLOCK % KEYS == 0:  # a tile lies inside one block
             entry = tl.load(list_base + tile * KEYS // BLOCK)
@@ -126,7 +129,7 @@ def _sweep(
         if MASKED:
             logits = tl.where(ok[None, :], logits, float("-inf"))
         if GROUP > 1:
-            wanted = (entry[None, :] >> (m[:, None] // BLOCK)) & 1
+            wanted = (entry[None, :] >> (inside[:, None] // BLOCK)) & 1
             logits = tl.where(wanted != 0, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
         # a finite stand-in while no key has been seen: -inf minus -inf is not a number
@@ -186,12 +189,12 @@ def _block_sparse_kernel(
     # only the last block can reach past the end, and only the last tile can lack blocks: masks are for those
     whole = 0 if PADDED else tl.maximum(kept - 1, 0) * BLOCK // KEYS
     acc, total, peak = _sweep(
-        acc, total, peak, q, k_base, v_base, k_row, v_row, valid_base, list_base, 0, whole, kept, length, scale,
+        acc, total, peak, q, inside, k_base, v_base, k_row, v_row, valid_base, list_base, 0, whole, kept, length, scale,
         False, PADDED, D, D_TILE, BLOCK, GROUP, ROWS, KEYS,
     )  # fmt: skip
     acc, total, peak = _sweep(
-        acc, total, peak, q, k_base, v_base, k_row, v_row, valid_base, list_base, whole, tl.cdiv(kept * BLOCK, KEYS),
-        kept, length, scale,
+        acc, total, peak, q, inside, k_base, v_base, k_row, v_row, valid_base, list_base, whole,
+        tl.cdiv(kept * BLOCK, KEYS), kept, length, scale,
         True, PADDED, D, D_TILE, BLOCK, GROUP, ROWS, KEYS,
     )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -97,10 +97,12 @@ class Denoiser:
         pool = next((other.pool() for other, _ in self.graphs.values()), None)
         before = 0 if self.run is None else self.run.step
         # other threads may go on using the GPU meanwhile
-        with torch.cuda.device(ids.device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            logits = self.model(self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row)
-        if self.run is not None:
-            self.run.step = before  # nothing has been computed yet
+        try:
+            with torch.cuda.device(ids.device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits = self.model(self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row)
+        finally:
+            if self.run is not None:
+                self.run.step = before  # nothing has been computed yet, and nothing may have been captured
         return graph, logits
 
     def _replay(self, phase: str, ids: Tensor, rows: Tensor) -> Tensor:
