@@ -24,9 +24,9 @@ from demo.tokenizer import write_json
 from sparsed.chat import encode_chat
 from sparsed.config import SparseDConfig
 from sparsed.models import load_model, load_tokenizer
-from sparsed.patch import sparsify
 from sparsed.prompts import answer_found, build_prompt, language
 from sparsed.sampling import dream_generate, llada_generate
+from sparsed.sampling.common import attention_of
 
 TASKS = ("word_problems", "presets")
 SEED = 1_000_000
@@ -72,9 +72,7 @@ def generate(model: nn.Module, prompts: Tensor, config: SparseDConfig | None, le
             return dream_generate(model, prompts, gen_length=length, steps=length)
         return llada_generate(model, prompts, gen_length=length, steps=length, block_length=min(32, length))
 
-    if config is None:
-        return sample()[:, prompts.shape[1] :]
-    with sparsify(model, config, steps=length, gen_length=length, backend="gather"):
+    with attention_of(model, config, length, length, backend="gather"):
         return sample()[:, prompts.shape[1] :]
 
 

@@ -52,6 +52,11 @@ def test_differences_are_between_the_same_samples():
     assert alone["difference"] is None
 
 
+def test_methods_are_listed_in_one_order_whichever_ran_first():
+    lines = [line("s0", method, 1.0) for method in ("window", "sparsed", "origin")]
+    assert [row["method"] for row in summarize(lines)["averages"]] == ["origin", "sparsed", "window"]
+
+
 def test_an_average_counts_every_task_alike():
     lines = [line(f"a{n}", "sparsed", 1.0) for n in range(30)]
     lines += [line(f"b{n}", "sparsed", 0.0, task="vt") for n in range(10)]
