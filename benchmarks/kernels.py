@@ -38,6 +38,7 @@ BLOCK_SIZES = ("128", "64", "32")
 PROBES = 16  # query rows of a head that a gate looks at
 WARM_CALLS, FEWEST_CALLS, MOST_CALLS = 3, 5, 100
 BUDGET = 2.0  # seconds for the timed calls of one kernel
+HEAD_START = 1_000_000  # cycles of the GPU's clock, about half a millisecond, that the host gets to queue one call
 DTYPE = torch.bfloat16
 
 
@@ -75,7 +76,7 @@ class Gate:
 
     @staticmethod
     def of(out: Tensor, dense: Tensor, exact: Tensor) -> "Gate":
-        """`out` may err twice as much as `dense`, which is plain bfloat16, plus a rounding."""
+        """`out` may err twice as much as `dense`, which is plain bfloat16."""
         return Gate(*error_and_bound(out, dense, exact, DTYPE))
 
     @property
@@ -117,13 +118,17 @@ def kept_keys(pattern: Pattern, head: int, rows: Tensor) -> Tensor:
 
 
 def gpu_seconds(work: Callable[[], Any]) -> list[float]:
-    """Seconds of single calls by the GPU's clock, after some warm ones, as many as the budget allows."""
+    """Seconds of single calls by the GPU's clock, after some warm ones, as many as the budget allows.
+
+    The GPU is kept busy until the host has queued them, so that a short call is not timed by its launch.
+    """
     warm = _timed_calls(work, WARM_CALLS)
     return _timed_calls(work, clamp(BUDGET / min(warm), FEWEST_CALLS, MOST_CALLS))
 
 
 def _timed_calls(work: Callable[[], Any], count: int) -> list[float]:
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    torch.cuda._sleep(HEAD_START * count)
     for start, end in marks:
         start.record()
         work()

@@ -51,13 +51,17 @@ class BlockGrid:
         block_size = min(self.block_size, self.length)
         return F.pad(valid, (0, -self.length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
 
+    @cached_property
+    def real_blocks(self) -> list[list[int]]:
+        """Blocks of (prompt, generation) that hold a real token, for each batch row; waits for the device once."""
+        return torch.stack([(self.block_tokens[:, part] > 0).sum(-1) for part in self.parts], dim=-1).tolist()
+
     def budgets(self, select: float) -> list[tuple[int, ...]]:
         """Key blocks to keep in (prompt, generation) for each batch row (one row stands for all without padding).
 
         Each part keeps max(1, ceil(select * its blocks that hold a real token)), and none if there is no such block.
         """
-        counts = [(self.block_tokens[:, part] > 0).sum(-1).tolist() for part in self.parts]
-        return [tuple(share(select, n) if n else 0 for n in row) for row in zip(*counts, strict=True)]
+        return [tuple(share(select, n) if n else 0 for n in row) for row in self.real_blocks]
 
     def keeps_all(self, select: float) -> bool:
         """Whether the budgets hold every block; padding changes nothing about it, as fewer blocks are kept sooner."""

@@ -17,7 +17,7 @@ from .attention import BACKENDS, Problem, SparseAttention, choose_backend
 from .blocks import BlockGrid
 from .config import SparseDConfig
 from .kernels import block_scores, full_attention
-from .selection import Rule, compile_scores
+from .selection import Rule, compile_selection
 
 # what a step computes
 FULL, SELECTING, SPARSE = "full", "selecting", "sparse"
@@ -176,13 +176,13 @@ class Run:
         return self._sparse[layer, device]
 
     def _prepare(self, q: Tensor, k: Tensor, lse: Tensor | None, grid: BlockGrid) -> None:
-        """Choose the backend, whose self-check compiles it, and have the scores' kernel compiled."""
+        """Choose the backend, whose self-check compiles it, and have the selection's kernels compiled."""
         batch, heads, _, head_dim = q.shape
         padded = grid.key_valid is not None
         problem = Problem(q.device, q.dtype, batch, heads, k.shape[1], head_dim, grid.block_size, padded)
         self.backend, self.backend_reason = choose_backend(self._wanted, problem, grid.length)
         if self.backend != "gather" and not self.rule.blind:
-            compile_scores(q, k, grid, lse)
+            compile_selection(q, k, grid, lse)
 
     def _timed(self, work: Callable[[], Any], device: torch.device) -> None:
         """Run `work` and count its time, the device's included, as compile time."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import BlockGrid, Pattern, head_chunks, true_places
-from .kernels import block_scores
+from .blocks import BlockGrid, Pattern
+from .kernels import block_scores, highest_places
 
 
 def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
@@ -27,24 +27,10 @@ def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
         empty = (grid.block_tokens == 0)[:, None, None, :]
         scores = scores.masked_fill(empty, -1.0)
     counts = tuple(map(sum, budgets))
-    indices = scores.new_zeros(*scores.shape[:3], max(counts), dtype=torch.int32)
-    for row, budget, count, kept in zip(scores, budgets, counts, indices, strict=True):
-        for heads in head_chunks(len(row), row[0].numel()):
-            parts = [highest(row[heads, :, part], keep) for part, keep in zip(grid.parts, budget, strict=True)]
-            kept[heads, :, :count] = true_places(torch.cat(parts, dim=-1), count)
-        kept[..., count:] = kept[..., count - 1 : count]
+    indices = scores.new_empty(*scores.shape[:3], max(counts), dtype=torch.int32)
+    for row, budget, kept in zip(scores, budgets, indices, strict=True):
+        highest_places(row, grid.parts, budget, kept)
     return Pattern(indices, counts, grid)
-
-
-def highest(scores: Tensor, keep: int) -> Tensor:
-    """Which of the last dimension's scores are its `keep` highest, bool; of equals the earlier ones."""
-    if keep == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    # not by sorting, which takes longer than all else in the selection
-    lowest = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    above, level = scores > lowest, scores == lowest
-    room = keep - above.sum(-1, keepdim=True)
-    return above | (level & (level.cumsum(-1) <= room))
 
 
 @dataclass(frozen=True)
@@ -63,12 +49,14 @@ class Rule:
 SPARSED = Rule(lambda q, score, grid, select: isolated_top_k(score(), grid, select))
 
 
-def compile_scores(q: Tensor, k: Tensor, grid: BlockGrid, lse: Tensor | None) -> None:
-    """Score a single block, so that the choice of blocks finds its kernel compiled for these dtypes and sizes."""
+def compile_selection(q: Tensor, k: Tensor, grid: BlockGrid, lse: Tensor | None) -> None:
+    """Choose from a single block, so that the real choice finds its kernels compiled for these dtypes and sizes."""
     piece = slice(0, grid.block_size)
     valid = None if grid.key_valid is None else grid.key_valid[:, piece]
     lse = None if lse is None else lse[:, :, piece]
-    block_scores(q[:, :, piece], k[:, :, piece], block_size=grid.block_size, key_valid=valid, lse=lse)
+    q, k = q[:, :, piece], k[:, :, piece]
+    scores = block_scores(q, k, block_size=grid.block_size, key_valid=valid, lse=lse)
+    isolated_top_k(scores, BlockGrid(q.shape[2], 0, grid.block_size), select=1)
 
 
 def select_blocks(

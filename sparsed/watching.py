@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .blocks import BlockGrid, Pattern, head_chunks
-from .selection import SPARSED, Rule, highest
+from .kernels import highest
+from .selection import SPARSED, Rule
 
 
 def watched(see: Callable[[Tensor, Pattern], None], rule: Rule = SPARSED) -> Rule:

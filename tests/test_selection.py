@@ -11,8 +11,8 @@ from interpreter import interpret
 from sparsed import blocks, selection
 from sparsed.attention import united_lists
 from sparsed.blocks import BlockGrid, true_places
-from sparsed.kernels import block_scores, full_attention
-from sparsed.selection import compile_scores, isolated_top_k, select_blocks
+from sparsed.kernels import block_scores, full_attention, highest_places, highest_places_torch
+from sparsed.selection import compile_selection, isolated_top_k, select_blocks
 
 ROOT = Path(__file__).parents[1]
 BORDERS = [
@@ -319,13 +319,20 @@ def test_blocks_of_one_token_are_rows_of_attention():
     assert torch.equal(chosen[..., :11], logits[..., :11] >= logits[..., :11].topk(3).values[..., -1:])
 
 
-def test_the_kernel_is_compiled_on_the_first_block(monkeypatch):
+def test_the_kernels_are_compiled_on_the_first_block(monkeypatch):
     q, k, lse = torch.rand(2, 4, 50, 16), torch.rand(2, 2, 50, 16), torch.rand(2, 4, 50)
     valid = torch.rand(2, 50) > 0.5
-    calls = []
-    monkeypatch.setattr(selection, "block_scores", lambda *tensors, **options: calls.append((tensors, options)))
-    compile_scores(q, k, BlockGrid(50, 30, 16, valid), lse)
-    compile_scores(q, k, BlockGrid(50, 30, 16), None)
+    calls, chosen = [], []
+
+    def scores(*tensors, **options):
+        calls.append((tensors, options))
+        return torch.rand(2, 4, 1, 1)
+
+    monkeypatch.setattr(selection, "block_scores", scores)
+    monkeypatch.setattr(selection, "highest_places", lambda *arguments: chosen.append(arguments))
+    compile_selection(q, k, BlockGrid(50, 30, 16, valid), lse)
+    compile_selection(q, k, BlockGrid(50, 30, 16), None)
+    assert len(chosen) == 4 and all(arguments[0].shape == (4, 1, 1) for arguments in chosen)
     for (tensors, options), masked in zip(calls, (True, False), strict=True):
         assert torch.equal(tensors[0], q[:, :, :16]) and torch.equal(tensors[1], k[:, :, :16])
         assert options["block_size"] == 16
@@ -333,6 +340,64 @@ def test_the_kernel_is_compiled_on_the_first_block(monkeypatch):
             assert torch.equal(options["key_valid"], valid[:, :16]) and torch.equal(options["lse"], lse[:, :, :16])
         else:
             assert options["key_valid"] is options["lse"] is None
+
+
+# rows, scores of a row, border between the parts, how many of each to keep, places beyond these
+PLACE_CASES = [
+    (9, 9, 8, (3, 1), 0),
+    (5, 600, 590, (177, 3), 4),
+    (3, 7, 7, (4,), 2),
+    (3, 300, 256, (0, 5), 0),
+    (17, 20, 15, (15, 5), 1),
+    (2, 1, 0, (0, 1), 0),
+    (8, 257, 256, (77, 1), 300),
+]
+
+
+def check_places(find, device="cpu"):
+    """`find` as `highest_places`, on scores with ties, padding (-1) and tiny ones, against Python's stable sort."""
+    for rows, width, border, keep, more in PLACE_CASES:
+        parts = (slice(0, border), slice(border, width))[-len(keep) :] if len(keep) == 2 else (slice(0, width),)
+        scores = torch.rand(2, rows, width).round(decimals=2)
+        scores[0, 0] = -1.0
+        scores[1, 1] *= 1e-30
+        scores[1, 0, ::2] = -1.0
+        places = torch.full((2, rows, sum(keep) + more), -7, dtype=torch.int32, device=device)
+        find(scores.to(device), parts, keep, places)
+        for row, found in zip(scores.flatten(0, 1).tolist(), places.flatten(0, 1).tolist(), strict=True):
+            expected = []
+            for part, most in zip(parts, keep, strict=True):
+                inside = range(part.start, part.stop)
+                expected += sorted(sorted(inside, key=lambda place: -row[place])[:most])
+            assert found == expected + [expected[-1]] * more
+
+
+def test_highest_places_in_plain_torch():
+    check_places(highest_places_torch)
+
+
+def test_highest_places_interpreted():
+    interpret(
+        "from test_selection import check_places\n"
+        "from sparsed.kernels.compiled import highest_places_triton\n"
+        "check_places(highest_places_triton)"
+    )
+
+
+@pytest.mark.gpu
+def test_highest_places_on_a_gpu():
+    check_places(highest_places, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "blocks"), [(32, 513), (3, 4100)])
+def test_highest_places_of_many_rows(heads, blocks):
+    scores = torch.rand(heads, blocks, blocks, device="cuda").round(decimals=4)
+    parts, keep = (slice(0, blocks - 7), slice(blocks - 7, blocks)), (blocks // 3, 3)
+    found, expected = (torch.empty(heads, blocks, sum(keep), dtype=torch.int32, device="cuda") for _ in range(2))
+    highest_places(scores, parts, keep, found)
+    highest_places_torch(scores, parts, keep, expected)
+    assert torch.equal(found, expected)
 
 
 def test_a_prompt_beyond_the_sequence_is_told_its_length():

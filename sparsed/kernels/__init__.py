@@ -6,6 +6,7 @@ from .compiled import block_sparse_attention, triton_fault
 from .elementwise import add_rms_norm, rms_norm, rotate, silu_product
 from .flash import flash_block_sparse, flash_fault
 from .full_attention import full_attention
+from .top_k import highest, highest_places, highest_places_torch
 
 __all__ = [
     "add_rms_norm",
@@ -16,6 +17,9 @@ __all__ = [
     "flash_block_sparse",
     "flash_fault",
     "full_attention",
+    "highest",
+    "highest_places",
+    "highest_places_torch",
     "rms_norm",
     "rotate",
     "silu_product",
