@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from .blocks import BlockGrid, Pattern, head_chunks
-from .kernels import highest
-from .selection import SPARSED, Rule
+from .selection import SPARSED, Rule, highest
 
 
 def watched(see: Callable[[Tensor, Pattern], None], rule: Rule = SPARSED) -> Rule:

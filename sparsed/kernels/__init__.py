@@ -2,11 +2,10 @@
 
 from .accuracy import error_and_bound
 from .block_scores import block_scores, block_scores_torch
-from .compiled import block_sparse_attention, triton_fault
+from .compiled import block_sparse_attention, highest_places_triton, triton_fault, usable
 from .elementwise import add_rms_norm, rms_norm, rotate, silu_product
 from .flash import flash_block_sparse, flash_fault
 from .full_attention import full_attention
-from .top_k import highest, highest_places, highest_places_torch
 
 __all__ = [
     "add_rms_norm",
@@ -17,11 +16,10 @@ __all__ = [
     "flash_block_sparse",
     "flash_fault",
     "full_attention",
-    "highest",
-    "highest_places",
-    "highest_places_torch",
+    "highest_places_triton",
     "rms_norm",
     "rotate",
     "silu_product",
     "triton_fault",
+    "usable",
 ]
