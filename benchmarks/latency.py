@@ -5,7 +5,8 @@
 Batch 1, 128 new tokens, bfloat16, greedy. The two modes generate in turn through the project's samplers, in as many
 steps as --budget allows; both ran before at that length, and what that first use took more is reported apart. A whole
 run of 128 steps that took too long to be run is put together from the medians of the phases, and one of 1,024 is
-plainly extrapolated from them. With --reference the released code then runs in a process of its own: see
+plainly extrapolated from them. Before its steps are timed, the attention kernel of a mode is held against float64 on
+random heads of that length. With --reference the released code then runs in a process of its own: see
 benchmarks/reference.py for what DIR holds. The record is written after every length; a table comes last.
 """
 
@@ -24,11 +25,14 @@ from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, s
 from sparsed.attention import BACKENDS
 from sparsed.cli.parser import Parser
 from sparsed.cli.readers import config_field, number_in, some_of, whole
-from sparsed.run import synchronize
+from sparsed.kernels import full_attention
+from sparsed.run import FULL, synchronize
 from sparsed.sampling.common import OnStep, Step
 
 from . import reference
+from .attention import random_pattern
 from .common import LENGTHS, NEW_TOKENS, build_parser, clamp, new_record, parse_arguments, require_gpu, save
+from .kernels import Gate, attention_gate, random_heads
 from .phases import WHOLE, Steps, derive, phases, setup_seconds, split, whole_run
 from .plot import draw, table
 from .shapes import random_model
@@ -115,6 +119,19 @@ def generation(model: torch.nn.Module, prompt: torch.Tensor, schedule: Schedule,
         return Generation(seconds, run.n_full, run.compile_seconds, torch.cuda.max_memory_allocated(), kernel)
 
 
+class WrongKernel(RuntimeError):
+    """An attention kernel is further from float64 than it may be."""
+
+
+def kernel_gate(backend: str, family: str, tokens: int, config: SparseDConfig, device: torch.device) -> Gate:
+    """Some rows of a layer's attention over `tokens` tokens by a backend, or FULL, on random heads against float64."""
+    heads = random_heads(family, tokens, device)
+    if backend == FULL:
+        return attention_gate(full_attention(heads.q, heads.k, heads.v)[0], heads)
+    pattern = random_pattern(heads, config.select, config.block_size)
+    return attention_gate(BACKENDS[backend](pattern)(heads.q, heads.k, heads.v), heads, pattern)
+
+
 def plan(warm: dict[str, Generation], settings: Settings) -> tuple[dict[str, Schedule], int]:
     """The schedule of each mode, and how often the modes are run in turn, from the steps of the first generations.
 
@@ -144,17 +161,27 @@ def plan(warm: dict[str, Generation], settings: Settings) -> tuple[dict[str, Sch
 
 
 def measure(model: torch.nn.Module, tokens: int, modes: list[str], settings: Settings) -> dict[str, dict[str, Any]]:
-    """The record of each mode at one length; the modes run in turn."""
+    """The record of each mode at one length; the modes run in turn.
+
+    Raises:
+        WrongKernel: before anything is timed.
+    """
     # ids below the mask token's, which a prompt must not hold
     prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
     first = {"origin": Schedule(2), "sparsed": Schedule(1, 2)}
     warm = {mode: generation(model, prompt, first[mode], settings) for mode in modes}
+    gates = {}
+    for mode, run in warm.items():
+        backend = run.kernel.get("backend", FULL)
+        gates[mode] = kernel_gate(backend, model.family, tokens + NEW_TOKENS, settings.config, model.device)
+        if not gates[mode].passed:
+            raise WrongKernel(f"{backend} attention errs by {gates[mode].error:.1e}, allowed {gates[mode].allowed:.1e}")
     schedules, rounds = plan(warm, settings)
     timed: dict[str, list[Generation]] = {mode: [] for mode in modes}
     for _ in range(rounds):
         for mode in modes:
             timed[mode].append(generation(model, prompt, schedules[mode], settings))
-    return {mode: run_record(warm[mode], timed[mode]) for mode in modes}
+    return {mode: run_record(warm[mode], timed[mode]) | {"gate": asdict(gates[mode])} for mode in modes}
 
 
 def run_record(warm: Generation, timed: list[Generation]) -> dict[str, Any]:
@@ -230,8 +257,9 @@ def load(parser: Parser, args: argparse.Namespace, device: torch.device) -> torc
     return model
 
 
-def run_ours(model: torch.nn.Module, args: argparse.Namespace, settings: Settings, record: dict[str, Any]) -> None:
-    """Add a row for each length, and save the record after each."""
+def run_ours(model: torch.nn.Module, args: argparse.Namespace, settings: Settings, record: dict[str, Any]) -> bool:
+    """Add a row for each length, and save the record after each; whether all kernels were right."""
+    right = True
     for name in args.lengths:
         row = {"length": name, "prompt_tokens": LENGTHS[name], "runs": {}}
         record["rows"].append(row)
@@ -239,8 +267,11 @@ def run_ours(model: torch.nn.Module, args: argparse.Namespace, settings: Setting
             row["runs"] = measure(model, LENGTHS[name], args.modes, settings)
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
+        except WrongKernel as error:
+            row["error"], right = str(error), False
         update(record, args.out, settings.config)
         print(f"{name}: ours done", flush=True)
+    return right
 
 
 def run_reference(args: argparse.Namespace, settings: Settings, record: dict[str, Any]) -> bool:
@@ -288,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
         "reference": None if args.reference is None else {"folder": str(args.reference)},
         "rows": [],
     }
-    run_ours(model, args, settings, record)
+    right = run_ours(model, args, settings, record)
     del model
     gc.collect()
     torch.cuda.empty_cache()
@@ -297,6 +328,8 @@ def main(argv: list[str] | None = None) -> None:
     print(table([record]))
     if failed:
         parser.exit(1, f"{parser.prog}: error: {record['reference']['error']}\n")
+    if not right:
+        parser.exit(1, f"{parser.prog}: error: a kernel is wrong, see the table\n")
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ def test_latency_from_end_to_end(family, on_cpu, monkeypatch, tmp_path, capsys):
         assert dense["full_step"]["count"] == 10 and dense["sparse_step"] is None
         counts = [sparse[name]["count"] for name in ("full_step", "selection", "sparse_step")]
         assert counts == [1, 1, 8]
+        for run in (dense, sparse):
+            assert 0 < run["gate"]["error"] <= run["gate"]["allowed"] < 0.05
         assert sparse["backend"] == "gather" and 0 < sparse["density"] <= 1 and sparse["peak_memory_bytes"] == 5
         assert row["speedup"]["128"]["origin"] == pytest.approx(
             row["whole_seconds"]["128"]["origin"] / row["whole_seconds"]["128"]["sparsed"]
@@ -210,6 +212,17 @@ def test_out_of_memory_is_a_row(on_cpu, monkeypatch, tmp_path):
     args = SimpleNamespace(lengths=["4k"], modes=["origin"], out=tmp_path / "record.json")
     latency.run_ours(None, args, latency.Settings(CONFIG, "auto", 5.0, None), record)
     assert json.loads(args.out.read_text())["rows"][0]["error"] == "out of memory"
+
+
+def test_a_wrong_kernel_is_not_timed(tiny_dream, on_cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(latency, "full_attention", lambda q, k, v: (torch.zeros_like(q), None))
+    monkeypatch.setattr(latency, "run_record", lambda *runs: pytest.fail("timed"))
+    monkeypatch.setitem(LENGTHS, "4k", 96)
+    record = {"rows": []}
+    args = SimpleNamespace(lengths=["4k"], modes=["origin", "sparsed"], out=tmp_path / "record.json")
+    settings = latency.Settings(SparseDConfig(block_size=32), "gather", 5.0, None)
+    assert not latency.run_ours(tiny_dream, args, settings, record)
+    assert record["rows"][0]["error"].startswith("full attention errs by") and not record["rows"][0]["runs"]
 
 
 OUT = ["--out", "record.json"]
