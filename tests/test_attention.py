@@ -91,11 +91,8 @@ def check_error(out, q, k, v, valid, keep, block_size):
     expected = exact(q, k, v, valid, keep, block_size)
     real = valid.cpu()[:, None, :, None].expand_as(expected)
     error, dense_error = ((x.cpu().double() - expected)[real].abs().max().item() for x in (out, dense))
-    assert (
-        error
-        <= 2 * dense_error
-        + torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps * expected[real].abs().max().item()
-    )
+    rounding = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
+    assert error <= 2 * dense_error + rounding * expected[real].abs().max().item()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
