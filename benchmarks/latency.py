@@ -123,13 +123,21 @@ class WrongKernel(RuntimeError):
     """An attention kernel is further from float64 than it may be."""
 
 
-def kernel_gate(backend: str, family: str, tokens: int, config: SparseDConfig, device: torch.device) -> Gate:
-    """Some rows of a layer's attention over `tokens` tokens by a backend, or FULL, on random heads against float64."""
+def checked_kernel(backend: str, family: str, tokens: int, config: SparseDConfig, device: torch.device) -> Gate:
+    """Hold some rows of a layer's attention by a backend, or FULL, on random heads against float64.
+
+    Raises:
+        WrongKernel: they err more than the gate allows.
+    """
     heads = random_heads(family, tokens, device)
     if backend == FULL:
-        return attention_gate(full_attention(heads.q, heads.k, heads.v)[0], heads)
-    pattern = random_pattern(heads, config.select, config.block_size)
-    return attention_gate(BACKENDS[backend](pattern)(heads.q, heads.k, heads.v), heads, pattern)
+        gate = attention_gate(full_attention(heads.q, heads.k, heads.v)[0], heads)
+    else:
+        pattern = random_pattern(heads, config.select, config.block_size)
+        gate = attention_gate(BACKENDS[backend](pattern)(heads.q, heads.k, heads.v), heads, pattern)
+    if not gate.passed:
+        raise WrongKernel(f"{backend} attention errs by {gate.error:.1e}, allowed {gate.allowed:.1e}")
+    return gate
 
 
 def plan(warm: dict[str, Generation], settings: Settings) -> tuple[dict[str, Schedule], int]:
@@ -170,12 +178,12 @@ def measure(model: torch.nn.Module, tokens: int, modes: list[str], settings: Set
     prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
     first = {"origin": Schedule(2), "sparsed": Schedule(1, 2)}
     warm = {mode: generation(model, prompt, first[mode], settings) for mode in modes}
-    gates = {}
-    for mode, run in warm.items():
-        backend = run.kernel.get("backend", FULL)
-        gates[mode] = kernel_gate(backend, model.family, tokens + NEW_TOKENS, settings.config, model.device)
-        if not gates[mode].passed:
-            raise WrongKernel(f"{backend} attention errs by {gates[mode].error:.1e}, allowed {gates[mode].allowed:.1e}")
+    kernels = {mode: run.kernel.get("backend", FULL) for mode, run in warm.items()}
+    length = tokens + NEW_TOKENS
+    gates = {
+        mode: checked_kernel(kernel, model.family, length, settings.config, model.device)
+        for mode, kernel in kernels.items()
+    }
     schedules, rounds = plan(warm, settings)
     timed: dict[str, list[Generation]] = {mode: [] for mode in modes}
     for _ in range(rounds):

@@ -12,13 +12,7 @@ from sparsed import blocks, selection
 from sparsed.attention import united_lists
 from sparsed.blocks import BlockGrid, true_places
 from sparsed.kernels import block_scores, full_attention
-from sparsed.selection import (
-    compile_selection,
-    highest_places,
-    highest_places_torch,
-    isolated_top_k,
-    select_blocks,
-)
+from sparsed.selection import compile_selection, highest_places, highest_places_torch, isolated_top_k, select_blocks
 
 ROOT = Path(__file__).parents[1]
 BORDERS = [
@@ -363,7 +357,7 @@ PLACE_CASES = [
 def check_places(find, device="cpu"):
     """`find` as `highest_places`, on scores with ties, padding (-1) and tiny ones, against Python's stable sort."""
     for rows, width, border, keep, more in PLACE_CASES:
-        parts = (slice(0, border), slice(border, width))[-len(keep) :] if len(keep) == 2 else (slice(0, width),)
+        parts = (slice(0, border), slice(border, width)) if len(keep) == 2 else (slice(0, width),)
         scores = torch.rand(2, rows, width).round(decimals=2)
         scores[0, 0] = -1.0
         scores[1, 1] *= 1e-30

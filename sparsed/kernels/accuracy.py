@@ -15,6 +15,5 @@ def error_and_bound(out: Tensor, dense: Tensor, exact: Tensor, dtype: torch.dtyp
             can be right by chance.
     """
     error, dense_error = ((x.to(exact.dtype) - exact).abs().max().item() for x in (out, dense))
-    return error, 2 * dense_error + torch.finfo(
-        torch.promote_types(dtype, torch.float32)
-    ).eps * exact.abs().max().item()
+    rounding = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * exact.abs().max().item()
+    return error, 2 * dense_error + rounding
