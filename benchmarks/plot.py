@@ -102,8 +102,8 @@ def draw(records: list[dict[str, Any]], path: Path) -> str:
     from matplotlib import pyplot
 
     families = sorted({record["family"] for record in records})
-    figure, panels = pyplot.subplots(1, len(families), figsize=(1 + 5 * len(families), 4), squeeze=False)
-    for panel, family in zip(panels[0], families, strict=True):
+    figure, panels = pyplot.subplots(len(families), figsize=(9, 3.6 * len(families)), squeeze=False)
+    for panel, family in zip(panels[:, 0], families, strict=True):
         _panel(panel, family, [row for record in records if record["family"] == family for row in record["rows"]])
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -120,7 +120,7 @@ def _panel(panel: Any, family: str, rows: list[dict[str, Any]]) -> None:
         middle = [index + (place - (len(shown) - 1) / 2) * 0.2 for index in range(len(rows))]
         heights = [each / most for each, most in zip(seconds, slowest, strict=True)]
         bars = panel.bar(middle, heights, width=0.2, label=RUNS[name])
-        panel.bar_label(bars, [f"{each:.3g}" if each else "" for each in seconds], fontsize=6)
+        panel.bar_label(bars, [_seconds(each).removesuffix(" s") if each else "" for each in seconds], fontsize=7)
     panel.set_xticks(range(len(rows)), [row["length"] for row in rows])
     panel.set_xlabel("prompt")
     panel.set_ylabel(f"{WHOLE[0]} steps, slowest = 1 (bars: seconds)")
