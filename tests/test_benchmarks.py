@@ -9,15 +9,17 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import standins
 import torch
 from checkpoints import tiny_checkpoint
 
-from benchmarks import attention, kernels, latency, phases, plot, reference, reference_worker, selection
+from benchmarks import agreement, attention, kernels, latency, phases, plot, reference, reference_worker, selection
 from benchmarks.common import LENGTHS, summary
-from sparsed import SparseDConfig, load_model
+from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
 from sparsed.attention import BACKENDS
-from sparsed.blocks import Pattern
+from sparsed.blocks import BlockGrid, Pattern
 from sparsed.kernels import block_scores_torch
+from sparsed.watching import watched
 
 CONFIG = SparseDConfig()
 ROOT = Path(__file__).parents[1]
@@ -462,6 +464,40 @@ def test_pattern_has_the_density_of_a_run(heads):
     pattern = attention.random_pattern(heads, CONFIG.select, 32)
     assert pattern.density.item() == pytest.approx(0.3, abs=0.05)
     assert heads.matmul_flops == 2 * 4 * 1000**2 * 32
+
+
+# --- agreement
+
+
+def test_agreement_is_held_against_the_later_steps():
+    """Two heads of four blocks, the last one the answer: counted here by hand."""
+    grid = BlockGrid(length=16, prompt_len=12, block_size=4)
+    early, late = ([[0, 3]] * 4, [[0, 3]] * 2 + [[1, 3]] * 2)
+    patterns = [Pattern(torch.tensor([[rows, rows]], dtype=torch.int32), (2,), grid) for rows in (early, late)]
+    scores = torch.zeros(1, 2, 4, 4)
+    scores[..., 0], scores[:, 0, :, 1], scores[:, 1, :, 2] = 1, 3, 3
+    layers = {step: [(scores, patterns[1])] for step in (agreement.LATE, *agreement.LATER)}
+    found = agreement.compare({agreement.EARLY: [(scores, patterns[0])]} | layers)
+    assert found["common"] == 0.75  # the last block everywhere, the first one in half of the rows
+    assert found["early_all"] == found["early_answer"] == [0.25] * len(agreement.LATER)
+    # block 0 in the first two rows; in the others block 1, which only one head looks at
+    assert found["late_all"] == [(0.25 + 0.75 / 2) / 2] * len(agreement.LATER)
+    assert found["late_answer"] == [0.75 / 2] * len(agreement.LATER)
+
+
+@pytest.mark.parametrize("make", [standins.tiny_dream, standins.tiny_llada])
+def test_the_late_choice_is_that_of_a_sparse_run(make):
+    model, real = make(), []
+    prompt = torch.randint(0, model.config.mask_token_id, (1, 400))
+    found = agreement.watch(model, prompt)
+    assert set(found) == {0, 12, *agreement.LATER}
+    rule = watched(lambda scores, pattern: real.append((scores, pattern)))
+    options = {"gen_length": 64, "steps": 64, **({"block_length": 32} if model.family == "llada" else {})}
+    with sparsify(model, CONFIG, steps=64, gen_length=64, rule=rule):
+        (dream_generate if model.family == "dream" else llada_generate)(model, prompt, **options)
+    for (scores, pattern), (expected, chosen) in zip(found[12], real, strict=True):
+        torch.testing.assert_close(scores, expected)
+        assert torch.equal(pattern.indices, chosen.indices)
 
 
 # --- what the README says

@@ -1,16 +1,22 @@
 """`python -m sparsed.evaluation`: its results, sums and table, resuming, several processes, bad input."""
 
+import hashlib
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from sparsed.evaluation import cli, results, running, wilson
+from sparsed.evaluation import cli, identity, results, running, wilson
 from sparsed.evaluation.results import Folder, OtherRun, summarize, table
+from sparsed.prompts import demo_path
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--demo", "llada", "--lengths", "512", "--seq_len", "8", "--steps", "2", "--block_size", "32", "--quiet"]
@@ -258,6 +264,49 @@ def test_where_no_step_is_sparse(tmp_path):
     found = {(r["method"], r["skip"]): r["density"] for r in lines_of(tmp_path / "run")}
     # as many blocks, but a window's are seldom the short last one
     assert found["sparsed", 1.0] == 1.0 and found["sparsed", 0.5] < found["window", None] < 0.4
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_file_is_no_folder_of_results(tmp_path, capsys, inside):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse([*SMALL, "--out", str(file / inside)])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"argument --out: {file} is a file; name a folder" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("tokenizer_config.json", "config_and_tokenizer"), ("config.json", "config_and_tokenizer"), (None, "weights")],
+)
+def test_a_changed_checkpoint_is_another_configuration(tmp_path, capsys, name, setting):
+    """A weight in the middle of the file counts, and so does a space in a small file."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(demo_path("llada"), checkpoint)
+    words = [word for word in SMALL if word not in ("--demo", "llada")]
+    words += ["--model_path", str(checkpoint), "--tasks", "qa_1", "--methods", "origin", "--limit", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
+    if name is None:
+        weights = checkpoint / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["model.transformer.blocks.1.up_proj.weight"][3, 5] += 1
+        save_file(tensors, weights, {"format": "pt"})
+    else:
+        with open(checkpoint / name, "a") as file:
+            file.write(" ")
+    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert f"another configuration ({setting} " in capsys.readouterr().err
+
+
+def test_the_digest_of_weights_is_that_of_their_bits():
+    """As whole numbers, added up here one by one; in parts or not."""
+    model = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    expected = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        total = sum(int.from_bytes(struct.pack(">f", x)[:2], "big", signed=True) for x in parameter.flatten().tolist())
+        expected.update(f"{name} {list(parameter.shape)} {total}\n".encode())
+    assert identity.weights_digest(model) == expected.hexdigest()
 
 
 def test_a_changed_file_is_another_configuration(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The flags of `python -m sparsed.evaluation`, and every check that needs no model."""
 
 import argparse
+import os
 import re
 from itertools import product
 from pathlib import Path
@@ -46,9 +47,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.tasks is None:
         args.tasks = [] if args.tasks_file else list(TASKS)
+    _check_folder(parser, args.out)
     args.variants = _variants(args)
     args.parser = parser
     return args
+
+
+def _check_folder(parser: Parser, out: Path) -> None:
+    """Refuse a folder of results that is a file, or would lie in one, before the model is loaded."""
+    present = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if not present.is_dir():
+        parser.error(f"argument --out: {present} is a file; name a folder for the results")
 
 
 def build_parser() -> Parser:

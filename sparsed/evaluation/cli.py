@@ -1,7 +1,6 @@
 """`python -m sparsed.evaluation`: from the flags to the table."""
 
 import argparse
-import hashlib
 import importlib.util
 import io
 import os
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -23,16 +21,18 @@ from ..cli.record import environment, write_json, write_text
 from ..cli.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
+from ..models.files import checkpoint_folder
+from ..models.tokenizer import TOKENIZER_FILES
 from ..prompts import demo_path
 from ..sampling.common import Step
 from . import plots
 from .arguments import parse
+from .identity import files_digest, weights_digest
 from .planning import Batch, check_steps, plan
 from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table
 from .running import Sampler, leave_group
 from .tasks import Sample
 
-ENDS = 1 << 20  # bytes of a file's beginning, and of its end, that its fingerprint reads
 EVERY = 30.0  # seconds between the lines that a log gets
 ADVICE = "try a smaller --batch_size, shorter --lengths, --dtype bfloat16, or a device with more memory"
 
@@ -109,25 +109,16 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace, path: str, model: DiffusionLM) -> Record:
     """What decides a sample's result, beyond what its line says."""
+    names = ["config.json", *TOKENIZER_FILES]
+    folder = checkpoint_folder(path, names)
     return {
         "model": args.demo or path,
-        "weights": fingerprint(sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []),
+        "weights": weights_digest(model),
+        "config_and_tokenizer": files_digest(folder / name for name in names),
         **{name: getattr(args, name) for name in ("seq_len", "steps", "block_length", "backend")},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "tasks_file": fingerprint([args.tasks_file] if args.tasks_file else []),
+        "tasks_file": files_digest([args.tasks_file]) if args.tasks_file else None,
     }
-
-
-def fingerprint(files: list[Path]) -> str | None:
-    """Tells other contents from the same: a digest of the sizes, beginnings and ends; None without a file."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        with open(file, "rb") as content:
-            digest.update(b"%d" % size + content.read(ENDS))
-            content.seek(max(0, size - ENDS))
-            digest.update(content.read())
-    return digest.hexdigest() if files else None
 
 
 def _call(model: DiffusionLM) -> Record:
