@@ -150,8 +150,9 @@ class Run:
         grid = self._grid.to(q.device)
         out = lse = None
         if not self.rule.blind:
-            # without a mask, ours is the model's own full attention, and can give the log-sum-exp along with it
-            out, lse = full_attention(q, k, v) if mask is None or isinstance(mask, str) else (full(), None)
+            # ours is the model's own full attention then, and can give the log-sum-exp along with it
+            known, keys = _key_mask(mask)
+            out, lse = full_attention(q, k, v, keys) if known else (full(), None)
         first = q.device not in self._devices
         if first:
             self._devices.add(q.device)
@@ -197,6 +198,14 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device's queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def _key_mask(mask: Any) -> tuple[bool, Tensor | None]:
+    """Whether a mask tells real keys from padding and nothing else, and that mask, bool [B, T], or None without one."""
+    if mask is None or isinstance(mask, str):
+        return True, None
+    known = mask.dtype == torch.bool and mask.ndim == 2
+    return known, mask if known else None
 
 
 def valid_keys(mask: Any, k: Tensor) -> Tensor | None:

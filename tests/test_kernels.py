@@ -41,15 +41,22 @@ def test_full_attention_and_its_log_sum_exp(device, dtype, length, last, n_heads
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "width"), [(77, 16), (80, 128), (333, 128)])
 @pytest.mark.parametrize("pads", [(0, 40), (5, 60)])
-def test_full_attention_of_padded_rows(device, pads):
-    q, k, v = heads(77, (4, 2), 16, torch.float32, device)
-    valid = torch.tensor([[t >= pad for t in range(77)] for pad in pads])
+def test_full_attention_of_padded_rows(device, dtype, length, width, pads):
+    q, k, v = heads(length, (4, 2), width, dtype, device)
+    valid = torch.tensor([[t >= pad for t in range(length)] for pad in pads])
     out, lse = full_attention(q, k, v, valid.to(device))
     expected = reference.attention(q.cpu(), k.cpu(), v.cpu(), valid)
     real = valid[:, None, :, None].expand_as(expected)
-    torch.testing.assert_close(out.cpu().double()[real], expected[real], atol=1e-5, rtol=0)
-    assert lse is None
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(out.cpu().double()[real], expected[real], atol=tolerance, rtol=0)
+    if device == "cuda":
+        assert lse is not None, "selection would have to compute it again"
+        logits = q.cpu().double() @ k.cpu().double().repeat_interleave(2, 1).mT / width**0.5
+        exact = logits.masked_fill(~valid[:, None, None], -torch.inf).logsumexp(-1)
+        torch.testing.assert_close(lse.cpu().double()[real[..., 0]], exact[real[..., 0]], atol=1e-3, rtol=0)
 
 
 @pytest.mark.gpu

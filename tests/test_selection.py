@@ -178,7 +178,17 @@ SCORE_CASES = [
     (77, 48, (3, 1), (0, 50)),
     (70, 64, (2, 1), (7, 0)),
     (20, 32, (2, 2), (19, 3)),
+    (200, 16, (2, 1), (40, 64)),
 ]
+
+
+def masks(length, pads):
+    """Left padding, and the same with a token that does not count in the middle and one at the end."""
+    if pads is None:
+        return [None]
+    holes = left_padding(length, pads)
+    holes[0, -1], holes[1, (max(pads) + length) // 2] = False, False
+    return [left_padding(length, pads), holes]
 
 
 def check_scores(scores, q, k, block_size, valid, tolerance=2e-5):
@@ -246,16 +256,16 @@ def test_ranking_in_chunks_of_heads(monkeypatch, chunk):
 
 
 INTERPRETED = """
-from test_selection import SCORE_CASES, attention_inputs, check_scores, left_padding, log_sum_exp
+from test_selection import SCORE_CASES, attention_inputs, check_scores, log_sum_exp, masks
 from sparsed.kernels import block_scores, compiled
 compiled.triton_fault = lambda device: None
 for length, block_size, heads, pads in SCORE_CASES:
     for width in (16, 32) if pads is None else (16,):
         q, k = attention_inputs(length, heads, batch=2, width=width)
-        valid = None if pads is None else left_padding(length, pads)
-        for lse in (None, log_sum_exp(q, k, valid)):
-            scores = block_scores(q, k, block_size=block_size, key_valid=valid, lse=lse)
-            check_scores(scores, q, k, block_size, valid)
+        for valid in masks(length, pads):
+            for lse in (None, log_sum_exp(q, k, valid)):
+                scores = block_scores(q, k, block_size=block_size, key_valid=valid, lse=lse)
+                check_scores(scores, q, k, block_size, valid)
 """
 
 
@@ -281,11 +291,11 @@ def test_triton_kernel_interpreted():
 )
 def test_triton_kernel(length, block_size, heads, pads, width, dtype):
     q, k = (x.to(dtype).mul(0.5) for x in attention_inputs(length, heads, batch=2, width=width))
-    valid = None if pads is None else left_padding(length, pads)
-    there = {"block_size": block_size, "key_valid": None if valid is None else valid.cuda()}
-    for lse in (None, log_sum_exp(q, k, valid).cuda()):
-        on_gpu = block_scores(q.cuda(), k.cuda(), **there, lse=lse)
-        check_scores(on_gpu.cpu(), q, k, block_size, valid, tolerance=1e-4)
+    for valid in masks(length, pads):
+        there = {"block_size": block_size, "key_valid": None if valid is None else valid.cuda()}
+        for lse in (None, log_sum_exp(q, k, valid).cuda()):
+            on_gpu = block_scores(q.cuda(), k.cuda(), **there, lse=lse)
+            check_scores(on_gpu.cpu(), q, k, block_size, valid, tolerance=1e-4)
 
 
 @pytest.mark.gpu

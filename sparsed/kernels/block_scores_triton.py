@@ -1,6 +1,7 @@
 """Block scores on the GPU in one kernel: no T x T tensor, no float32 copy of q or k."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,18 @@ class Tile:
         return rows * self.width * self.itemsize + SCRATCH
 
 
+class _Padding(NamedTuple):
+    """Which tokens are real, uint8 [B, T], and from where on all of them are, int32 [B]."""
+
+    valid: Tensor
+    real_from: Tensor
+
+    @staticmethod
+    def of(key_valid: Tensor) -> "_Padding":
+        after = torch.arange(1, key_valid.shape[1] + 1, dtype=torch.int32, device=key_valid.device)
+        return _Padding(key_valid.contiguous().view(torch.uint8), (after * ~key_valid).amax(-1))
+
+
 @on_device_of
 def block_scores_triton(
     q: Tensor, k: Tensor, *, block_size: int, key_valid: Tensor | None = None, lse: Tensor | None = None
@@ -55,32 +68,33 @@ def block_scores_triton(
     """
     batch, heads, length, head_dim = q.shape
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    key_valid = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
+    padding = None if key_valid is None else _Padding.of(key_valid)
     tile = _tile(head_dim, q.dtype, q.device)
     cell = min(tile.rows, block_size & -block_size)
     if cell == block_size:
-        return _cell_scores(q, k, key_valid, lse, cell, tile)
+        return _cell_scores(q, k, padding, lse, cell, tile)
     n_blocks = triton.cdiv(length, block_size)
     scores = torch.empty(batch, heads, n_blocks, n_blocks, device=q.device, dtype=torch.float32)
     group = heads // k.shape[1]
     for head in range(k.shape[1]):
         own = slice(head * group, (head + 1) * group)
         given = None if lse is None else lse[:, own]
-        cells = _cell_scores(q[:, own], k[:, head : head + 1], key_valid, given, cell, tile)
+        cells = _cell_scores(q[:, own], k[:, head : head + 1], padding, given, cell, tile)
         scores[:, own] = F.avg_pool2d(cells, block_size // cell, ceil_mode=True, divisor_override=1)
     return scores
 
 
-def _cell_scores(q: Tensor, k: Tensor, key_valid: Tensor | None, lse: Tensor | None, cell: int, tile: Tile) -> Tensor:
+def _cell_scores(q: Tensor, k: Tensor, padding: _Padding | None, lse: Tensor | None, cell: int, tile: Tile) -> Tensor:
     """Scores of cells, [B, Hq, nC, nC]."""
     batch, heads, length, head_dim = q.shape
     n_cells = triton.cdiv(length, cell)
     scores = torch.empty(batch, heads, n_cells, n_cells, device=q.device, dtype=torch.float32)
     _block_scores_kernel[(triton.cdiv(length, tile.rows), batch * heads)](
-        q, k, None if lse is None else lse.contiguous(), key_valid, scores, *q.stride()[:3], *k.stride()[:3],
+        q, k, None if lse is None else lse.contiguous(), *(padding or (None, None)), scores,
+        *q.stride()[:3], *k.stride()[:3],
         length, n_cells, heads, heads // k.shape[1], head_dim**-0.5 * LOG2_E,
         GIVEN=lse is not None,
-        PADDED=key_valid is not None,
+        PADDED=padding is not None,
         D=head_dim,
         D_TILE=tile.width,
         CELL=cell,
@@ -203,7 +217,7 @@ def _pool(
 
 @triton.jit(do_not_specialize=["length", "n_cells"])
 def _block_scores_kernel(
-    q_ptr, k_ptr, lse_ptr, valid_ptr, out_ptr,
+    q_ptr, k_ptr, lse_ptr, valid_ptr, real_from_ptr, out_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     length, n_cells, heads, group, scale,
     GIVEN: tl.constexpr,
@@ -237,12 +251,18 @@ def _block_scores_kernel(
     first_cell = tl.program_id(0) * (TILE // CELL)
     out = out_ptr + ((b * heads + h) * n_cells + first_cell) * n_cells
     # tiles without padding or ragged end need no mask
-    whole = 0 if PADDED else length // TILE
+    lead, tail = 0, length // TILE
+    if PADDED:
+        lead = tl.minimum(tl.cdiv(tl.load(real_from_ptr + b), TILE), tail)
+        _pool(
+            q, lse, k_ptr, k_row, valid_ptr, out, first_cell, 0, lead, length, n_cells, scale,
+            True, PADDED, D, D_TILE, CELL, TILE,
+        )  # fmt: skip
     _pool(
-        q, lse, k_ptr, k_row, valid_ptr, out, first_cell, 0, whole, length, n_cells, scale,
+        q, lse, k_ptr, k_row, valid_ptr, out, first_cell, lead, tail, length, n_cells, scale,
         False, PADDED, D, D_TILE, CELL, TILE,
     )  # fmt: skip
     _pool(
-        q, lse, k_ptr, k_row, valid_ptr, out, first_cell, whole, tl.cdiv(length, TILE), length, n_cells, scale,
+        q, lse, k_ptr, k_row, valid_ptr, out, first_cell, tail, tl.cdiv(length, TILE), length, n_cells, scale,
         True, PADDED, D, D_TILE, CELL, TILE,
     )  # fmt: skip

@@ -27,30 +27,47 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = N
         [B, Hq, T, D], and the log-sum-exp of every query's scaled logits, [B, Hq, T] float32, or None where the kernel
         that ran does not give it.
     """
+    mask = None
     if key_valid is not None:
         # with a mask and shared key heads together, torch could fall back to its T x T kernel
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_valid[:, None, None, :]), None
+        mask = key_valid[:, None, None, :]
     if q.is_cuda and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-        if q.shape[2] * k.shape[2] >= FLASH_PAIRS and flash_fault(q.device, q.dtype) is None:
+        long = q.shape[2] * k.shape[2] >= FLASH_PAIRS
+        if mask is None and long and flash_fault(q.device, q.dtype) is None:
             if _flash_agrees(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3]):
                 return flash_dense(q, k, v)
-        return _torch_with_lse(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]), None
+        return _torch_with_lse(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]), None
 
 
 @on_device_of
-def _torch_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The kernel that `scaled_dot_product_attention` would choose itself, asked for its log-sum-exp."""
+def _torch_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The kernel that `scaled_dot_product_attention` would choose itself, asked for its log-sum-exp.
+
+    Args:
+        mask: bool [B, 1, 1, Tk], with which k and v have as many heads as q.
+    """
     shared = q.shape[1] != k.shape[1]
-    choice = torch._fused_sdp_choice(q, k, v, enable_gqa=shared)
+    choice = torch._fused_sdp_choice(q, k, v, attn_mask=mask, enable_gqa=shared)
+    bias = None if mask is None else _additive(mask, q.dtype)
     if choice == SDPBackend.CUDNN_ATTENTION.value:
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True)[:2]
         return out, lse.squeeze(-1)
     if choice == SDPBackend.FLASH_ATTENTION.value and q.shape[-1] % 8 == 0:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
         return out, lse[..., : q.shape[2]]
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared), None
+    if choice == SDPBackend.EFFICIENT_ATTENTION.value and bias is not None:
+        bias = bias.expand(-1, q.shape[1], q.shape[2], -1)
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[:2]
+        return out, lse[..., : q.shape[2]]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared), None
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where the mask is True and -inf elsewhere, in rows that begin at multiples of 16 elements."""
+    bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return F.pad(bias, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
 
 
 @functools.cache
