@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from demo.tokenizer import write_json
 from sparsed.chat import encode_chat
+from sparsed.cli.readers import whole
 from sparsed.config import SparseDConfig
 from sparsed.models import load_model, load_tokenizer
 from sparsed.prompts import answer_found, build_prompt, language
@@ -136,9 +137,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoints", type=Path, default=Path(__file__).parent, help="folder of both")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; what else it holds stays")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--questions", type=int, default=200, help="word problems")
-    parser.add_argument("--seq_len", type=int, default=32, help="new tokens, and denoising steps")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens a batch")
+    parser.add_argument("--questions", type=whole(1), default=200, help="word problems")
+    parser.add_argument("--seq_len", type=whole(1), default=32, help="new tokens, and denoising steps")
+    parser.add_argument("--tokens", type=whole(1), default=8192, help="tokens a batch")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 

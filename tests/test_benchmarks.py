@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import standins
 import torch
@@ -514,6 +515,23 @@ def test_the_readme_shows_the_committed_records():
                     assert run[phase] is None or run[phase]["median"] == statistics.median(run[phase]["samples"])
             row |= phases.derive(row["runs"], SparseDConfig(**record["config"]))
     assert plot.overview(records) in readme
+
+
+def test_the_readme_says_how_far_the_choices_agree():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    records = [
+        json.loads((ROOT / f"benchmarks/results/agreement-{f}-h100.json").read_text()) for f in ("llada", "dream")
+    ]
+
+    def both(name):
+        return [statistics.fmean(np.ravel([sample[name] for sample in record["samples"]])) for record in records]
+
+    for name, text in (
+        ("common", "{:.1%} (LLaDA) and {:.1%} (Dream) of the blocks"),
+        ("early_answer", "the first step's choice holds {:.1%} (LLaDA) and {:.1%} (Dream)"),
+        ("late_answer", "the last full step's {:.1%} and {:.1%}"),
+    ):
+        assert text.format(*both(name)).replace("%", " %") in readme
 
 
 def test_the_readme_says_what_watching_costs():
