@@ -244,6 +244,24 @@ def test_without_one_of_its_parts_sparsed_is_as_good_with_blocks_of_128(family):
     assert all(level(found[method], found["sparsed"]) for method in ("no_skip", "no_isolation"))
 
 
+def test_the_readme_shows_accuracy_against_density():
+    readme = " ".join((REPO / "README.md").read_text().split())
+    found, lost = {}, {}
+    for family in TITLES:
+        found[family] = evaluation(f"{family}-4k-curve")
+        assert all(row["n"] == 100 for row in found[family]["rows"]) and len(found[family]["rows"]) == 3 * 16
+        sparse = [row for row in found[family]["averages"] if row["method"] == "sparsed"]
+        lost[family] = {row["select"]: f"{-row['difference']:.1f}" for row in sparse}
+        # level: no difference lies in the interval
+        assert all(row["difference_high"] >= 0 for row in sparse if row["select"] >= 0.2)
+    text = "loses {} points at 0.1 and {} at 0.05 (Dream {} and {}, and {} at 0.2;"
+    figures = [lost[family][select] for family in ("llada", "dream") for select in (0.1, 0.05)]
+    assert text.format(*figures, lost["dream"][0.2]) in readme
+    rows = [row for row in found["llada"]["rows"] if (row["method"], row["task"]) == ("sparsed", "vt")]
+    recalls = [f"{100 * row['recall']:.0f}" for row in rows]
+    assert f"hold {', '.join(recalls[:-1])} and {recalls[-1]} % of the attention" in readme
+
+
 def test_the_readme_says_what_blocks_of_32_lose():
     readme = " ".join((REPO / "README.md").read_text().split())
     lost, right, unskipped = {}, {}, {}

@@ -90,6 +90,7 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     for command in "xy":
         Folder(tmp_path / "new" / "run").claim({"seed": 0}, {"command": command})
     assert results.about(tmp_path / "new" / "run" / results.RUN)["calls"] == [{"command": "x"}, {"command": "y"}]
+    Folder(tmp_path / "new" / "run").append([line("s0", "origin", 1.0)])
     with pytest.raises(OtherRun, match="seed 0, now 1"):
         Folder(tmp_path / "new" / "run").claim({"seed": 1}, {})
     (tmp_path / "letters.txt").write_text("mine")
@@ -281,7 +282,7 @@ def test_a_file_is_no_folder_of_results(tmp_path, capsys, inside):
     [("tokenizer_config.json", "config_and_tokenizer"), ("config.json", "config_and_tokenizer"), (None, "weights")],
 )
 def test_a_changed_checkpoint_is_another_configuration(tmp_path, capsys, name, setting):
-    """A weight in the middle of the file counts, and so does a space in a small file."""
+    """The order of a matrix's rows in the middle of the file counts, and so does a space in a small file."""
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(demo_path("llada"), checkpoint)
     words = [word for word in SMALL if word not in ("--demo", "llada")]
@@ -290,7 +291,9 @@ def test_a_changed_checkpoint_is_another_configuration(tmp_path, capsys, name, s
     if name is None:
         weights = checkpoint / "model.safetensors"
         tensors = load_file(weights)
-        tensors["model.transformer.blocks.1.up_proj.weight"][3, 5] += 1
+        tensors["model.transformer.blocks.1.up_proj.weight"] = tensors[
+            "model.transformer.blocks.1.up_proj.weight"
+        ].flip(0)
         save_file(tensors, weights, {"format": "pt"})
     else:
         with open(checkpoint / name, "a") as file:
@@ -300,21 +303,54 @@ def test_a_changed_checkpoint_is_another_configuration(tmp_path, capsys, name, s
 
 
 def test_the_digest_of_weights_is_that_of_their_bits():
-    """As whole numbers, added up here one by one; in parts or not."""
+    """As whole numbers times their places, added up here one by one."""
     model = torch.nn.Linear(3, 2).to(torch.bfloat16)
     expected = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        total = sum(int.from_bytes(struct.pack(">f", x)[:2], "big", signed=True) for x in parameter.flatten().tolist())
-        expected.update(f"{name} {list(parameter.shape)} {total}\n".encode())
-    assert identity.weights_digest(model) == expected.hexdigest()
+        bits = [int.from_bytes(struct.pack(">f", x)[:2], "big", signed=True) for x in parameter.flatten().tolist()]
+        total = sum(place * number for place, number in enumerate(bits, 1))
+        expected.update(f"{name} {list(parameter.shape)} [{total}]\n".encode())
+    assert identity.weights_digest(model) == expected.hexdigest()[:16]
 
 
-def test_a_changed_file_is_another_configuration(tmp_path, capsys):
-    file, words = tmp_path / "mine.jsonl", [*SMALL, "--methods", "origin", "--out", str(tmp_path / "run")]
+def test_a_changed_file_is_another_configuration(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file, words = tmp_path / "mine.jsonl", [*SMALL, "--methods", "origin", "--out", "~/run"]
     for answers, code in (("a", 0), ("a", 0), ("b", 2)):
         file.write_text(json.dumps({"prompt": "What is a boat?", "answers": [answers]}))
-        assert cli.main([*words, "--tasks_file", str(file)]) == code
+        assert cli.main([*words, "--tasks_file", "~/mine.jsonl"]) == code
     assert "another configuration (tasks_file" in capsys.readouterr().err
+    assert lines_of(tmp_path / "run")
+
+
+def test_a_folder_without_a_sample_is_free(tmp_path):
+    """A backend that cannot run here is found out once the folder is claimed."""
+    words = [*SMALL, "--tasks", "qa_1", "--methods", "sparsed", "--limit", "1", "--out", str(tmp_path / "run")]
+    assert cli.main([*words, "--backend", "flash"]) == 2
+    assert cli.main(words) == 0
+    run = json.loads((tmp_path / "run" / results.RUN).read_text())
+    assert run["settings"]["backend"] == "auto" and len(run["calls"]) == 1
+
+
+def test_another_dtype_is_named_as_such(done, capsys):
+    assert cli.main([*CALL, "--dtype", "bfloat16", "--out", str(done)]) == 2
+    assert "(dtype 'float32', now 'bfloat16')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "foo"}, {"score": "x"}, {"score": 7.0}, {"recall": ["x"]}, {"length": "1k"}, {"skip": "x"}, {"id": 1}],
+)
+def test_a_damaged_line_does_not_count(tmp_path, changes):
+    good = line("s0", "sparsed", 1.0)
+    nested = "[" * 100_000
+    (tmp_path / results.SAMPLES).write_text(
+        f"{json.dumps(good)}\n{json.dumps(good | {'id': 's1'} | changes)}\n{nested}\n"
+    )
+    assert list(Folder(tmp_path).finished().values()) == [good]
+    (tmp_path / results.RUN).write_text(nested)
+    with pytest.raises(OtherRun, match="none of an evaluation's"):
+        Folder(tmp_path).claim({"seed": 0}, {})
 
 
 def test_a_log_gets_lines_with_the_time_left(monkeypatch, tmp_path, capsys):

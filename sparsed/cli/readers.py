@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from ..config import SparseDConfig
@@ -91,6 +92,14 @@ def non_empty(word: str) -> str:
     if not word.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     return word
+
+
+def path(word: str) -> Path:
+    """A reader of paths, with the user's home for ~."""
+    try:
+        return Path(non_empty(word)).expanduser()
+    except RuntimeError as error:  # no such user
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def device(word: str) -> str:

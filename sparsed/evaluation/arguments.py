@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..attention import BACKENDS
 from ..cli.parser import Parser
-from ..cli.readers import config_field, device, list_of, non_empty, shown, some_of, whole
+from ..cli.readers import config_field, device, list_of, non_empty, path, shown, some_of, whole
 from ..config import SparseDConfig
 from ..models.loading import DTYPES
 from .methods import METHODS
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _check_folder(parser: Parser, out: Path) -> None:
     """Refuse a folder of results that is a file, or would lie in one, before the model is loaded."""
-    present = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    present = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
     if not present.is_dir():
         parser.error(f"argument --out: {present} is a file; name a folder for the results")
 
@@ -94,7 +94,7 @@ def _add_measured(group) -> None:
     group.add_argument("--tasks", type=some_of(TASKS), metavar="NAMES", help="some tasks (default: all)")
     group.add_argument(
         "--tasks_file",
-        type=Path,
+        type=path,
         metavar="FILE.jsonl",
         help='tasks of your own, a line each: {"prompt": "...", "answers": ["...", ...]}; all answers must be in the '
         'text, or one of them with "match": "part"',
@@ -123,7 +123,7 @@ def _add_measured(group) -> None:
         metavar="NUMBERS",
         help="of the samples, some with commas between (default: 0)",
     )
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    group.add_argument("--out", type=path, required=True, metavar="DIR", help="folder of the results")
 
 
 def _add_sparsed(group) -> None:
@@ -157,7 +157,7 @@ def _variants(args: argparse.Namespace) -> list[Variant]:
 
 def length(word: str) -> int:
     """A reader of a prompt's length: 4k is 4,096 tokens."""
-    match = re.fullmatch(r"(\d{1,7})(k?)", word)
+    match = re.fullmatch(r"([0-9]{1,7})(k?)", word)
     tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
     if not SHORTEST <= tokens <= LONGEST:
         raise argparse.ArgumentTypeError(f"must be tokens from {SHORTEST} to 128k, such as 4k, got {shown(word)}")

@@ -113,10 +113,10 @@ def _settings(args: argparse.Namespace, path: str, model: DiffusionLM) -> Record
     folder = checkpoint_folder(path, names)
     return {
         "model": args.demo or path,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_digest(model),
         "config_and_tokenizer": files_digest(folder / name for name in names),
         **{name: getattr(args, name) for name in ("seq_len", "steps", "block_length", "backend")},
-        "dtype": str(model.dtype).removeprefix("torch."),
         "tasks_file": files_digest([args.tasks_file]) if args.tasks_file else None,
     }
 

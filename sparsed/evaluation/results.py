@@ -15,8 +15,6 @@ from .scoring import mean_of, paired_difference, proportion
 SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "table.md"
 # what tells one way to run from another; None where it means nothing to the method
 VARIANT = ("method", "select", "skip", "block_size")
-# what else the summary reads of a line
-READ = {"id", "task", "length", "seed", "score", "density", "recall", "seconds"}
 
 Record = dict[str, Any]
 
@@ -48,34 +46,35 @@ class Folder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / RUN
-        calls = []
+        calls: list[Record] = []
         if file.is_file():
             before = about(file)
             changed = [
                 name for name in settings | before["settings"] if settings.get(name) != before["settings"].get(name)
             ]
-            if changed:
+            if changed and self.finished():
                 name = changed[0]
                 raise OtherRun(
                     f"{self.path} holds results of another configuration ({name} {before['settings'].get(name)!r}, "
                     f"now {settings.get(name)!r}): choose another folder"
                 )
-            calls = before["calls"]
+            calls = [] if changed else before["calls"]
         elif any(self.path.iterdir()):
             raise OtherRun(f"{self.path} is not empty and holds no evaluation: choose another folder")
         if self.process == 0:
             write_json(file, {"settings": settings, "calls": [*calls, call]})
 
     def finished(self) -> dict[tuple, Record]:
-        """The samples that are there, by `key`; a line that is not whole, as after a crash, does not count."""
+        """The samples that are there, by `key`; a line that is not whole, as after a crash, or not one of an evaluation
+        does not count."""
         found = {}
         for file in (self.path / SAMPLES, *self._parts()):
             for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else ():
                 try:
                     record = json.loads(line)
-                    if READ <= record.keys():
+                    if _readable(record):
                         found[key(record)] = record
-                except (ValueError, LookupError, TypeError, AttributeError):
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     continue
         return found
 
@@ -114,12 +113,25 @@ def about(file: Path) -> Record:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {"settings": dict(found["settings"]), "calls": list(found["calls"])}
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise OtherRun(f"{file} is none of an evaluation's: choose another folder") from None
 
 
 def _lines(records: Iterable[Record]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _readable(record: Record) -> bool:
+    """Whether the summary can read a line's values."""
+    numbers = [record[name] for name in ("score", "density", "seconds")] + (record["recall"] or [])
+    return (
+        all(isinstance(number, (int, float)) for number in numbers)
+        and 0 <= record["score"] <= 1
+        and record["method"] in METHODS
+        and all(isinstance(record[name], str) for name in ("id", "task"))
+        and all(record[name] is None or isinstance(record[name], int) for name in ("length", "seed"))
+        and all(record[name] is None or isinstance(record[name], (int, float)) for name in VARIANT[1:])
+    )
 
 
 def key(record: Record) -> tuple:
