@@ -151,8 +151,8 @@ class Run:
         out = lse = None
         if not self.rule.blind:
             # ours is the model's own full attention then, and can give the log-sum-exp along with it
-            known, keys = _key_mask(mask)
-            out, lse = full_attention(q, k, v, keys) if known else (full(), None)
+            ours = only_pads(mask, k)
+            out, lse = full_attention(q, k, v, grid.key_valid) if ours else (full(), None)
         first = q.device not in self._devices
         if first:
             self._devices.add(q.device)
@@ -200,12 +200,11 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _key_mask(mask: Any) -> tuple[bool, Tensor | None]:
-    """Whether a mask tells real keys from padding and nothing else, and that mask, bool [B, T], or None without one."""
+def only_pads(mask: Any, k: Tensor) -> bool:
+    """Whether a mask, in any of the forms of `valid_keys`, cannot tell one query from another."""
     if mask is None or isinstance(mask, str):
-        return True, None
-    known = mask.dtype == torch.bool and mask.ndim == 2
-    return known, mask if known else None
+        return True
+    return mask.dtype == torch.bool and mask.shape == (k.shape[0], k.shape[2])
 
 
 def valid_keys(mask: Any, k: Tensor) -> Tensor | None:

@@ -36,10 +36,10 @@ def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
 def highest_places(scores: Tensor, parts: tuple[slice, ...], keep: tuple[int, ...], places: Tensor) -> None:
     """Write where each part's highest scores lie, ascending, then the last place again up to the width of `places`.
 
-    Of equal scores the earlier one is higher.
+    Of equal scores the earlier one is higher; what is not a number is the lowest.
 
     Args:
-        scores: [H, nQ, nK] float32, finite.
+        scores: [H, nQ, nK] float32.
         parts: of the last dimension, one or two, next to each other.
         keep: how many of each part.
         places: int32 [H, nQ, width], width at least the sum of `keep`.
@@ -60,9 +60,10 @@ def highest_places_torch(scores: Tensor, parts: tuple[slice, ...], keep: tuple[i
 
 
 def highest(scores: Tensor, keep: int) -> Tensor:
-    """Which of the last dimension's scores are its `keep` highest, bool; of equals the earlier ones."""
+    """Which of the last dimension's scores are its `keep` highest, bool; of equals the earlier ones, NaN last."""
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     # not by sorting, which takes longer than all else in the selection
     lowest = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, level = scores > lowest, scores == lowest

@@ -23,7 +23,7 @@ from standins_llada import llada_sampler
 
 from sparsed import SparseDConfig
 from sparsed.kernels import block_scores
-from sparsed.run import valid_keys
+from sparsed.run import only_pads, valid_keys
 
 # -------------------------------------------------------------------------------------------------- same as the twin
 
@@ -137,6 +137,14 @@ PAIRS = MASKED[:, None, :, None] & MASKED[:, None, None, :]  # rows of padded qu
 )
 def test_valid_keys_from_any_form_of_mask(mask):
     assert torch.equal(valid_keys(mask, torch.zeros(2, 2, 5, 16)), MASKED)
+
+
+def test_a_mask_of_pairs_is_not_taken_for_padding():
+    """Nor one of another shape, which the model's own attention may read in its own way."""
+    k = torch.zeros(2, 2, 5, 16)
+    assert all(only_pads(mask, k) for mask in (None, "full", MASKED))
+    for mask in (torch.ones(5, 5).bool(), MASKED[:1], MASKED[:, None, None], PAIRS, MASKED.long()):
+        assert not only_pads(mask, k)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Block scores and isolated selection against loops in float64."""
 
 import importlib
+import math
 from pathlib import Path
 
 import pytest
@@ -365,20 +366,25 @@ PLACE_CASES = [
 
 
 def check_places(find, device="cpu"):
-    """`find` as `highest_places`, on scores with ties, padding (-1) and tiny ones, against Python's stable sort."""
+    """`find` as `highest_places`, on scores with ties, padding (-1), tiny ones and CUDA's NaN, against Python's stable
+    sort."""
+    not_a_number = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     for rows, width, border, keep, more in PLACE_CASES:
         parts = (slice(0, border), slice(border, width)) if len(keep) == 2 else (slice(0, width),)
-        scores = torch.rand(2, rows, width).round(decimals=2)
+        scores = torch.rand(3, rows, width).round(decimals=2)
         scores[0, 0] = -1.0
         scores[1, 1] *= 1e-30
         scores[1, 0, ::2] = -1.0
-        places = torch.full((2, rows, sum(keep) + more), -7, dtype=torch.int32, device=device)
+        scores[2, 0] = scores[2, 1, ::2] = not_a_number
+        places = torch.full((3, rows, sum(keep) + more), -7, dtype=torch.int32, device=device)
         find(scores.to(device), parts, keep, places)
         for row, found in zip(scores.flatten(0, 1).tolist(), places.flatten(0, 1).tolist(), strict=True):
             expected = []
             for part, most in zip(parts, keep, strict=True):
                 inside = range(part.start, part.stop)
-                expected += sorted(sorted(inside, key=lambda place: -row[place])[:most])
+                expected += sorted(
+                    sorted(inside, key=lambda place: math.inf if math.isnan(row[place]) else -row[place])[:most]
+                )
             assert found == expected + [expected[-1]] * more
 
 

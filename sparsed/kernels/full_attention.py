@@ -54,7 +54,7 @@ def _torch_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tup
     if choice == SDPBackend.CUDNN_ATTENTION.value:
         out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True)[:2]
         return out, lse.squeeze(-1)
-    if choice == SDPBackend.FLASH_ATTENTION.value and q.shape[-1] % 8 == 0:
+    if choice == SDPBackend.FLASH_ATTENTION.value and bias is None and q.shape[-1] % 8 == 0:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
         return out, lse[..., : q.shape[2]]
     if choice == SDPBackend.EFFICIENT_ATTENTION.value and bias is not None:

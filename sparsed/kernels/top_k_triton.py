@@ -28,6 +28,7 @@ def _ranked(scores_ptr, start, stop, CHUNK: tl.constexpr):
     columns = start + tl.arange(0, CHUNK)
     inside = (columns < stop)[None, :]
     scores = tl.load(scores_ptr + columns[None, :], mask=inside, other=0.0) + 0.0  # there is one zero then
+    scores = tl.where(scores == scores, scores, float("-inf"))
     bits = scores.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True), inside
 
