@@ -19,12 +19,12 @@ from torch import Tensor
 from sparsed import SparseDConfig, load_model, load_tokenizer, sparsify
 from sparsed.blocks import Pattern
 from sparsed.cli.readers import whole
+from sparsed.evaluation.running import Sampler
 from sparsed.evaluation.tasks import TASKS, make_sample
 from sparsed.pictures import common
 from sparsed.prompts import demo_path
-from sparsed.sampling import dream_generate, llada_generate
 from sparsed.sampling.common import Step
-from sparsed.watching import watched
+from sparsed.watching import recall, watched
 
 from .common import build_parser, new_record, parse_arguments, save
 
@@ -41,17 +41,13 @@ Layers = list[tuple[Tensor, Pattern]]  # block scores [1, Hq, nQ, nK] and kept b
 
 
 @torch.no_grad()
-def watch(model: torch.nn.Module, input_ids: Tensor) -> dict[int, Layers]:
+def watch(sampler: Sampler, input_ids: Tensor) -> dict[int, Layers]:
     """What each of the steps that count would see and choose in a generation with full attention; input_ids [1, T]."""
     seen: Layers = []
     found: dict[int, Layers] = {}
-    options: dict[str, Any] = {"gen_length": NEW_TOKENS, "steps": STEPS}
-    if model.family == "llada":
-        options["block_length"] = BLOCK_LENGTH
-    generate = dream_generate if model.family == "dream" else llada_generate
     rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
     # every step is the first of a run of two, which chooses, and never gets to the second
-    with sparsify(model, replace(CONFIG, skip=0), steps=2, gen_length=NEW_TOKENS, rule=rule) as run:
+    with sparsify(sampler.model, replace(CONFIG, skip=0), steps=2, gen_length=NEW_TOKENS, rule=rule) as run:
 
         def begin_anew(step: Step) -> None:
             if step.index in (EARLY, LATE, *LATER):
@@ -59,39 +55,38 @@ def watch(model: torch.nn.Module, input_ids: Tensor) -> dict[int, Layers]:
             seen.clear()
             run.reset()
 
-        generate(model, input_ids, **options, on_step=begin_anew)
+        sampler.generate(input_ids, gen_length=NEW_TOKENS, steps=STEPS, on_step=begin_anew)
     return found
 
 
-def held(scores: Tensor, kept: Tensor, first: int) -> float:
-    """Share of the attention of query blocks from `first` on, in scores [1, Hq, nQ, nK], that the kept blocks hold."""
-    attention = scores[:, :, first:]
-    return ((attention * kept[:, :, first:]).sum() / attention.sum()).item()
+def held(scores: Tensor, pattern: Pattern, first: int) -> float:
+    """`recall` of the query blocks from `first` on."""
+    return recall(scores[:, :, first:], replace(pattern, indices=pattern.indices[:, :, first:])).item()
 
 
 def compare(found: dict[int, Layers]) -> dict[str, Any]:
     """Both choices of one sample, means over layers: the share of the late one's blocks that the early one has too, and
     for each of the later steps the share of its attention that each of them holds."""
-    early, late = ([pattern.as_mask() for _, pattern in found[step]] for step in (EARLY, LATE))
-    answer = found[EARLY][0][1].grid.parts[1].start  # its first block
-    shares = [common(mask, other).mean().item() for mask, other in zip(late, early, strict=True)]
+    early, late = ([pattern for _, pattern in found[step]] for step in (EARLY, LATE))
+    answer = early[0].grid.parts[1].start  # its first block
+    shares = [common(one.as_mask(), other.as_mask()).mean().item() for one, other in zip(late, early, strict=True)]
     record: dict[str, Any] = {"common": fmean(shares)}
-    for name, masks in (("early", early), ("late", late)):
+    for name, patterns in (("early", early), ("late", late)):
         for queries, first in (("all", 0), ("answer", answer)):
             record[f"{name}_{queries}"] = [
-                fmean(held(scores, mask, first) for mask, (scores, _) in zip(masks, found[step], strict=True))
+                fmean(held(scores, kept, first) for kept, (scores, _) in zip(patterns, found[step], strict=True))
                 for step in LATER
             ]
     return record
 
 
-def measure(model: torch.nn.Module, tokenizer: Any, count: int) -> dict[str, Any]:
+def measure(sampler: Sampler, count: int) -> dict[str, Any]:
     """The samples of every task, and their means."""
     samples = []
     for task in SOLVED:
         for index in range(count):
-            sample = make_sample(TASKS[task], tokenizer, PROMPT, 0, index)
-            found = watch(model, torch.tensor([sample.input_ids], device=model.device))
+            sample = make_sample(TASKS[task], sampler.tokenizer, PROMPT, 0, index)
+            found = watch(sampler, torch.tensor([sample.input_ids], device=sampler.model.device))
             samples.append({"id": sample.id, **compare(found)})
         print(f"{task}: done", flush=True)
     density = found[LATE][0][1].density.item()  # of any: it depends on the length alone
@@ -104,8 +99,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=whole(1), default=4, metavar="N", help="of each task (default: %(default)s)")
     args = parse_arguments(parser, argv)
     folder = str(demo_path(args.family))
-    model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
-    record = new_record(parser, args, model.device, model.dtype) | measure(model, tokenizer, args.samples)
+    model = load_model(folder, dtype="float32")
+    sampler = Sampler(model, load_tokenizer(folder), BLOCK_LENGTH, "auto")
+    record = new_record(parser, args, model.device, model.dtype) | measure(sampler, args.samples)
     save(args.out, record)
     print(args.family, *(f"{name} {value:.3f}" for name, value in record["means"].items()))
 

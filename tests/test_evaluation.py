@@ -291,9 +291,8 @@ def test_a_changed_checkpoint_is_another_configuration(tmp_path, capsys, name, s
     if name is None:
         weights = checkpoint / "model.safetensors"
         tensors = load_file(weights)
-        tensors["model.transformer.blocks.1.up_proj.weight"] = tensors[
-            "model.transformer.blocks.1.up_proj.weight"
-        ].flip(0)
+        matrix = "model.transformer.blocks.1.up_proj.weight"
+        tensors[matrix] = tensors[matrix].flip(0)
         save_file(tensors, weights, {"format": "pt"})
     else:
         with open(checkpoint / name, "a") as file:

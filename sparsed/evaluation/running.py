@@ -85,7 +85,7 @@ class Sampler:
         synchronize(device)
         start = time.perf_counter()
         with attention_of(self.model, variant.config, **options, **sparse) as run:
-            generated = self._generate(ids, **options, on_step=on_step)[:, ids.shape[1] :].tolist()
+            generated = self.generate(ids, **options, on_step=on_step)[:, ids.shape[1] :].tolist()
             density = None if run is None else run.density
         seconds = (time.perf_counter() - start) / len(samples)
         stops = stop_ids(self.model.config, self.tokenizer)
@@ -112,7 +112,8 @@ class Sampler:
             )
         return lines
 
-    def _generate(self, ids: Tensor, **options: Any) -> Tensor:
+    def generate(self, ids: Tensor, **options: Any) -> Tensor:
+        """The family's sampler: ids [B, prompt] -> [B, prompt + gen_length], with its options but LLaDA's blocks."""
         if self.model.family == "dream":
             return dream_generate(self.model, ids, **options)
         block_length = min(self.block_length, options["gen_length"])
