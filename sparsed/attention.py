@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import BlockGrid, Pattern, head_chunks, true_places
-from .kernels import block_sparse_attention, error_and_bound, flash_block_sparse, flash_fault, triton_fault
+from .kernels import (
+    block_sparse_attention,
+    error_and_bound,
+    flash_block_sparse,
+    flash_fault,
+    full_attention,
+    triton_fault,
+)
 
 SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -147,6 +154,24 @@ BACKENDS: dict[str, Callable[[Pattern], SparseAttention]] = {
     "triton": triton_attention,
     "gather": gather_attention,
 }
+
+
+def sparse_attention(name: str, pattern: Pattern) -> SparseAttention:
+    """What the sparse steps compute: the backend of that name, and full attention for the queries that read all keys."""
+    kept, grid = BACKENDS[name](pattern), pattern.grid
+    if not grid.dense_answer:
+        return kept
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        answer = q[:, :, -(grid.length - grid.first_dense) :]
+        dense = full_attention(answer, k, v, grid.key_valid)[0]
+        if answer.shape == q.shape:
+            return dense
+        out = kept(q, k, v)
+        out[:, :, -answer.shape[2] :] = dense  # in place: the kernel's few rows more cost less than a copy of all
+        return out
+
+    return attention
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,14 @@ class BlockGrid:
         length: tokens in all.
         prompt_len: tokens before the generated region.
         key_valid: bool [B, length], False where a token is padding; None if every token is real.
+        dense_answer: as in `SparseDConfig`.
     """
 
     length: int
     prompt_len: int
     block_size: int
     key_valid: Tensor | None = None
+    dense_answer: bool = False
 
     def to(self, device: torch.device) -> "BlockGrid":
         """The grid with its tensor on `device`: the layers of one model can lie on several GPUs."""
@@ -44,10 +46,25 @@ class BlockGrid:
         border = min(-(-self.prompt_len // self.block_size), self.n_blocks - 1)
         return slice(0, border), slice(border, self.n_blocks)
 
+    @property
+    def first_dense(self) -> int:
+        """The first query that attends to every key: the token before the generated region (in Dream, whose logits
+        predict the next token, it is the answer's first row), or the sequence's end if there is none."""
+        return max(0, self.prompt_len - 1) if self.dense_answer else self.length
+
     @cached_property
     def block_tokens(self) -> Tensor:
         """Real tokens in each block, [B or 1, n_blocks]."""
-        valid = torch.ones(1, self.length, dtype=torch.bool) if self.key_valid is None else self.key_valid
+        return self._tokens_from(0)
+
+    @cached_property
+    def dense_tokens(self) -> Tensor:
+        """Those of `block_tokens` that, as queries, attend to every key."""
+        return self._tokens_from(self.first_dense)
+
+    def _tokens_from(self, first: int) -> Tensor:
+        valid = torch.ones(1, self.length, dtype=torch.bool) if self.key_valid is None else self.key_valid.clone()
+        valid[:, :first] = False
         block_size = min(self.block_size, self.length)
         return F.pad(valid, (0, -self.length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
 
@@ -88,7 +105,7 @@ def true_places(chosen: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Pattern:
-    """The kept key blocks of one layer.
+    """The kept key blocks of one layer; the grid says which queries read every key besides.
 
     Args:
         indices: int32 [B, Hq, nQ, width], ascending; row b holds counts[b] blocks, then repeats its last one.
@@ -104,11 +121,14 @@ class Pattern:
     def density(self) -> Tensor:
         """Attended over all pairs of real query and real key, mean over batch rows and heads; 0-dim float32."""
         # non_blocking: a layer's selection waits for nothing
-        tokens = self.grid.block_tokens.to(self.indices.device, non_blocking=True).expand(self.indices.shape[0], -1)
+        tokens, dense = (
+            found.to(self.indices.device, non_blocking=True).expand(self.indices.shape[0], -1).float()
+            for found in (self.grid.block_tokens, self.grid.dense_tokens)
+        )
         shares = []
-        for row, kept, real in zip(self.indices.long(), self.counts, tokens.float(), strict=True):
-            attended = (real[row[..., :kept]].sum(-1) * real).sum(-1)  # [Hq]
-            shares.append(attended.mean() / real.sum().square())
+        for row, kept, real, whole in zip(self.indices.long(), self.counts, tokens, dense, strict=True):
+            attended = (real[row[..., :kept]].sum(-1) * (real - whole)).sum(-1)  # [Hq]
+            shares.append((attended.mean() + real.sum() * whole.sum()) / real.sum().square())
         return torch.stack(shares).mean()
 
     def part(self, rows: int, heads: slice) -> "Pattern":
@@ -121,3 +141,11 @@ class Pattern:
         shape = *self.indices.shape[:-1], self.grid.n_blocks
         mask = torch.zeros(shape, dtype=torch.bool, device=self.indices.device)
         return mask.scatter_(-1, self.indices.long(), True)
+
+    def read_mask(self) -> Tensor:
+        """The blocks of which some query of a block reads a key, bool [B, Hq, nQ, nK]: the kept ones, and all that hold
+        a real token where `dense_answer` has a query read everything."""
+        real, dense = (
+            (found > 0).to(self.indices.device) for found in (self.grid.block_tokens, self.grid.dense_tokens)
+        )
+        return self.as_mask() | (dense[:, None, :, None] & real[:, None, None, :])

@@ -1,4 +1,4 @@
-"""The three numbers of SparseD and the schedule that follows from them (arXiv 2509.24014, section 4)."""
+"""The settings of SparseD and the schedule that follows from them (arXiv 2509.24014, section 4)."""
 
 import math
 from dataclasses import dataclass
@@ -21,20 +21,23 @@ def check_numbers(**numbers: int) -> None:
 
 @dataclass(frozen=True)
 class SparseDConfig:
-    """The three numbers of SparseD.
+    """The paper's three numbers, and one choice of ours.
 
     Args:
         skip: fraction of the denoising steps that use full attention, 0 to 1.
         select: fraction of the key blocks that each query block keeps afterwards, above 0, at most 1.
         block_size: tokens a block, for queries and keys alike, a positive multiple of 16.
+        dense_answer: in the sparse steps, the queries from the token before the generated region on attend to every
+            key, and only the prompt's to their kept blocks. Not in the paper, whose rule is False.
 
     Raises:
-        ValueError: a number is outside its range.
+        ValueError: a number is outside its range, or `dense_answer` is no bool.
     """
 
     skip: float = 0.2
     select: float = 0.3
     block_size: int = 128
+    dense_answer: bool = False
 
     def __post_init__(self):
         if not _is_number(self.skip) or not 0 <= self.skip <= 1:
@@ -45,6 +48,8 @@ class SparseDConfig:
         # block indices are int32
         if not whole or not 16 <= self.block_size < 2**31 or self.block_size % 16:
             raise ValueError(f"block_size must be a positive multiple of 16, got {self.block_size!r}")
+        if not isinstance(self.dense_answer, bool):
+            raise ValueError(f"dense_answer must be True or False, got {self.dense_answer!r}")
 
     def n_full(self, steps: int) -> int:
         """Number of leading steps, of `steps` in all, that use full attention; the last of them chooses the blocks."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import BACKENDS, Problem, SparseAttention, choose_backend
+from .attention import Problem, SparseAttention, choose_backend, sparse_attention
 from .blocks import BlockGrid
 from .config import SparseDConfig
 from .kernels import block_scores, full_attention
@@ -146,7 +146,8 @@ class Run:
         if k.shape[2] != length:
             raise ValueError(f"sparsify needs all tokens in every forward, got {length} queries and {k.shape[2]} keys")
         if self._grid is None:
-            self._grid = BlockGrid(length, length - self.gen_length, self.config.block_size, valid_keys(mask, k))
+            config, valid = self.config, valid_keys(mask, k)
+            self._grid = BlockGrid(length, length - self.gen_length, config.block_size, valid, config.dense_answer)
         grid = self._grid.to(q.device)
         out = lse = None
         if not self.rule.blind:
@@ -165,7 +166,7 @@ class Run:
         pattern = self.rule.choose(q, score, grid, self.config.select)
         self._densities.append(pattern.density)
         assert self.backend is not None  # `_prepare` has chosen it
-        sparse = self._sparse[layer, q.device] = BACKENDS[self.backend](pattern)
+        sparse = self._sparse[layer, q.device] = sparse_attention(self.backend, pattern)
         return sparse(q, k, v) if self.rule.blind else out
 
     def _sparse_attention(self, layer: int, device: torch.device) -> SparseAttention:

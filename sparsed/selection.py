@@ -98,7 +98,14 @@ def compile_selection(q: Tensor, k: Tensor, grid: BlockGrid, lse: Tensor | None)
 
 
 def select_blocks(
-    q: Tensor, k: Tensor, *, prompt_len: int, block_size: int, select: float, key_valid: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    prompt_len: int,
+    block_size: int,
+    select: float,
+    key_valid: Tensor | None = None,
+    dense_answer: bool = False,
 ) -> Tensor:
     """The key blocks that SparseD keeps for each query block (arXiv 2509.24014, section 4).
 
@@ -109,6 +116,8 @@ def select_blocks(
         block_size: tokens a block; the last block may be shorter.
         select: share of each part's blocks to keep, above 0, at most 1.
         key_valid: bool [B, T], False where a token is padding.
+        dense_answer: the queries from token `prompt_len` - 1 on read every key: every block that holds such a query
+            has all blocks with a real token, those of its prompt's queries included.
 
     Returns:
         bool [B, Hq, nQ, nK], nQ = nK = ceil(T / block_size).
@@ -118,7 +127,8 @@ def select_blocks(
     """
     _check_selection(q, k, prompt_len, block_size, select, key_valid)
     scores = block_scores(q, k, block_size=block_size, key_valid=key_valid)
-    return isolated_top_k(scores, BlockGrid(q.shape[2], prompt_len, block_size, key_valid), select).as_mask()
+    grid = BlockGrid(q.shape[2], prompt_len, block_size, key_valid, dense_answer)
+    return isolated_top_k(scores, grid, select).read_mask()
 
 
 def _check_selection(q, k, prompt_len, block_size, select, key_valid) -> None:

@@ -23,15 +23,21 @@ def watched(see: Callable[[Tensor, Pattern], None], rule: Rule = SPARSED) -> Rul
 
 
 def recall(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Share of the attention that the kept blocks hold, mean over heads and real queries: float32 [B].
+    """Share of the attention that goes to keys which are read, mean over heads and real queries: float32 [B].
+
+    Where `dense_answer` has only some of a block's queries read everything, the others are taken to find as much in the
+    kept blocks as the block's queries do together.
 
     Args:
         scores: [B, Hq, nQ, nK] block scores, which add up to 1 for every real query.
     """
     batch, heads = scores.shape[:2]
+    tokens, dense = (x.to(scores.device).float() for x in (pattern.grid.block_tokens, pattern.grid.dense_tokens))
+    dense_share = (dense / tokens.clamp_min(1))[:, None]  # [B or 1, 1, nQ]: of a block's queries
     held = scores.new_zeros(batch)
     for part in head_chunks(heads, scores[:, 0].numel()):
-        held += (scores[:, part] * pattern.part(batch, part).as_mask()).sum((1, 2, 3))
+        kept = (scores[:, part] * pattern.part(batch, part).as_mask()).sum(-1)
+        held += kept.lerp(scores[:, part].sum(-1), dense_share).sum((1, 2))
     return held / scores.sum((1, 2, 3))
 
 
@@ -40,7 +46,8 @@ def pooled(pattern: Pattern, most: int) -> Tensor:
 
     Cell (r, c) stands for query blocks r * n // side to (r + 1) * n // side - 1 of the n blocks, and key blocks
     likewise. In every row those cells are on that hold the largest share of kept blocks, as many as the density asks
-    for, at least one; of equals the earlier ones. With `most` blocks or fewer it is the pattern itself.
+    for, at least one; of equals the earlier ones. With `most` blocks or fewer it is the pattern itself. Rows of cells
+    with a query that reads every key are on throughout.
     """
     n_blocks, device = pattern.grid.n_blocks, pattern.indices.device
     side = min(n_blocks, most)
@@ -53,4 +60,5 @@ def pooled(pattern: Pattern, most: int) -> Tensor:
     ]
     sizes = members.sum(-1)
     cells = (2 * side * pattern.counts[0] + n_blocks) // (2 * n_blocks)  # rounded
-    return highest(torch.cat(sums) / (sizes[:, None] * sizes), max(1, cells))
+    on = highest(torch.cat(sums) / (sizes[:, None] * sizes), max(1, cells))
+    return on | (members @ pattern.grid.dense_tokens[0].to(device).float() > 0)[:, None]

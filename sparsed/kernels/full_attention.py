@@ -27,11 +27,14 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = N
         [B, Hq, T, D], and the log-sum-exp of every query's scaled logits, [B, Hq, T] float32, or None where the kernel
         that ran does not give it.
     """
-    mask = None
-    if key_valid is not None:
-        # with a mask and shared key heads together, torch could fall back to its T x T kernel
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        mask = key_valid[:, None, None, :]
+    if key_valid is not None and q.shape[1] != k.shape[1]:
+        # with a mask and shared key heads together, torch could fall back to its T x T kernel: query heads that share
+        # a key head become further queries of it
+        together = (k.shape[1], q.shape[1] // k.shape[1])
+        out, lse = full_attention(q.unflatten(1, together).flatten(2, 3), k, v, key_valid)
+        split = (together[1], q.shape[2])
+        return out.unflatten(2, split).flatten(1, 2), lse if lse is None else lse.unflatten(2, split).flatten(1, 2)
+    mask = None if key_valid is None else key_valid[:, None, None, :]
     if q.is_cuda and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         long = q.shape[2] * k.shape[2] >= FLASH_PAIRS
         if mask is None and long and flash_fault(q.device, q.dtype) is None:
