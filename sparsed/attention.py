@@ -157,7 +157,7 @@ BACKENDS: dict[str, Callable[[Pattern], SparseAttention]] = {
 
 
 def sparse_attention(name: str, pattern: Pattern) -> SparseAttention:
-    """What the sparse steps compute: the backend of that name, and full attention for the queries that read all keys."""
+    """What the sparse steps compute: the backend's attention, full attention for the queries that read every key."""
     kept, grid = BACKENDS[name](pattern), pattern.grid
     if not grid.dense_answer:
         return kept

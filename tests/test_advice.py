@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_whole_runs_and_the_length_by_hand(make_job, monkeypatch):
     timed = []
     monkeypatch.setattr(advice, "time_steps", lambda _, length: timed.append(length) or seconds_at(length))
     found = advise(job)
-    assert timed == [100, 1024, 100, 1024, 2048]
+    assert timed == [100, 1024, 100, 1024, 2048, 100, 100]
     # 100 + 128 tokens: 0.228 s + 0.051984 s, and 0.228 s + 0.0207936 s; 26 of 128 steps are full, the last of them
     # takes 4.56 s more
     assert found["origin_seconds"] == pytest.approx(128 * 0.279984)
@@ -93,7 +94,7 @@ def test_the_length_and_the_command_agree_whatever_was_timed(prompt_tokens, seco
         patch.setattr(
             advice,
             "time_steps",
-            lambda _, n: StepTimes(n, *timed.setdefault(n, seconds[len(timed)]), 0.3, "gather"),
+            lambda _, n: StepTimes(n, *timed.setdefault(n, seconds[min(len(timed), 2)]), 0.3, "gather"),
         )
         found = advise(job)
     faster = found["sparsed_seconds"] < found["origin_seconds"]
@@ -219,7 +220,7 @@ def test_advice_from_the_script(family, checkpoints, tmp_path, monkeypatch, caps
     found = json.loads(record.read_text())
     assert err == "" and "runs" not in found and found["environment"]["torch"] == torch.__version__
     lines = out.splitlines()
-    assert len(lines) == 5 and lines[-1] == f"use: {found['advice']['command']}"
+    assert len(lines) in (7, 8) and f"use: {found['advice']['command']}" in lines[-2:]
     own = found["advice"]["steps"][-1]
     assert own["backend"] == "gather" and own["prompt_tokens"] == found["advice"]["fitted_prompt_tokens"][1]
     assert found["advice"]["origin_seconds"] == pytest.approx(128 * own["full"])
@@ -231,3 +232,24 @@ def test_where_every_block_is_kept_both_are_the_same(select, make_job, monkeypat
     found = advise(make_job(f"--select {select} --block_size 1024"))
     assert found["origin_seconds"] == found["sparsed_seconds"] and found["pays_from"] is None
     assert "--origin" in found["command"]
+
+
+def test_dense_answer_rows_are_timed_with_fewer_blocks(make_job, monkeypatch):
+    timed = []
+
+    def fake(job, length):
+        timed.append((job.args.config.select, job.args.config.dense_answer))
+        found = replace(seconds_at(length), full=99.0)
+        return replace(found, sparse=found.sparse / 2) if job.args.config.dense_answer else found
+
+    job = make_job("--select 0.4 --skip 0.5 --steps 4 --seq_len 128")
+    monkeypatch.setattr(advice, "time_steps", fake)
+    found = advise(job)
+    assert timed[-2:] == [(0.2, True), (0.1333, True)] and not any(dense for _, dense in timed[:-2])
+    own = seconds_at(100)
+    for other, select in zip(found["dense_answer"], ("0.2", "0.1333"), strict=True):
+        # two of four steps are full, as long as the job's own; the second chooses
+        assert other["seconds"] == pytest.approx(99.0 + own.selecting + 2 * own.sparse / 2)
+        assert f"--select {select}" in other["command"] and "--dense_answer" in other["command"]
+    lines = advice_lines({**found, "origin_seconds": 400.0, "sparsed_seconds": 300.0}, 100, 4)
+    assert lines[-1].endswith(found["dense_answer"][0]["command"]) and "with --dense_answer --select 0.1333" in lines[4]

@@ -24,6 +24,11 @@ from .running import Job, StepClock, sparsified
 SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
 # steps of a kind where they are replayed as CUDA graphs: run as it is, captured, replayed
 REPLAYED_STEPS = 3
+# the flags of SparseD, which mean nothing to full attention
+SPARSED = ("skip", "select", "block_size", "dense_answer", "backend")
+# dense answer rows with so many times fewer blocks than the paper's rule are timed beside it: its answers are then no
+# further from full attention's (README, "Dense answer rows")
+FEWER_BLOCKS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ def advise(job: Job) -> dict[str, Any]:
         `steps`, the times at each length; `steps_that_run`, how many of the whole run's steps call the model;
         `origin_seconds` and `sparsed_seconds` of the whole run; `fitted_prompt_tokens`, the `fitted_lengths`;
         `pays_from`, the prompt tokens from which on SparseD is faster (not below the shortest that was timed), None if
-        nothing shows that it ever is; `command`, which runs what is faster.
+        nothing shows that it ever is; `command`, which runs what is faster of the two; `dense_answer`, what runs with
+        dense answer rows and fewer blocks would take, each with its own command.
 
     Raises:
         BackendError: the named backend cannot run.
@@ -84,7 +90,21 @@ def advise(job: Job) -> dict[str, Any]:
         "fitted_prompt_tokens": [short, long],
         "pays_from": pays_from,
         "command": command_of(args, origin=sparsed >= origin),
+        "dense_answer": _dense_answer(job, times[prompt_tokens], ran),
     }
+
+
+def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, Any]]:
+    """What whole runs with dense answer rows would take, whose full steps are as long as the job's own."""
+    found = []
+    for fewer in FEWER_BLOCKS if own.backend != FULL else ():
+        config = replace(job.args.config, select=round(job.args.config.select / fewer, 4), dense_answer=True)
+        other = _changed(job, config=config, select=config.select, dense_answer=True)
+        times = time_steps(other, own.prompt_tokens)
+        seconds = whole_runs(replace(times, full=own.full), ran, config.n_full(job.args.steps))[1]
+        command = command_of(other.args, origin=False)
+        found.append({**asdict(times), "select": config.select, "seconds": seconds, "command": command})
+    return found
 
 
 @torch.no_grad()
@@ -115,8 +135,12 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
 def _with_steps(job: Job, full: int, sparse: int) -> Job:
     """The job with so many steps of each kind; the last full one chooses the blocks."""
     steps = full + sparse
-    changed = {"steps": steps, "config": replace(job.args.config, skip=full / steps)}
-    return replace(job, args=argparse.Namespace(**{**vars(job.args), **changed}))
+    return _changed(job, steps=steps, config=replace(job.args.config, skip=full / steps))
+
+
+def _changed(job: Job, **values: Any) -> Job:
+    """The job with other arguments."""
+    return replace(job, args=argparse.Namespace(**{**vars(job.args), **values}))
 
 
 def steps_that_run(job: Job) -> list[bool]:
@@ -182,8 +206,17 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
             f"{pays_from} prompt tokens on or fewer" if pays_from <= short else f"about {pays_from} prompt tokens on"
         )
         lines.append(f"with these settings SparseD pays from {least}, as steps at {short} and {long} tokens tell")
-    counted = "estimates from a single forward pass of each kind"
-    return [*lines, f"({counted}; loading, compiling and sampling are not in them)", f"use: {advice['command']}"]
+    for other in advice.get("dense_answer", []):
+        lines.append(
+            f"with --dense_answer --select {other['select']:g}: a sparse step {other['sparse']:.3f} s, the whole run "
+            f"{other['seconds']:.1f} s, {origin / other['seconds']:.2f}x as fast as full attention"
+        )
+    lines.append("(estimates from a single forward pass of each kind; loading, compiling and sampling are not in them)")
+    lines.append(f"use: {advice['command']}")
+    fastest = min(advice.get("dense_answer", []), key=lambda other: other["seconds"], default=None)
+    if fastest is not None and fastest["seconds"] < min(origin, sparsed):
+        lines.append(f"or the fastest of all, no part of the paper's method: {fastest['command']}")
+    return lines
 
 
 def command_of(args: argparse.Namespace, *, origin: bool) -> str:
@@ -193,7 +226,7 @@ def command_of(args: argparse.Namespace, *, origin: bool) -> str:
     """
     values = {**vars(args), "advise": False, "json": None, "quiet": False, "origin": origin}
     if origin:
-        values |= {name: args.parser.get_default(name) for name in ("skip", "select", "block_size", "backend")}
+        values |= {name: args.parser.get_default(name) for name in SPARSED}
     script = args.parser.prog
     words = ["python", script] if script.endswith(".py") else [script]
     for action in args.parser._actions:

@@ -51,7 +51,7 @@ def parse(family: Family, argv: list[str] | None) -> argparse.Namespace:
     args.text = own_prompt(parser, args)
     if args.text is None:
         args.prompt = args.prompt or DEFAULT_PROMPT
-    args.config = None if args.origin else SparseDConfig(args.skip, args.select, args.block_size)
+    args.config = None if args.origin else SparseDConfig(args.skip, args.select, args.block_size, args.dense_answer)
     args.parser = parser
     return args
 
@@ -207,6 +207,12 @@ def _add_sparsed(group) -> None:
         default=SparseDConfig.block_size,
         metavar="N",
         help="tokens of a block, a multiple of 16; smaller blocks select more finely (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dense_answer",
+        action="store_true",
+        help="in the sparse steps, the answer's queries read every key, and only the prompt's their kept blocks: much "
+        "nearer to full attention, at next to no cost; not part of the paper's method",
     )
     group.add_argument(
         "--backend",

@@ -16,6 +16,7 @@ from .running import Variant, variants
 from .tasks import TASKS
 
 SHORTEST, LONGEST = 256, 128 * 1024  # tokens of a prompt
+DENSE_ANSWER = {"no": (False,), "yes": (True,), "both": (False, True)}
 EXAMPLES = """\
 tasks (RULER's, over this package's own texts):
   {tasks}
@@ -138,6 +139,17 @@ def _add_sparsed(group) -> None:
         )
 
 
+    group.add_argument(
+        "--dense_answer",
+        choices=DENSE_ANSWER,
+        nargs="?",
+        const="yes",
+        default="no",
+        help="whether the answer's queries read every key in the sparse steps, under any method (default: %(default)s; "
+        "without a value: yes)",
+    )
+
+
 def _add_generation(group) -> None:
     group.add_argument("--seq_len", type=whole(1), metavar="N", help="new tokens (default: as RULER has it, by task)")
     group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: as many as new tokens)")
@@ -151,8 +163,9 @@ def _add_running(group) -> None:
 
 
 def _variants(args: argparse.Namespace) -> list[Variant]:
-    combinations = product(args.block_size, args.skip, args.select)
-    return variants(args.methods, [SparseDConfig(skip, select, size) for size, skip, select in combinations])
+    combinations = product(args.block_size, args.skip, args.select, DENSE_ANSWER[args.dense_answer])
+    configs = [SparseDConfig(skip, select, size, dense) for size, skip, select, dense in combinations]
+    return variants(args.methods, configs)
 
 
 def length(word: str) -> int:

@@ -62,7 +62,7 @@ class Options:
     Args:
         pretrained: folder or hub id of a Dream or LLaDA checkpoint.
         origin: full attention in every step.
-        skip, select, block_size: SparseD's three numbers.
+        skip, select, block_size, dense_answer: SparseD's settings.
         backend: kernel of the sparse steps.
         steps: denoising steps of one answer whose task does not say; None takes as many as it has tokens.
         max_gen_toks: tokens of an answer whose task does not say.
@@ -84,6 +84,7 @@ class Options:
     skip: float = 0.2
     select: float = 0.3
     block_size: int = 128
+    dense_answer: bool = False
     backend: str = "auto"
     steps: int | None = None
     max_gen_toks: int = 256
@@ -97,7 +98,7 @@ class Options:
     batch_size: int = 1
 
     def __post_init__(self):
-        SparseDConfig(self.skip, self.select, self.block_size)
+        SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
         check_backend(self.backend)
         check_numbers(max_gen_toks=self.max_gen_toks, block_length=self.block_length, mc_num=self.mc_num)
         if self.steps is not None:
@@ -132,8 +133,10 @@ class Options:
 
     @property
     def config(self) -> SparseDConfig | None:
-        """SparseD's numbers; None for full attention."""
-        return None if self.origin else SparseDConfig(self.skip, self.select, self.block_size)
+        """SparseD's settings; None for full attention."""
+        if self.origin:
+            return None
+        return SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
 
 
 @register_model("sparsed")

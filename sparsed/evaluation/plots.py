@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .results import VARIANT, Record, title_of
+from .results import Record, title_of, variant_of
 
 
 def draw(summary: dict[str, list[Record]], folder: Path) -> None:
@@ -44,18 +44,18 @@ def _draw_accuracy(pyplot: Any, summary: dict[str, list[Record]], path: Path) ->
     """Bars with intervals: a panel for each length, a group for each task, a bar for each variant."""
     rows = summary["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    shown = list(dict.fromkeys(tuple(row[name] for name in VARIANT) for row in rows))
+    shown = list(dict.fromkeys(map(variant_of, rows)))
     figure, panels = _panels(pyplot, len(_lengths(rows)), 3 + 1.3 * len(tasks))
     for panel, length in zip(panels, _lengths(rows), strict=True):
         width = 0.8 / len(shown)
         for place, variant in enumerate(shown):
-            cells = [row for row in rows if row["length"] == length and tuple(row[n] for n in VARIANT) == variant]
+            cells = [row for row in rows if row["length"] == length and variant_of(row) == variant]
             at = [tasks.index(row["task"]) + (place - (len(shown) - 1) / 2) * width for row in cells]
             errors = [
                 [row["accuracy"] - row["low"] for row in cells],
                 [row["high"] - row["accuracy"] for row in cells],
             ]
-            named = next(row for row in rows if tuple(row[n] for n in VARIANT) == variant)
+            named = next(row for row in rows if variant_of(row) == variant)
             heights = [row["accuracy"] for row in cells]
             panel.bar(at, heights, width, yerr=errors, color=f"C{place}", label=title_of(named))
         panel.set_xticks(range(len(tasks)), tasks, fontsize=8)
@@ -71,16 +71,17 @@ def _draw_density(pyplot: Any, summary: dict[str, list[Record]], path: Path) -> 
     averages = summary["averages"]
     figure, panels = _panels(pyplot, len(_lengths(averages)), 6)
     for panel, length in zip(panels, _lengths(averages), strict=True):
-        curves = dict.fromkeys((row["method"], row["skip"], row["block_size"]) for row in averages)
-        for curve in curves:
-            rows = [row for row in averages if row["length"] == length]
-            rows = [row for row in rows if (row["method"], row["skip"], row["block_size"]) == curve]
+        curves: dict[tuple, list[Record]] = {}
+        for row in averages:
+            if row["length"] == length:
+                curves.setdefault(variant_of({**row, "select": None}), []).append(row)
+        for rows in curves.values():
             rows.sort(key=lambda row: row["density"])
             errors = [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
             panel.errorbar(
                 [row["density"] for row in rows], [row["accuracy"] for row in rows], errors, capsize=2,
-                fmt="x" if curve[0] == "origin" else "o-",
-                label=title_of(dict(zip(("method", "skip", "block_size"), curve, strict=True), select=None)),
+                fmt="x" if rows[0]["method"] == "origin" else "o-",
+                label=title_of({**rows[0], "select": None}),
             )  # fmt: skip
         panel.set_xlabel("density")
         panel.set_ylabel("average accuracy, %")
@@ -94,9 +95,9 @@ def _draw_recall(pyplot: Any, summary: dict[str, list[Record]], path: Path) -> N
     rows = [row for row in summary["rows"] if row["recall_layers"]]
     figure, panels = _panels(pyplot, len(_lengths(rows)), 6)
     for panel, length in zip(panels, _lengths(rows), strict=True):
-        variants = dict.fromkeys(tuple(row[name] for name in VARIANT) for row in rows)
+        variants = dict.fromkeys(map(variant_of, rows))
         for place, variant in enumerate(variants):
-            found = [row for row in rows if row["length"] == length and tuple(row[n] for n in VARIANT) == variant]
+            found = [row for row in rows if row["length"] == length and variant_of(row) == variant]
             if found:
                 layers = [
                     sum(layer) / len(found) for layer in zip(*(row["recall_layers"] for row in found), strict=True)

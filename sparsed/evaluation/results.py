@@ -13,8 +13,8 @@ from .methods import METHODS
 from .scoring import mean_of, paired_difference, proportion
 
 SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "table.md"
-# what tells one way to run from another; None where it means nothing to the method
-VARIANT = ("method", "select", "skip", "block_size")
+# what tells one way to run from another; None where it means nothing to the method or was not asked for
+VARIANT = ("method", "select", "skip", "block_size", "dense_answer")
 
 Record = dict[str, Any]
 
@@ -130,13 +130,19 @@ def _readable(record: Record) -> bool:
         and record["method"] in METHODS
         and all(isinstance(record[name], str) for name in ("id", "task"))
         and all(record[name] is None or isinstance(record[name], int) for name in ("length", "seed"))
-        and all(record[name] is None or isinstance(record[name], (int, float)) for name in VARIANT[1:])
+        and all(record[name] is None or isinstance(record[name], (int, float)) for name in VARIANT[1:4])
+        and record.get("dense_answer") in (None, True)
     )
 
 
 def key(record: Record) -> tuple:
     """What a sample's line is known by."""
-    return (record["id"], *(record[name] for name in VARIANT))
+    return (record["id"], *variant_of(record))
+
+
+def variant_of(record: Record) -> tuple:
+    """The way to run of a line, or of a row of the summary."""
+    return tuple(record.get(name) for name in VARIANT)
 
 
 def summarize(records: list[Record]) -> dict[str, list[Record]]:
@@ -147,15 +153,16 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
 
     Returns:
         rows: a cell each: task, length, the variant, seeds, n, accuracy in percent with its Wilson interval (low and
-            high), its difference to full attention on the same samples (None where there is nothing to compare with),
-            density, recall (mean over layers, None without a pattern), recall_layers, seconds a sample.
+            high), its difference to full attention on the same samples, and its gain over the same variant without
+            dense answer rows (None where there is nothing to compare with), density, recall (mean over layers, None
+            without a pattern), recall_layers, seconds a sample.
         averages: a length and variant each: the means over tasks of accuracy and difference, with 95 % intervals; the
             methods in the order of `METHODS`, whatever order they were run in.
     """
     records = sorted(records, key=lambda record: (record["length"] is None, record["length"]))
-    full = {record["id"]: record["score"] for record in records if record["method"] == "origin"}
-    cells = [_cell(group, full) for group in _groups(records, "task", "length", *VARIANT)]
-    averages = [_average(group, full) for group in _groups(records, "length", *VARIANT)]
+    scores = {key(record): record["score"] for record in records}
+    cells = [_cell(group, scores) for group in _groups(records, "task", "length", *VARIANT)]
+    averages = [_average(group, scores) for group in _groups(records, "length", *VARIANT)]
     averages.sort(key=lambda row: list(METHODS).index(row["method"]))
     return {"rows": cells, "averages": averages}
 
@@ -164,48 +171,61 @@ def _groups(records: list[Record], *names: str) -> list[list[Record]]:
     """Records with the same values of `names`, in the order in which these first occur."""
     found: dict[tuple, list[Record]] = {}
     for record in records:
-        found.setdefault(tuple(record[name] for name in names), []).append(record)
+        found.setdefault(tuple(record.get(name) for name in names), []).append(record)
     return list(found.values())
 
 
-def _cell(records: list[Record], full: dict[str, float]) -> Record:
+def _cell(records: list[Record], known: dict[tuple, float]) -> Record:
     recalls = [record["recall"] for record in records if record["recall"] is not None]
     layers = np.mean(recalls, axis=0).tolist() if recalls else None
     return {
-        **{name: records[0][name] for name in ("task", "length", *VARIANT)},
+        **{name: records[0].get(name) for name in ("task", "length", *VARIANT)},
         "seeds": sorted({record["seed"] for record in records if record["seed"] is not None}),
-        **_accuracy([records], full),
+        **_accuracy([records], known),
         "recall": None if layers is None else float(np.mean(layers)),
         "recall_layers": layers,
         "seconds": float(np.mean([record["seconds"] for record in records])),
     }
 
 
-def _average(records: list[Record], full: dict[str, float]) -> Record:
+def _average(records: list[Record], known: dict[tuple, float]) -> Record:
     tasks = _groups(records, "task")
-    variant = {name: records[0][name] for name in ("length", *VARIANT)}
-    return {**variant, "tasks": len(tasks), **_accuracy(tasks, full)}
+    variant = {name: records[0].get(name) for name in ("length", *VARIANT)}
+    return {**variant, "tasks": len(tasks), **_accuracy(tasks, known)}
 
 
-def _accuracy(tasks: list[list[Record]], full: dict[str, float]) -> Record:
-    """Accuracy over some tasks, and its difference to full attention's scores, which are known by the samples' ids."""
+def _accuracy(tasks: list[list[Record]], known: dict[tuple, float]) -> Record:
+    """Accuracy over some tasks, and its differences to other variants' scores, which are known by their `key`."""
     records = [record for task in tasks for record in task]
     scores = [[record["score"] for record in task] for task in tasks]
-    difference: Iterable[float | None] = (None, None, None)
-    if records[0]["method"] != "origin" and all(record["id"] in full for record in records):
-        others = [[full[record["id"]] for record in task] for task in tasks]
-        difference = _percent(mean_of(list(map(paired_difference, scores, others))))
-    accuracy = _percent(mean_of([proportion(task) for task in scores]))
     return {
         "n": len(records),
-        **dict(zip(("accuracy", "low", "high"), accuracy, strict=True)),
-        **dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True)),
+        **_named("accuracy", "", mean_of([proportion(task) for task in scores])),
+        **_difference("difference", tasks, known, dict.fromkeys(VARIANT) | {"method": "origin"}),
+        **_difference("gain", tasks, known, {"dense_answer": None}),
         "density": float(np.mean([record["density"] for record in records])),
     }
 
 
-def _percent(values: Iterable[float]) -> list[float]:
-    return [100 * value for value in values]
+def _difference(name: str, tasks: list[list[Record]], known: dict[tuple, float], other: Record) -> Record:
+    """How the scores differ from those of the same samples run another way; None unless all of these are known.
+
+    Args:
+        other: what of the variant is different there.
+    """
+    first = tasks[0][0]
+    same = variant_of({**first, **other}) == variant_of(first)
+    if same or any(key({**record, **other}) not in known for task in tasks for record in task):
+        return _named(name, f"{name}_", (None, None, None))
+    scores = [[record["score"] for record in task] for task in tasks]
+    others = [[known[key({**record, **other})] for record in task] for task in tasks]
+    return _named(name, f"{name}_", mean_of(list(map(paired_difference, scores, others))))
+
+
+def _named(name: str, prefix: str, interval: Iterable[float | None]) -> Record:
+    """A value and its interval in percent, under their names in a row."""
+    percent = [None if value is None else 100 * value for value in interval]
+    return dict(zip((name, f"{prefix}low", f"{prefix}high"), percent, strict=True))
 
 
 def table(summary: dict[str, list[Record]]) -> str:
@@ -221,16 +241,18 @@ def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
     counts = sorted({row["n"] for row in rows})
     samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     title = "prompts of your own" if length is None else f"{length:,} tokens"
+    differences = {"difference": "to full attention"}
+    if any(average.get("gain") is not None for average in averages):
+        differences["gain"] = "to the same without dense answer rows"
+    columns = ["method", "density", *tasks, "average", *differences.values()]
     lines = [
         f"### {title}\n",
         f"Accuracy in %, 95 % intervals, {samples} samples a cell.\n",
-        _line(["method", "density", *tasks, "average", "to full attention"]),
-        _line(["---"] * (len(tasks) + 4)),
+        _line(columns),
+        _line(["---"] * len(columns)),
     ]
     for average in averages:
-        variant = [average[name] for name in VARIANT]
-        cells = {row["task"]: row for row in rows if [row[name] for name in VARIANT] == variant}
-        difference = average["difference"]
+        cells = {row["task"]: row for row in rows if variant_of(row) == variant_of(average)}
         lines.append(
             _line(
                 [
@@ -238,9 +260,7 @@ def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
                     f"{average['density']:.2f}",
                     *(_interval(cells[task]) if task in cells else "-" for task in tasks),
                     _interval(average),
-                    "-"
-                    if difference is None
-                    else f"{difference:+.1f} ({average['difference_low']:+.1f} to {average['difference_high']:+.1f})",
+                    *(_change(average, name) for name in differences),
                 ]
             )
         )
@@ -248,13 +268,20 @@ def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
 
 
 def title_of(row: Record) -> str:
-    """The method's name, with its numbers."""
-    numbers = [f"{name} {row[name]:g}" for name in VARIANT[1:] if row[name] is not None]
-    return ", ".join([METHODS[row["method"]].title, *numbers])
+    """The method's name, with its settings."""
+    numbers = [f"{name} {row[name]:g}" for name in VARIANT[1:4] if row[name] is not None]
+    dense = ["dense answer rows"] if row.get("dense_answer") else []
+    return ", ".join([METHODS[row["method"]].title, *dense, *numbers])
 
 
 def _interval(row: Record) -> str:
     return f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+
+
+def _change(row: Record, name: str) -> str:
+    if row[name] is None:
+        return "-"
+    return f"{row[name]:+.1f} ({row[f'{name}_low']:+.1f} to {row[f'{name}_high']:+.1f})"
 
 
 def _line(cells: list[str]) -> str:

@@ -37,6 +37,7 @@ class Variant:
             "select": config and config.select,
             "skip": config.skip if config and skips else None,
             "block_size": config and config.block_size,
+            "dense_answer": (config and config.dense_answer) or None,
         }
 
 
