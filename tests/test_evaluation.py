@@ -83,6 +83,30 @@ def test_the_table_has_a_line_for_each_variant_and_a_column_for_each_task():
     assert rows[3].endswith("| +0.0 (-34.6 to +34.6) |") and rows[2].endswith("| - |")
 
 
+def test_the_gain_of_dense_answer_rows_is_over_the_same_without():
+    plain = [line(f"s{n}", "sparsed", float(n % 2)) for n in range(40)]
+    dense = [line(f"s{n}", "sparsed", float(n % 4 > 0), dense_answer=True) for n in range(40)]
+    other = [line(f"s{n}", "sparsed", 0.0, dense_answer=True, select=0.1) for n in range(40)]
+    summary = summarize([*plain, *dense, *other])
+    first, second, third = summary["averages"]
+    assert first["gain"] is None and third["gain"] is None, "there is no SparseD with select 0.1 without them"
+    # 10 of 40 won and none lost: Wilson's ends of 10 in 40 and of 0 in 40, put together
+    assert second["gain"] == pytest.approx(25.0)
+    low, high = (25 - wilson(10, 40)[0] * 100, wilson(10, 40)[1] * 100 - 25)
+    assert second["gain_low"] == pytest.approx(25 - (low**2 + (100 * wilson(0, 40)[1]) ** 2) ** 0.5)
+    assert second["gain_high"] == pytest.approx(25 + high)
+    text = table(summary)
+    assert "| to the same without dense answer rows |" in text
+    assert "| SparseD, dense answer rows, select 0.3, skip 0.2, block_size 32 | 0.30 | 75.0" in text
+
+
+def test_lines_of_earlier_versions_are_those_without_dense_answer_rows(tmp_path):
+    folder = Folder(tmp_path)
+    folder.append([line("s0", "sparsed", 1.0), line("s0", "sparsed", 0.0, dense_answer=True)])
+    folder.append([line("s1", "sparsed", 1.0, dense_answer="yes")])
+    assert [known[-1] for known in folder.finished()] == [None, True]
+
+
 # --- the folder
 
 

@@ -116,6 +116,14 @@ def test_full_attention_alone_has_no_pattern():
     assert read.says("Full attention reads every block in every step: there is no pattern to show.")
 
 
+def test_dense_answer_rows_are_named_under_the_picture():
+    record = made_up_record("sparsed")
+    line = "The generated region's queries, and the one before it, read every key."
+    assert not Reader(page(record)).says(line)
+    record["arguments"]["dense_answer"] = True
+    assert Reader(page(record)).says(line)
+
+
 def test_the_legend_names_what_the_steps_computed():
     names = ("full attention and selection", "sparse attention")
     both, alone = (Reader(page(made_up_record(*modes))) for modes in (("origin", "sparsed"), ("origin",)))

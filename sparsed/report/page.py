@@ -55,6 +55,7 @@ def _view(record: dict[str, Any]) -> dict[str, Any]:
         "layer_rows": runs[-1].get("layers") or [],
         "replay": _replay(runs) if _has_history(runs) else None,
         "pattern": _pattern(runs[-1]),
+        "dense_answer": record["arguments"].get("dense_answer") is True,
         "without": _without(runs),
         "tables": {"Arguments": record["arguments"], "Environment": record["environment"]},
     }

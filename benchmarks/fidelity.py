@@ -1,0 +1,340 @@
+"""How near SparseD keeps to full attention on a real text: KL divergence and the likeliest token, in one forward.
+
+    python -m benchmarks.fidelity --model_path FOLDER --tokens FILE.bin.xz --new_tokens 128,256 --out FILE.json
+
+FOLDER is a Dream or LLaDA checkpoint, FILE.bin.xz (or .bin) uint16 ids in its vocabulary, of documents that end with
+id 0. A window is so many tokens of one document, the last of them the generated region. A part of the region is
+unmasked in a random order: blocks are chosen while all of it is masked, or once the share --skip of it is there, and
+each setting's attention over them is then measured with half of it masked. Nothing is sampled, so no setting's errors
+add up. The blocks are chosen by the package's own rules and read by its own kernels, in float32.
+
+`parts` says where the paper's rule loses: a reference of dense masks has only some rows, or only some keys of the
+answer's rows, follow the kept blocks. Intervals are 95 % bootstrap intervals over documents.
+"""
+
+import argparse
+import hashlib
+import lzma
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsed import load_model
+from sparsed.attention import SparseAttention, sparse_attention
+from sparsed.blocks import BlockGrid
+from sparsed.cli.readers import list_of, number_in, whole
+from sparsed.evaluation.methods import METHODS
+from sparsed.evaluation.results import title_of
+from sparsed.kernels import block_scores, full_attention
+from sparsed.models.common import DiffusionLM
+
+from .common import build_parser, markdown, new_record, parse_arguments, save
+
+END = 0  # the id after every document
+RESAMPLES = 10_000
+# rows of the full forward, and keys of the answer's, that follow the paper's kept blocks while all others are dense
+PARTS = ("the prompt's rows", "the answer's rows", "the answer's rows: prompt keys", "the answer's rows: answer keys")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: a method of the evaluation with its numbers, or one of PARTS.
+
+    Args:
+        chosen_at: share of the generated region that was there when the blocks were chosen.
+    """
+
+    method: str
+    select: float
+    block_size: int
+    dense_answer: bool = False
+    chosen_at: float = 0.0
+    part: str | None = None
+
+    @property
+    def title(self) -> str:
+        if self.part is not None:
+            return f"only {self.part}, select {self.select:g}, block_size {self.block_size}"
+        at = f", chosen at {self.chosen_at:g}" if self.chosen_at else ""
+        return title_of({**asdict(self), "skip": None}) + at
+
+
+def settings(skip: float) -> list[Setting]:
+    """Every setting of the table."""
+    shares = (0.5, 0.3, 0.2, 0.15, 0.1, 0.05)
+    sizes = {128: shares, 64: (0.3,), 32: (0.3, 0.15, 0.05)}
+    found = [
+        Setting("sparsed", select, size, dense)
+        for size, selects in sizes.items()
+        for select in selects
+        for dense in (False, True)
+    ]
+    found += [Setting("sparsed", select, 128, dense, skip) for select in (0.3, 0.15, 0.1) for dense in (False, True)]
+    found += [
+        Setting(method, 0.3, size, dense)
+        for method in ("no_isolation", "window", "streaming")
+        for size in (128, 32)
+        for dense in (False, True)
+    ]
+    return found + [Setting("sparsed", 0.3, size, part=part) for size in (128, 32) for part in PARTS]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [T] of one document, and the places of the generated region in the order in which they are unmasked."""
+
+    document: int
+    tokens: Tensor
+    order: Tensor
+
+    def canvas(self, revealed: float, mask_id: int) -> Tensor:
+        """The tokens [1, T] with all but the first `revealed` of the region's places masked."""
+        tokens = self.tokens.clone()
+        tokens[self.order[round(revealed * len(self.order)) :]] = mask_id
+        return tokens[None]
+
+
+def windows(ids: np.ndarray, length: int, new_tokens: int, most: int, a_document: int) -> list[Window]:
+    """The first windows of every document that is long enough, next to each other, at most `a_document` of each."""
+    ends = np.flatnonzero(ids == END)
+    found = []
+    for number, document in enumerate(np.split(ids, ends + 1)):
+        for start in range(0, min(len(document) // length, a_document) * length, length):
+            generator = torch.Generator().manual_seed(1000 * number + start)
+            order = length - new_tokens + torch.randperm(new_tokens, generator=generator)
+            found.append(Window(number, torch.from_numpy(document[start : start + length].astype(np.int64)), order))
+    return found[:most]
+
+
+@contextmanager
+def attending(model: DiffusionLM, attention: Callable[..., Tensor]) -> Iterator[None]:
+    """Every layer's attention is `attention(layer, q, k, v)`, all of it over all tokens."""
+    layers = [module for module in model.modules() if hasattr(module, "attend")]
+    for layer, module in enumerate(layers):
+        module.attend = lambda q, k, v, key_valid, layer=layer: attention(layer, q, k, v)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in layers:
+            del module.attend
+
+
+class Chooser:
+    """Block scores of all layers in one forward with full attention, by block size; every setting chooses from them."""
+
+    def __init__(self, model: DiffusionLM, canvas: Tensor, sizes: set[int]):
+        self.scores: dict[int, list[Tensor]] = {size: [] for size in sizes}
+        self.shape: torch.Size | None = None
+
+        def look(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.shape = q.shape
+            for size, layers in self.scores.items():
+                layers.append(block_scores(q, k, block_size=size))
+            return full_attention(q, k, v)[0]
+
+        with attending(model, look):
+            model(canvas)
+
+    def attention(self, setting: Setting, new_tokens: int) -> list[SparseAttention]:
+        """What each layer computes under a setting."""
+        scores = self.scores[setting.block_size]
+        length = self.shape[2]
+        grid = BlockGrid(length, length - new_tokens, setting.block_size, None, setting.dense_answer)
+        rule = METHODS[setting.method].rule
+        q = scores[0].new_empty(self.shape)  # rules read its shape and device alone
+        patterns = [rule.choose(q, lambda layer=layer: layer, grid, setting.select) for layer in scores]
+        if setting.part is not None:
+            return [masked(part_mask(pattern.as_mask(), grid, setting.part)) for pattern in patterns]
+        backend = "triton" if q.is_cuda else "gather"
+        return [sparse_attention(backend, pattern) for pattern in patterns]
+
+
+def part_mask(kept: Tensor, grid: BlockGrid, part: str) -> Tensor:
+    """Which pairs [B, H, T, T] are read if only `part` follows the kept blocks [B, H, nQ, nK]."""
+    size, length, first = grid.block_size, grid.length, grid.prompt_len
+    mask = kept.repeat_interleave(size, 2).repeat_interleave(size, 3)[:, :, :length, :length]
+    if part == "the prompt's rows":
+        mask[:, :, first - 1 :] = True
+    else:
+        mask[:, :, : first - 1] = True
+    if part == "the answer's rows: prompt keys":
+        mask[..., first:] = True
+    if part == "the answer's rows: answer keys":
+        mask[..., :first] = True
+    return mask
+
+
+def masked(mask: Tensor) -> SparseAttention:
+    """Dense attention under a mask of pairs."""
+    return lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+@torch.no_grad()
+def measure(model: DiffusionLM, window: Window, wanted: list[Setting], mask_id: int) -> list[dict[str, float]]:
+    """For full attention and every setting, sums over the masked tokens: n, KL, same likeliest token, loss."""
+    new_tokens = len(window.order)
+    canvas = window.canvas(0.5, mask_id).to(model.device)
+    places = (canvas[0] == mask_id).nonzero()[:, 0]
+    rows = places - int(model.family == "dream")
+    truth = window.tokens.to(model.device)[places]
+    full = model(canvas, logit_rows=rows).log_softmax(-1)
+    sums = [_sums(full, full, truth)]
+    choosers: dict[float, Chooser] = {}
+    for at in {setting.chosen_at for setting in wanted}:
+        sizes = {setting.block_size for setting in wanted if setting.chosen_at == at}
+        choosers[at] = Chooser(model, window.canvas(at, mask_id).to(model.device), sizes)
+    for setting in wanted:
+        layers = choosers[setting.chosen_at].attention(setting, new_tokens)
+        with attending(model, lambda layer, q, k, v, layers=layers: layers[layer](q, k, v)):
+            sums.append(_sums(full, model(canvas, logit_rows=rows).log_softmax(-1), truth))
+    return sums
+
+
+def _sums(full: Tensor, found: Tensor, truth: Tensor) -> dict[str, float]:
+    """Log-probabilities [n, V] of full attention and of a setting, and the true tokens [n]."""
+    return {
+        "n": len(truth),
+        "kl": F.kl_div(found, full, reduction="sum", log_target=True).item(),
+        "same": (full.argmax(-1) == found.argmax(-1)).sum().item(),
+        "loss": F.nll_loss(found, truth, reduction="sum").item(),
+    }
+
+
+def interval(values: np.ndarray, n: np.ndarray, documents: np.ndarray) -> list[float]:
+    """Mean a token, and its 95 % bootstrap interval over documents.
+
+    Args:
+        values, n: [windows] sums, and tokens.
+        documents: [windows] whose window it is.
+    """
+    one = documents[:, None] == np.unique(documents)
+    sums, counts = values @ one, n @ one
+    drawn = np.random.default_rng(0).integers(0, one.shape[1], (RESAMPLES, one.shape[1]))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    return [values.sum() / n.sum(), *np.quantile(means, (0.025, 0.975)).tolist()]
+
+
+def summarize(wanted: list[Setting], found: list[list[dict[str, float]]], documents: list[int]) -> list[dict[str, Any]]:
+    """A row for full attention and each setting: means a masked token with intervals.
+
+    `kl_to_paper` is the paired difference of KL to the paper's own setting (select .3, blocks of 128).
+    """
+    sums = {name: np.array([[one[name] for one in window] for window in found]) for name in ("n", "kl", "same", "loss")}
+    whose, n = np.array(documents), sums["n"][:, 0]
+    paper = sums["kl"][:, 1 + wanted.index(Setting("sparsed", 0.3, 128))]
+    rows = []
+    for column, setting in enumerate([None, *wanted]):
+        kl, same, loss = (sums[name][:, column] for name in ("kl", "same", "loss"))
+        rows.append(
+            {
+                "title": "full attention" if setting is None else setting.title,
+                "setting": None if setting is None else asdict(setting),
+                "kl": interval(kl, n, whose),
+                "same_token": interval(same, n, whose),
+                "loss": interval(loss, n, whose),
+                "kl_to_paper": interval(kl - paper, n, whose),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, a line for each setting; KL and loss in nats a masked token."""
+    columns = ["setting", "KL to full attention", "to the paper's", "same likeliest token, %", "loss"]
+    return markdown(columns, [_line(row) for row in rows])
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    kl, paper, same, loss = (row[name] for name in ("kl", "kl_to_paper", "same_token", "loss"))
+    return [
+        row["title"],
+        "{:.4f} ({:.4f} to {:.4f})".format(*kl),
+        "{:+.4f} ({:+.4f} to {:+.4f})".format(*paper),
+        "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in same)),
+        f"{loss[0]:.3f}",
+    ]
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """The uint16 ids of a .bin or .bin.xz file."""
+    raw = path.read_bytes()
+    return np.frombuffer(lzma.decompress(raw) if path.suffix == ".xz" else raw, np.uint16)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, model, ids = prepare(argv)
+    wanted = settings(args.skip)
+    record = new_record(args.parser, args, model.device, model.dtype) | {
+        "weights_sha256": [digest(file) for file in sorted(Path(args.model_path).glob("*.safetensors"))],
+        "tokens_sha256": digest(args.tokens),
+        "length": args.length,
+        "rows": [],
+    }
+    for new_tokens in args.new_tokens:
+        chosen = windows(ids, args.length, new_tokens, args.windows, args.a_document)
+        found = []
+        for number, window in enumerate(chosen):
+            found.append(measure(model, window, wanted, model.config.mask_token_id))
+            print(f"{new_tokens} new tokens, window {number + 1}/{len(chosen)}", flush=True)
+        documents = [window.document for window in chosen]
+        rows = summarize(wanted, found, documents)
+        record["rows"].append(
+            {
+                "new_tokens": new_tokens,
+                "windows": len(chosen),
+                "documents": len(set(documents)),
+                "masked_tokens": sum(window[0]["n"] for window in found),
+                "settings": rows,
+            }
+        )
+        save(args.out, record)
+        print(f"\n{new_tokens} new tokens\n\n{table(rows)}\n", flush=True)
+
+
+def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, DiffusionLM, np.ndarray]:
+    """The flags, the model in float32 and the ids; a wrong call exits with code 2."""
+    parser = build_parser("fidelity", __doc__)
+    parser.add_argument("--model_path", required=True, metavar="FOLDER")
+    parser.add_argument("--tokens", type=Path, required=True, metavar="FILE", help="uint16 ids, .bin or .bin.xz")
+    parser.add_argument("--device", default="auto")
+    for name, default, what in (
+        ("length", 4096, "tokens of a window"),
+        ("windows", 100, "windows, at most"),
+        ("a_document", 3, "windows of one document, at most"),
+    ):
+        parser.add_argument(f"--{name}", type=whole(1), default=default, help=f"{what} (default: %(default)s)")
+    parser.add_argument("--new_tokens", type=list_of(whole(2)), default=[128], help="of a window (default: 128)")
+    parser.add_argument("--skip", type=number_in(0, 0.5, above=True), default=0.2, help="(default: %(default)s)")
+    args = parse_arguments(parser, argv)
+    args.parser = parser
+    try:
+        ids = read_tokens(args.tokens)
+        model = load_model(args.model_path, device=args.device, dtype="float32")
+    except (OSError, ValueError, lzma.LZMAError) as error:
+        parser.error(f"argument --model_path or --tokens: {error}")
+    args.family = model.family
+    for new_tokens in args.new_tokens:
+        if new_tokens >= args.length:
+            parser.error(f"argument --new_tokens: {new_tokens} must be below --length, {args.length}")
+        if not windows(ids, args.length, new_tokens, 1, 1):
+            parser.error(f"argument --tokens: no document of {args.length} tokens")
+    if ids.max() >= model.config.vocab_size:
+        parser.error(f"argument --tokens: ids beyond the vocabulary of {model.config.vocab_size}")
+    return args, model, ids
+
+
+if __name__ == "__main__":
+    main()
