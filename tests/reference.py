@@ -15,11 +15,12 @@ import torch
 
 
 class Sparse(NamedTuple):
-    """The three parameters of the method."""
+    """The three parameters of the method, and whether the answer's rows read every key, which is not in the paper."""
 
     skip: float
     select: float
     block_size: int
+    dense_answer: bool = False
 
 
 def exact_share(fraction: float, total: int) -> int:
@@ -113,6 +114,14 @@ def expand(keep, block_size, length):
     return keep[:, :, block_of][:, :, :, block_of]
 
 
+def dense_rows(allowed, prompt_len):
+    """A token mask [B, H, T, T] with dense answer rows: all keys from the token before the generated region on."""
+    allowed = allowed.clone()
+    for row in range(max(prompt_len - 1, 0), allowed.shape[2]):
+        allowed[:, :, row, :] = True
+    return allowed
+
+
 def attention(q, k, v, valid=None, allowed=None):
     """Dense float64 attention over the valid keys and, with `allowed` [B, Hq, T, T], only those pairs."""
     batch, heads, length, width = q.shape
@@ -130,7 +139,10 @@ def attention(q, k, v, valid=None, allowed=None):
 
 
 def density(keeps, block_size, length, valid=None):
-    """Attended valid (query, key) pairs over valid pairs, mean over layers and heads, of one batch row."""
+    """Attended valid (query, key) pairs over valid pairs, mean over layers and heads, of one batch row.
+
+    Token masks are those of blocks of 1 token.
+    """
     pairs = torch.ones(1, length, dtype=torch.bool) if valid is None else valid.bool()
     pairs = pairs[0, :, None] & pairs[0, None, :]
     shares = []

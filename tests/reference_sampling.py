@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from reference import expand, forward, n_full, select
+from reference import dense_rows, expand, forward, n_full, select
 
 
 class Denoiser:
@@ -21,9 +21,7 @@ class Denoiser:
         self.steps, self.keeps, self.gap = steps, None, math.inf
 
     def __call__(self, ids, step):
-        allowed = None
-        if step >= self.n_full:
-            allowed = [expand(keep, self.sparse.block_size, len(ids)) for keep in self.keeps]
+        allowed = self.masks(len(ids)) if step >= self.n_full else None
         logits, rotated = forward(*self.model, ids[None], self.valid, allowed)
         if step == self.n_full - 1 and self.n_full < self.steps:
             chosen = [
@@ -39,6 +37,11 @@ class Denoiser:
             ]
             self.keeps, self.gap = [c.keep for c in chosen], min(c.gap for c in chosen)
         return logits[0]
+
+    def masks(self, length):
+        """What the sparse steps attend to: per layer a token mask [1, H, T, T]."""
+        allowed = [expand(keep, self.sparse.block_size, length) for keep in self.keeps]
+        return [dense_rows(mask, self.prompt_len) for mask in allowed] if self.sparse.dense_answer else allowed
 
 
 class Trace(NamedTuple):
