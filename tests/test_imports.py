@@ -19,7 +19,7 @@ ALLOWED = {
     "run": {"selection", "attention", "blocks", "kernels"},
     "patch": {"run", "selection", "attention"},
     "models": {"kernels"},
-    "sampling": {"patch", "run", "models"},
+    "sampling": {"patch", "run", "selection", "models"},
     "chat": set(),
     "prompts": {"chat"},
     "report": set(),

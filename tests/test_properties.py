@@ -21,7 +21,8 @@ from sparsed import SparseDConfig, select_blocks
 from sparsed.attention import BACKENDS
 from sparsed.blocks import BlockGrid
 from sparsed.kernels import block_scores
-from sparsed.sampling import dream, llada
+from sparsed.sampling import settings as sampling_settings
+from sparsed.sampling import unmasking
 from sparsed.selection import isolated_top_k
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -186,8 +187,8 @@ def generate(case, prompt, **changes):
 
 def generate_alone(case, prompt, config=None):
     """Tokens of one prompt. Examples in which two tokens or two positions were level but for rounding are left out."""
-    margins, module = [torch.tensor(1.0)], {"dream": dream, "llada": llada}[case.family]
-    look, rank = module.probability_of, module.most_confident
+    margins = [torch.tensor(1.0)]
+    look, rank = sampling_settings.probability_of, unmasking.most_confident
 
     def looking(tokens, probabilities):
         first, second = probabilities.topk(2).values.unbind(-1)
@@ -201,8 +202,8 @@ def generate_alone(case, prompt, config=None):
         return rank(shape, rows, confidence, counts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "probability_of", looking)
-        patch.setattr(module, "most_confident", ranking)
+        patch.setattr(sampling_settings, "probability_of", looking)
+        patch.setattr(unmasking, "most_confident", ranking)
         tokens = generate(case, prompt, config=config)[0]
     assume(min(margins) > 1e-5)
     return tokens

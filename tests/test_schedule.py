@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from sparsed.sampling.dream import commit_fractions, idle_steps
-from sparsed.sampling.llada import _steps_a_block, commit_counts
+from sparsed.sampling.unmasking import commit_counts, commit_fractions, idle_steps, steps_a_block
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.1, 0.9])
@@ -50,7 +49,7 @@ def test_llada_spreads_a_block_evenly_the_larger_shares_first(steps):
     ("gen_length", "steps", "block_length", "each"), [(32, 32, 32, 32), (64, 32, 16, 8), (96, 9, 32, 3), (5, 10, 1, 2)]
 )
 def test_llada_divides_the_steps_among_the_blocks(gen_length, steps, block_length, each):
-    assert _steps_a_block(gen_length, steps, block_length) == each
+    assert steps_a_block(gen_length, steps, block_length) == each
 
 
 @pytest.mark.parametrize(
@@ -64,5 +63,5 @@ def test_llada_divides_the_steps_among_the_blocks(gen_length, steps, block_lengt
 )
 def test_llada_refuses_what_does_not_divide(gen_length, steps, block_length, line):
     with pytest.raises(ValueError) as refused:
-        _steps_a_block(gen_length, steps, block_length)
+        steps_a_block(gen_length, steps, block_length)
     assert str(refused.value) == line

@@ -14,7 +14,8 @@ from ..attention import FLASH_FROM
 from ..run import FULL
 from ..sampling.common import Step
 from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
-from ..sampling.dream import EPS, commit_fractions, idle_steps
+from ..sampling.settings import EPS
+from ..sampling.unmasking import commit_fractions, idle_steps
 from .choices import Choices
 from .families import DREAM
 from .progress import bar

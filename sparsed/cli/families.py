@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..sampling.dream import ALGORITHMS
-from ..sampling.llada import REMASKING
+from ..sampling.settings import ALGORITHMS, REMASKING
 
 
 @dataclass(frozen=True)

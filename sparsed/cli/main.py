@@ -18,7 +18,7 @@ from ..models.loading import empty_model, resolve_device, resolve_dtype
 from ..prompts import Prompt, answer_found, build_prompt, demo_path
 from ..report.page import page
 from ..report.summary import compare, comparison_lines, expected_line, run_lines
-from ..sampling.common import PromptError, check_prompt
+from ..sampling.canvas import PromptError, check_prompt
 from .advice import advice_lines, advise, fitted_lengths
 from .arguments import parse
 from .ending import blame, guarded

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..config import SparseDConfig, check_numbers
 from ..models.common import DiffusionLM
 from ..run import SPARSE
-from ..sampling.common import attention_of, check_prompt
+from ..sampling.canvas import check_prompt
+from ..sampling.common import attention_of
 from ..sampling.denoiser import Denoiser
 
 

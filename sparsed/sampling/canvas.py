@@ -1,0 +1,87 @@
+"""The tokens of a generation: the prompt, then the region in which masks give way to tokens."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PromptError(ValueError):
+    """The prompt's tokens cannot be generated from."""
+
+
+def check_prompt(input_ids: Tensor, mask_id: int, vocab_size: int) -> None:
+    """Raise ValueError unless a sampler can continue input_ids [B, prompt]; PromptError for the ids themselves."""
+    if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+        raise ValueError(f"input_ids must be int64 [batch, prompt], got {input_ids.dtype} {list(input_ids.shape)}")
+    if not input_ids.shape[0] or not input_ids.shape[1]:
+        raise ValueError(f"input_ids must hold at least one row and one token, got {list(input_ids.shape)}")
+    if not isinstance(mask_id, int) or not 0 <= mask_id < vocab_size:
+        raise ValueError(f"mask_id must be one of the vocabulary's {vocab_size} ids, got {mask_id}")
+    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+        raise PromptError(f"input_ids must lie in the vocabulary's {vocab_size} ids, 0 to {vocab_size - 1}")
+    if (input_ids == mask_id).any():
+        raise PromptError(f"the prompt holds the mask token (id {mask_id}), which the sampler would overwrite")
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Token ids [B, T], written in place, of which the first `prompt_len` are the prompt's.
+
+    Args:
+        valid: bool [B, T], False where a token is left padding; None if nothing is padded.
+    """
+
+    ids: Tensor
+    valid: Tensor | None
+    prompt_len: int
+    mask_id: int
+
+    @staticmethod
+    def of(
+        input_ids: Tensor, attention_mask: Tensor | None, gen_length: int, mask_id: int, vocab_size: int
+    ) -> "Canvas":
+        """The prompt followed by `gen_length` mask tokens.
+
+        Args:
+            input_ids: [B, prompt] int64.
+            attention_mask: [B, prompt], 1 = real, 0 = left padding.
+
+        Raises:
+            ValueError: shapes or kinds that do not fit, ids outside the vocabulary, a mask id inside the prompt (it
+                would be generated over), padding that is not on the left (generation would start after padding), or a
+                row without a real token.
+        """
+        check_prompt(input_ids, mask_id, vocab_size)
+        ids, prompt_len = F.pad(input_ids, (0, gen_length), value=mask_id), input_ids.shape[1]
+        if attention_mask is None:
+            return Canvas(ids, None, prompt_len, mask_id)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the prompt's shape {list(input_ids.shape)}, got {list(attention_mask.shape)}"
+            )
+        real = attention_mask.to(input_ids.device).bool()
+        if not real[:, -1].all() or (real[:, 1:] < real[:, :-1]).any():
+            raise ValueError("attention_mask must be left-padded: 0s, then 1s up to the end of every row")
+        valid = None if real.all() else F.pad(real, (0, gen_length), value=True)
+        return Canvas(ids, valid, prompt_len, mask_id)
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+    def masked(self, start: int, end: int) -> Tensor:
+        """How many tokens of each row are still masked between two positions, int64 [B]."""
+        return (self.ids[:, start:end] == self.mask_id).sum(-1)
+
+    def candidates(self, end: int) -> Tensor:
+        """Flat positions b * T + t of the masked tokens before position `end`, int64 [n], ascending."""
+        masked = self.ids == self.mask_id
+        masked[:, end:] = False
+        return masked.view(-1).nonzero().squeeze(-1)
+
+    def commit(self, rows: Tensor, tokens: Tensor, chosen: Tensor) -> None:
+        """Write the chosen [n] of the tokens [n] to their flat positions `rows` [n]."""
+        flat = self.ids.view(-1)
+        flat[rows] = torch.where(chosen, tokens, flat[rows])

@@ -1,0 +1,83 @@
+"""The one loop of all samplers: a turn, logits, proposals, commits, until no turn is left."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparseDConfig
+from ..models.common import DiffusionLM
+from ..selection import SPARSED, Rule
+from .canvas import Canvas
+from .common import OnStep, Step, attention_of
+from .denoiser import Denoiser
+from .guidance import Guided
+from .settings import Settings
+from .unmasking import Turn
+
+
+def check_family(model: nn.Module, family: str) -> None:
+    """Raise ValueError if the model says that it is of the other family."""
+    found = getattr(model, "family", family)
+    if found != family:
+        raise ValueError(f"{family}_generate needs a {family} model, got one of {found}")
+
+
+@torch.no_grad()
+def generate(
+    model: DiffusionLM,
+    input_ids: Tensor,
+    settings: Settings,
+    *,
+    attention_mask: Tensor | None = None,
+    mask_id: int | None = None,
+    generator: torch.Generator | None = None,
+    config: SparseDConfig | None = None,
+    backend: str = "auto",
+    rule: Rule = SPARSED,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """What `dream_generate` and `llada_generate` do, by their settings; arguments and errors are described there."""
+    check_family(model, settings.family)
+    mask_id = model.config.mask_token_id if mask_id is None else mask_id
+    vocabulary = model.config.vocab_size
+    canvas = Canvas.of(input_ids.to(model.device), attention_mask, settings.gen_length, mask_id, vocabulary)
+    with attention_of(model, config, settings.steps, settings.gen_length, backend=backend, rule=rule):
+        denoiser = reader(model, canvas, settings)
+        denoise(canvas, denoiser, settings, settings.turns(canvas), model.config, generator, on_step)
+    return canvas.ids
+
+
+def reader(model: DiffusionLM, canvas: Canvas, settings: Settings) -> Denoiser | Guided:
+    """What gives the candidates' logits, in one forward a step."""
+    halves = 2 if settings.cfg_scale else 1
+    valid = None if canvas.valid is None else canvas.valid.repeat(halves, 1)
+    most_rows = halves * len(canvas.ids) * settings.most_rows
+    denoiser = Denoiser(model, valid, canvas.prompt_len - 1, most_rows)
+    if not settings.cfg_scale:
+        return denoiser
+    return Guided(denoiser, settings.cfg_scale, canvas.prompt_len, canvas.mask_id)
+
+
+def denoise(
+    canvas: Canvas,
+    denoiser: Denoiser | Guided,
+    settings: Settings,
+    turns: Iterable[Turn],
+    config: object,
+    generator: torch.Generator | None,
+    on_step: OnStep | None,
+) -> None:
+    """Take the turns one after the other, and fill in the canvas."""
+    for index, turn in enumerate(turns):
+        step = Step(index, ran=False)
+        if not turn.idle or not denoiser.skip(canvas.ids):
+            rows = canvas.candidates(turn.end)
+            logits = denoiser(canvas.ids, settings.sources(rows, canvas.length))
+            tokens, probability, ranking = settings.propose(logits, config, generator)
+            chosen = turn.choose(canvas.ids.shape, rows, ranking, generator)
+            canvas.commit(rows, tokens, chosen)
+            step = Step(index, True, rows, tokens, probability, chosen)
+        if on_step is not None:
+            on_step(step)
+    denoiser.check()

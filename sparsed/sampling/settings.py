@@ -1,0 +1,184 @@
+"""How each family samples: its numbers, checked; the turns of its steps; from logits to proposals.
+
+An object is made anew for a generation, and is all that the loop knows of the family.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config import check_numbers
+from .canvas import Canvas
+from .proposals import (
+    Proposal,
+    confidence,
+    draw_order,
+    filtered_probabilities,
+    pick,
+    probability_of,
+    tempered,
+)
+from .unmasking import Turn, commit_fractions, even_shares, idle_steps, steps_a_block, time_grid
+
+# the last time of the grid on which Dream commits
+EPS = 1e-3
+ALGORITHMS = ("maskgit_plus", "entropy", "topk_margin", "origin")
+REMASKING = ("low_confidence", "random")
+
+
+def check_temperature(name: str, value: float) -> None:
+    """Raise ValueError unless the temperature is zero or above."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{name} must be 0 or above, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class DreamSettings:
+    """The arguments of `dream_generate` that say how it samples.
+
+    Raises:
+        ValueError: a number or name outside its range.
+    """
+
+    family: ClassVar[str] = "dream"
+    cfg_scale: ClassVar[float] = 0.0
+
+    gen_length: int
+    steps: int
+    alg: str = "maskgit_plus"
+    alg_temp: float | None = 0.0
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    eps: float = EPS
+
+    def __post_init__(self):
+        check_numbers(gen_length=self.gen_length, steps=self.steps)
+        check_choice("alg", self.alg, ALGORITHMS)
+        check_temperature("temperature", self.temperature)
+        check_temperature("alg_temp", self.alg_temp or 0.0)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        if self.top_k is not None and (not whole or self.top_k < 1):
+            raise ValueError(f"top_k must be a positive whole number or None, got {self.top_k!r}")
+        if not isinstance(self.eps, float) or not 0 < self.eps < 1:
+            raise ValueError(f"eps must lie between 0 and 1, got {self.eps!r}")
+
+    @property
+    def most_rows(self) -> int:
+        """Candidates of a batch row in one step, at most."""
+        return self.gen_length
+
+    @property
+    def idle(self) -> list[bool]:
+        """Which steps commit nothing, so that no logits are needed: at temperature 0, where no draw is lost by it."""
+        first = 0
+        if self.temperature == 0 and self.alg != "origin":
+            first = idle_steps(self.gen_length, commit_fractions(self.steps, self.eps))
+        return [step < first for step in range(self.steps)]
+
+    def turns(self, canvas: Canvas) -> Iterator[Turn]:
+        """A turn for every step."""
+        fractions = commit_fractions(self.steps, self.eps)
+        return time_grid(canvas, fractions, self.idle, by_chance=self.alg == "origin")
+
+    def sources(self, rows: Tensor, length: int) -> Tensor:
+        """The flat rows whose logits predict the flat positions `rows`: one to the left, but position 0 reads its
+        own."""
+        return rows - (rows % length != 0).long()
+
+    def propose(self, logits: Tensor, config: Any, generator: torch.Generator | None) -> Proposal:
+        """Proposals from the candidates' logits [n, V]; probabilities are those after temperature and filters."""
+        probabilities = filtered_probabilities(logits, self.temperature, self.top_p, self.top_k)
+        tokens = pick(probabilities, self.temperature == 0, generator)
+        probability = probability_of(tokens, probabilities)
+        if self.alg == "origin":  # which nothing ranks
+            return Proposal(tokens, probability, probability)
+        ranking = confidence(probabilities, probability, self.alg)
+        if self.alg_temp:
+            ranking = draw_order(ranking / self.alg_temp, generator)
+        return Proposal(tokens, probability, ranking)
+
+
+@dataclass(frozen=True)
+class LLaDASettings:
+    """The arguments of `llada_generate` that say how it samples.
+
+    Raises:
+        ValueError: a number or name outside its range, or blocks that do not fit tokens or steps.
+    """
+
+    family: ClassVar[str] = "llada"
+
+    gen_length: int
+    steps: int
+    block_length: int
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+
+    def __post_init__(self):
+        check_numbers(gen_length=self.gen_length, steps=self.steps, block_length=self.block_length)
+        check_choice("remasking", self.remasking, REMASKING)
+        check_temperature("temperature", self.temperature)
+        check_temperature("cfg_scale", self.cfg_scale)
+        steps_a_block(self.gen_length, self.steps, self.block_length)
+
+    @property
+    def most_rows(self) -> int:
+        """Candidates of a batch row in one step, at most."""
+        return self.block_length
+
+    @property
+    def idle(self) -> list[bool]:
+        """Which steps commit nothing, so that no logits are needed: at temperature 0, where no draw is lost by it.
+
+        A block has as many masks as tokens at first, and commits at least one a step while it has any.
+        """
+        each = steps_a_block(self.gen_length, self.steps, self.block_length)
+        return [self.temperature == 0 and step % each >= self.block_length for step in range(self.steps)]
+
+    def turns(self, canvas: Canvas) -> Iterator[Turn]:
+        """A turn for every step."""
+        return even_shares(canvas, self.idle, self.block_length)
+
+    def sources(self, rows: Tensor, length: int) -> Tensor:
+        """The flat rows whose logits predict the flat positions `rows`: the same."""
+        return rows
+
+    def propose(self, logits: Tensor, config: Any, generator: torch.Generator | None) -> Proposal:
+        """Proposals from the candidates' logits [n, V]; probabilities are without temperature.
+
+        Args:
+            config: the model's, for the ids of its end tokens.
+        """
+        logits, greedy = logits.float(), self.temperature == 0
+        if self.logits_eos_inf:
+            logits[:, config.eos_token_id] = -torch.inf
+        tokens = pick(logits if greedy else tempered(logits, self.temperature).softmax(-1), greedy, generator)
+        probability = probability_of(tokens, logits.softmax(-1))
+        if self.remasking == "random":
+            ranking = torch.rand(len(tokens), generator=generator, device=tokens.device)
+        elif self.confidence_eos_eot_inf:
+            logits[:, config.eot_token_id] = -torch.inf
+            if greedy:  # as published: with noise, only the end of the turn is held back
+                logits[:, config.eos_token_id] = -torch.inf
+            ranking = probability_of(tokens, logits.softmax(-1))
+        else:
+            ranking = probability
+        return Proposal(tokens, probability, ranking)
+
+
+Settings = DreamSettings | LLaDASettings
