@@ -125,13 +125,13 @@ def select_blocks(
     Raises:
         ValueError: shapes that do not fit each other, or a number outside its range.
     """
-    _check_selection(q, k, prompt_len, block_size, select, key_valid)
+    _check_selection(q, k, prompt_len, block_size, select, key_valid, dense_answer)
     scores = block_scores(q, k, block_size=block_size, key_valid=key_valid)
     grid = BlockGrid(q.shape[2], prompt_len, block_size, key_valid, dense_answer)
     return isolated_top_k(scores, grid, select).read_mask()
 
 
-def _check_selection(q, k, prompt_len, block_size, select, key_valid) -> None:
+def _check_selection(q, k, prompt_len, block_size, select, key_valid, dense_answer) -> None:
     if (
         q.ndim != 4
         or k.ndim != 4
@@ -148,6 +148,8 @@ def _check_selection(q, k, prompt_len, block_size, select, key_valid) -> None:
         raise ValueError(f"block_size must be positive, got {block_size}")
     if not 0 < select <= 1:
         raise ValueError(f"select must be above 0 and at most 1, got {select}")
+    if not isinstance(dense_answer, bool):
+        raise ValueError(f"dense_answer must be True or False, got {dense_answer!r}")
     if key_valid is not None and (key_valid.dtype != torch.bool or key_valid.shape != (q.shape[0], q.shape[2])):
         raise ValueError(f"key_valid must be bool [B, T] = {[q.shape[0], q.shape[2]]}, got {list(key_valid.shape)}")
     if key_valid is not None and not key_valid.any(-1).all():

@@ -52,6 +52,7 @@ def test_the_whole_runs_and_the_length_by_hand(make_job, monkeypatch):
     monkeypatch.setattr(advice, "time_steps", lambda _, length: timed.append(length) or seconds_at(length))
     found = advise(job)
     assert timed == [100, 1024, 100, 1024, 2048, 100, 100]
+    assert "--dense_answer" not in found["command"]
     # 100 + 128 tokens: 0.228 s + 0.051984 s, and 0.228 s + 0.0207936 s; 26 of 128 steps are full, the last of them
     # takes 4.56 s more
     assert found["origin_seconds"] == pytest.approx(128 * 0.279984)
@@ -234,6 +235,14 @@ def test_where_every_block_is_kept_both_are_the_same(select, make_job, monkeypat
     assert "--origin" in found["command"]
 
 
+@pytest.mark.parametrize("words", ["--dense_answer", "--dense_answer --select 0.15", "--select 0.05"])
+def test_no_dense_answer_rows_are_timed_beside_themselves_or_with_too_few_blocks(make_job, monkeypatch, words):
+    monkeypatch.setattr(advice, "time_steps", lambda _, length: seconds_at(length))
+    found = advise(make_job(words))
+    assert found["dense_answer"] == [] and "--dense_answer" not in found["command"], "full attention is the faster"
+    assert advice_lines(found, 100, 128)[-1].startswith("use:")
+
+
 def test_dense_answer_rows_are_timed_with_fewer_blocks(make_job, monkeypatch):
     timed = []
 
@@ -242,14 +251,14 @@ def test_dense_answer_rows_are_timed_with_fewer_blocks(make_job, monkeypatch):
         found = replace(seconds_at(length), full=99.0)
         return replace(found, sparse=found.sparse / 2) if job.args.config.dense_answer else found
 
-    job = make_job("--select 0.4 --skip 0.5 --steps 4 --seq_len 128")
+    job = make_job("--select 0.5 --skip 0.5 --steps 4 --seq_len 128")
     monkeypatch.setattr(advice, "time_steps", fake)
     found = advise(job)
-    assert timed[-2:] == [(0.2, True), (0.1333, True)] and not any(dense for _, dense in timed[:-2])
+    assert timed[-2:] == [(0.5, True), (0.25, True)] and not any(dense for _, dense in timed[:-2])
     own = seconds_at(100)
-    for other, select in zip(found["dense_answer"], ("0.2", "0.1333"), strict=True):
+    for other, select in zip(found["dense_answer"], ("0.5", "0.25"), strict=True):
         # two of four steps are full, as long as the job's own; the second chooses
         assert other["seconds"] == pytest.approx(99.0 + own.selecting + 2 * own.sparse / 2)
         assert f"--select {select}" in other["command"] and "--dense_answer" in other["command"]
     lines = advice_lines({**found, "origin_seconds": 400.0, "sparsed_seconds": 300.0}, 100, 4)
-    assert lines[-1].endswith(found["dense_answer"][0]["command"]) and "with --dense_answer --select 0.1333" in lines[4]
+    assert lines[-1].endswith(found["dense_answer"][0]["command"]) and "with --dense_answer --select 0.25" in lines[4]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..attention import FLASH_FROM
+from ..backends.flash import FLASH_FROM
 from ..run import FULL
 from ..sampling.common import Step
 from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
@@ -27,9 +27,9 @@ SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
 REPLAYED_STEPS = 3
 # the flags of SparseD, which mean nothing to full attention
 SPARSED = ("skip", "select", "block_size", "dense_answer", "backend")
-# dense answer rows with so many times fewer blocks than the paper's rule are timed beside it: its answers are then no
-# further from full attention's (README, "Dense answer rows")
-FEWER_BLOCKS = (2, 3)
+# beside the paper's rule, dense answer rows are timed with as many blocks, nearer to full attention, and with half as
+# many, as near to it; below FEWEST nothing vouches for that (README, "Dense answer rows")
+FEWER_BLOCKS, FEWEST = (1, 2), 0.1
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def advise(job: Job) -> dict[str, Any]:
         `origin_seconds` and `sparsed_seconds` of the whole run; `fitted_prompt_tokens`, the `fitted_lengths`;
         `pays_from`, the prompt tokens from which on SparseD is faster (not below the shortest that was timed), None if
         nothing shows that it ever is; `command`, which runs what is faster of the two; `dense_answer`, what runs with
-        dense answer rows and fewer blocks would take, each with its own command.
+        dense answer rows would take, each with its own command; none if the job has them itself.
 
     Raises:
         BackendError: the named backend cannot run.
@@ -97,10 +97,13 @@ def advise(job: Job) -> dict[str, Any]:
 
 def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, Any]]:
     """What whole runs with dense answer rows would take, whose full steps are as long as the job's own."""
-    found = []
-    for fewer in FEWER_BLOCKS if own.backend != FULL else ():
-        config = replace(job.args.config, select=round(job.args.config.select / fewer, 4), dense_answer=True)
-        other = _changed(job, config=config, select=config.select, dense_answer=True)
+    found, given = [], job.args.config
+    shares = [given.select / fewer for fewer in FEWER_BLOCKS]
+    for select in shares if own.backend != FULL and not given.dense_answer else ():
+        if select < FEWEST:
+            continue
+        config = replace(given, select=select, dense_answer=True)
+        other = _changed(job, config=config, select=select, dense_answer=True)
         times = time_steps(other, own.prompt_tokens)
         seconds = whole_runs(replace(times, full=own.full), ran, config.n_full(job.args.steps))[1]
         command = command_of(other.args, origin=False)
@@ -207,16 +210,17 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
             f"{pays_from} prompt tokens on or fewer" if pays_from <= short else f"about {pays_from} prompt tokens on"
         )
         lines.append(f"with these settings SparseD pays from {least}, as steps at {short} and {long} tokens tell")
-    for other in advice.get("dense_answer", []):
+    others = advice.get("dense_answer", [])  # which records of earlier versions do not have
+    for other in others:
         lines.append(
             f"with --dense_answer --select {other['select']:g}: a sparse step {other['sparse']:.3f} s, the whole run "
             f"{other['seconds']:.1f} s, {origin / other['seconds']:.2f}x as fast as full attention"
         )
     lines.append("(estimates from a single forward pass of each kind; loading, compiling and sampling are not in them)")
     lines.append(f"use: {advice['command']}")
-    fastest = min(advice.get("dense_answer", []), key=lambda other: other["seconds"], default=None)
+    fastest = min(others, key=lambda other: other["seconds"], default=None)
     if fastest is not None and fastest["seconds"] < min(origin, sparsed):
-        lines.append(f"or the fastest of all, no part of the paper's method: {fastest['command']}")
+        lines.append(f"or, the fastest here, though not the paper's method: {fastest['command']}")
     return lines
 
 

@@ -14,7 +14,8 @@ from .scoring import mean_of, paired_difference, proportion
 
 SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "table.md"
 # what tells one way to run from another; None where it means nothing to the method or was not asked for
-VARIANT = ("method", "select", "skip", "block_size", "dense_answer")
+NUMBERS = ("select", "skip", "block_size")
+VARIANT = ("method", *NUMBERS, "dense_answer")
 
 Record = dict[str, Any]
 
@@ -130,7 +131,7 @@ def _readable(record: Record) -> bool:
         and record["method"] in METHODS
         and all(isinstance(record[name], str) for name in ("id", "task"))
         and all(record[name] is None or isinstance(record[name], int) for name in ("length", "seed"))
-        and all(record[name] is None or isinstance(record[name], (int, float)) for name in VARIANT[1:4])
+        and all(record[name] is None or isinstance(record[name], (int, float)) for name in NUMBERS)
         and record.get("dense_answer") in (None, True)
     )
 
@@ -269,7 +270,7 @@ def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
 
 def title_of(row: Record) -> str:
     """The method's name, with its settings."""
-    numbers = [f"{name} {row[name]:g}" for name in VARIANT[1:4] if row[name] is not None]
+    numbers = [f"{name} {row[name]:g}" for name in NUMBERS if row[name] is not None]
     dense = ["dense answer rows"] if row.get("dense_answer") else []
     return ", ".join([METHODS[row["method"]].title, *dense, *numbers])
 

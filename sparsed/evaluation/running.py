@@ -30,7 +30,7 @@ class Variant:
 
     @property
     def names(self) -> Record:
-        """How lines of results name it: None for a number that means nothing to the method."""
+        """How lines of results name it: None for a setting that means nothing to the method, or was not asked for."""
         config, skips = self.config, METHODS[self.method].skips
         return {
             "method": self.method,
