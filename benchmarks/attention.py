@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sparsed import SparseDConfig
-from sparsed.attention import BACKENDS, Problem, unavailable
+from sparsed.backends import BACKENDS, Problem
 from sparsed.blocks import BlockGrid, Pattern
 from sparsed.kernels import full_attention
 from sparsed.selection import isolated_top_k
@@ -113,11 +113,11 @@ def sparse_entry(backend: str, heads: Heads, pattern: Pattern) -> dict[str, Any]
     batch, n_heads, _, head_dim = heads.q.shape
     kv_heads, block_size = heads.k.shape[1], pattern.grid.block_size
     problem = Problem(heads.q.device, heads.q.dtype, batch, n_heads, kv_heads, head_dim, block_size, False)
-    reason = unavailable(backend, problem)
+    reason = BACKENDS[backend].fault(problem)
     if reason is not None:
         fields = {"block_size": block_size, "density": pattern.density.item()}
         return {"kernel": backend, **fields, "unavailable": reason}
-    return pattern_entry(backend, heads, pattern, BACKENDS[backend](pattern))
+    return pattern_entry(backend, heads, pattern, BACKENDS[backend].build(pattern))
 
 
 def pattern_entry(

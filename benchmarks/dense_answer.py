@@ -21,7 +21,7 @@ import torch
 from torch.nn import Module
 
 from sparsed import SparseDConfig
-from sparsed.attention import Problem, choose_backend, sparse_attention
+from sparsed.backends import Problem, choose_backend, sparse_attention
 from sparsed.blocks import BlockGrid
 from sparsed.cli.parser import Parser
 from sparsed.cli.readers import config_field, list_of, number_in, whole

@@ -8,7 +8,7 @@ unmasked in a random order: blocks are chosen while all of it is masked, or once
 each setting's attention over them is then measured with half of it masked. Nothing is sampled, so no setting's errors
 add up. The blocks are chosen by the package's own rules and read by its own kernels, in float32.
 
-`parts` says where the paper's rule loses: a reference of dense masks has only some rows, or only some keys of the
+The settings "only ..." say where the paper's rule loses: dense masks have only some rows, or only some keys of the
 answer's rows, follow the kept blocks. Intervals are 95 % bootstrap intervals over documents.
 """
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsed import load_model
-from sparsed.attention import SparseAttention, sparse_attention
+from sparsed.backends import SparseAttention, sparse_attention
 from sparsed.blocks import BlockGrid
 from sparsed.cli.readers import list_of, number_in, whole
 from sparsed.evaluation.methods import METHODS
@@ -68,15 +68,15 @@ class Setting:
 
 def settings(skip: float) -> list[Setting]:
     """Every setting of the table."""
-    shares = (0.5, 0.3, 0.2, 0.15, 0.1, 0.05)
-    sizes = {128: shares, 64: (0.3,), 32: (0.3, 0.15, 0.05)}
+    shares = (0.3, 0.2, 0.15, 0.1, 0.05)
     found = [
-        Setting("sparsed", select, size, dense)
-        for size, selects in sizes.items()
-        for select in selects
+        Setting("sparsed", select, size, dense, at)
+        for at in (0.0, skip)
+        for size in (128, 32)
+        for select in shares
         for dense in (False, True)
     ]
-    found += [Setting("sparsed", select, 128, dense, skip) for select in (0.3, 0.15, 0.1) for dense in (False, True)]
+    found += [Setting("sparsed", *other, dense) for other in ((0.5, 128), (0.3, 64)) for dense in (False, True)]
     found += [
         Setting(method, 0.3, size, dense)
         for method in ("no_isolation", "window", "streaming")
@@ -173,9 +173,7 @@ def part_mask(kept: Tensor, grid: BlockGrid, part: str) -> Tensor:
 
 def masked(mask: Tensor) -> SparseAttention:
     """Dense attention under a mask of pairs."""
-    return lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
-from sparsed.attention import BACKENDS
+from sparsed.backends import BACKENDS
 from sparsed.cli.parser import Parser
 from sparsed.cli.readers import config_field, number_in, some_of, whole
 from sparsed.kernels import full_attention
@@ -134,7 +134,7 @@ def checked_kernel(backend: str, family: str, tokens: int, config: SparseDConfig
         gate = attention_gate(full_attention(heads.q, heads.k, heads.v)[0], heads)
     else:
         pattern = random_pattern(heads, config.select, config.block_size)
-        gate = attention_gate(BACKENDS[backend](pattern)(heads.q, heads.k, heads.v), heads, pattern)
+        gate = attention_gate(BACKENDS[backend].build(pattern)(heads.q, heads.k, heads.v), heads, pattern)
     if not gate.passed:
         raise WrongKernel(f"{backend} attention errs by {gate.error:.1e}, allowed {gate.allowed:.1e}")
     return gate

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import check_backend
+from .backends import check_backend
 from .config import SparseDConfig, check_numbers
 from .run import FULL, Run
 from .selection import SPARSED, Rule
@@ -41,7 +41,7 @@ def sparsify(
 
     Args:
         model: recognised by the structure of its attention modules.
-        config: skip, select, block_size.
+        config: skip, select, block_size, dense_answer.
         steps: denoising steps of one generation, one forward each.
         gen_length: tokens of the generated region, at the end of every forward's sequence.
         backend: auto, flash, triton or gather.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Problem, SparseAttention, choose_backend, sparse_attention
+from .backends import Problem, SparseAttention, choose_backend, sparse_attention
 from .blocks import BlockGrid
 from .config import SparseDConfig
 from .kernels import block_scores, full_attention

@@ -1,5 +1,6 @@
 """Block-sparse attention: the kernels against float64 loops, the lists that they read, the choice of a backend."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from interpreter import interpret
 
-from sparsed import attention
-from sparsed.attention import BACKENDS, BackendError, Problem, choose_backend, united_lists
+from sparsed.backends import BACKENDS, Backend, BackendError, Problem, choose_backend, gather, registry
+from sparsed.backends import flash as flash_backend
+from sparsed.backends.self_check import self_check
+from sparsed.backends.triton import united_lists
 from sparsed.blocks import BlockGrid, Pattern
 from sparsed.kernels import flash
 
@@ -60,7 +63,7 @@ def exact(q, k, v, valid, keep, block_size):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gather_equals_the_loops(shape, select):
     q, k, v, valid, keep, pattern = problem(*shape, select=select)
-    out = BACKENDS["gather"](pattern)(q, k, v)
+    out = BACKENDS["gather"].build(pattern)(q, k, v)
     expected = exact(q, k, v, valid, keep, shape[2])
     real = valid[:, None, :, None].expand_as(out)
     assert out.shape == q.shape and out.dtype == q.dtype
@@ -72,16 +75,16 @@ def test_gather_equals_the_loops(shape, select):
 def test_gather_in_chunks(monkeypatch, chunk):
     shape = SHAPES[6]
     q, k, v, valid, keep, pattern = problem(*shape)
-    whole = BACKENDS["gather"](pattern)(q, k, v)
-    monkeypatch.setattr(attention, "CPU_CHUNK", chunk)
-    torch.testing.assert_close(BACKENDS["gather"](pattern)(q, k, v), whole, atol=1e-6, rtol=0)
+    whole = BACKENDS["gather"].build(pattern)(q, k, v)
+    monkeypatch.setattr(gather, "CPU_CHUNK", chunk)
+    torch.testing.assert_close(BACKENDS["gather"].build(pattern)(q, k, v), whole, atol=1e-6, rtol=0)
 
 
 def test_gather_in_bfloat16_errs_no_more_than_dense_attention():
     shape = SHAPES[1]
     q, k, v, valid, keep, pattern = problem(*shape)
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    check_error(BACKENDS["gather"](pattern)(q, k, v), q, k, v, valid, keep, shape[2])
+    check_error(BACKENDS["gather"].build(pattern)(q, k, v), q, k, v, valid, keep, shape[2])
 
 
 def check_error(out, q, k, v, valid, keep, block_size):
@@ -98,7 +101,7 @@ def check_error(out, q, k, v, valid, keep, block_size):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gather_on_the_last_tokens_alone(shape):
     q, k, v, _, _, pattern = problem(*shape)
-    attend = BACKENDS["gather"](pattern)
+    attend = BACKENDS["gather"].build(pattern)
     whole = attend(q, k, v)
     for last in (1, shape[2] - 1, shape[2], shape[2] + 7):
         torch.testing.assert_close(attend(q[:, :, -last:], k, v), whole[:, :, -last:], atol=2e-6, rtol=0)
@@ -149,24 +152,24 @@ def flash_twin(q, k, v, counts, indices, block_shape):
 @pytest.mark.parametrize("block_size", [64, 128, 256, 384])
 @pytest.mark.parametrize("blocks", [3, 2.1, 2.6, 0.4])
 def test_flash_is_given_what_is_kept(monkeypatch, block_size, blocks):
-    monkeypatch.setattr(attention, "flash_block_sparse", flash_twin)
+    monkeypatch.setattr(flash_backend, "flash_block_sparse", flash_twin)
     length = int(blocks * block_size)
     q, k, v, valid, keep, pattern = problem(length, length // 2, block_size, (4, 2), (0,))
     expected = exact(q, k, v, valid, keep, block_size)
-    attend = BACKENDS["flash"](pattern)
+    attend = BACKENDS["flash"].build(pattern)
     for last in {length, 1, min(length, block_size), min(length, block_size + 5)}:
         torch.testing.assert_close(attend(q[:, :, -last:], k, v), expected[:, :, -last:], atol=1e-6, rtol=0)
 
 
 INTERPRETED = """
 from test_attention import SHAPES, exact, problem
-from sparsed.attention import BACKENDS
+from sparsed.backends import BACKENDS
 for shape in SHAPES:
     q, k, v, valid, keep, pattern = problem(*shape)
     expected = exact(q, k, v, valid, keep, shape[2])
     for last in (shape[0], 21):
         if last <= shape[0]:
-            out = BACKENDS["triton"](pattern)(q[:, :, -last:], k, v)
+            out = BACKENDS["triton"].build(pattern)(q[:, :, -last:], k, v)
             real = valid[:, None, -last:, None].expand_as(out)
             torch.testing.assert_close(out[real].double(), expected[:, :, -last:][real], atol=2e-6, rtol=0)
             assert out.isfinite().all()
@@ -234,9 +237,14 @@ CPU = Problem(torch.device("cpu"), torch.float32, 2, 4, 2, 16, 32, True)
 
 @pytest.fixture(autouse=True)
 def forget_self_checks():
-    attention.self_check.cache_clear()
+    self_check.cache_clear()
     yield
-    attention.self_check.cache_clear()
+    self_check.cache_clear()
+
+
+def named(name, build, **fields):
+    """A backend that can run anything."""
+    return Backend(name, build, fault=lambda problem: None, **fields)
 
 
 def test_auto_takes_gather_on_the_cpu_and_says_why():
@@ -245,10 +253,11 @@ def test_auto_takes_gather_on_the_cpu_and_says_why():
 
 
 def test_auto_takes_flash_on_long_sequences_alone(monkeypatch):
-    monkeypatch.setattr(attention, "unavailable", lambda name, _: "is not there" if name == "triton" else None)
-    monkeypatch.setattr(attention, "self_check", lambda *_: None)
-    assert choose_backend("auto", CPU, attention.FLASH_FROM)[0] == "flash"
-    name, why = choose_backend("auto", CPU, attention.FLASH_FROM - 1)
+    monkeypatch.setitem(BACKENDS, "flash", replace(BACKENDS["flash"], fault=lambda problem: None))
+    monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], fault=lambda problem: "is not there"))
+    monkeypatch.setattr(registry, "self_check", lambda *_: None)
+    assert choose_backend("auto", CPU, flash_backend.FLASH_FROM)[0] == "flash"
+    name, why = choose_backend("auto", CPU, flash_backend.FLASH_FROM - 1)
     assert name == "gather" and "flash: gains nothing below" in why and "triton: is not there" in why
     assert choose_backend("flash", CPU, 10) == ("flash", "named by the user")
 
@@ -272,7 +281,7 @@ def past_the_end(pattern):
     """Zero keys behind a ragged last block take part in the softmax."""
 
     def run(q, k, v):
-        out = BACKENDS["gather"](pattern)(q, k, v)
+        out = BACKENDS["gather"].build(pattern)(q, k, v)
         spare = -k.shape[2] % pattern.grid.block_size
         keys = reference.expand(pattern.as_mask(), pattern.grid.block_size, k.shape[2])[:, :, -q.shape[2] :]
         if pattern.grid.key_valid is not None:
@@ -288,15 +297,15 @@ def past_the_end(pattern):
 def blind_to_padding(pattern):
     grid = pattern.grid
     bare = BlockGrid(grid.length, grid.prompt_len, grid.block_size)
-    return BACKENDS["gather"](Pattern(pattern.indices, pattern.counts, bare))
+    return BACKENDS["gather"].build(Pattern(pattern.indices, pattern.counts, bare))
 
 
 def wrong_shared_heads(pattern):
-    return lambda q, k, v: BACKENDS["gather"](pattern)(q, k.flip(1), v.flip(1))
+    return lambda q, k, v: BACKENDS["gather"].build(pattern)(q, k.flip(1), v.flip(1))
 
 
 def wrong_scale(pattern):
-    return lambda q, k, v: BACKENDS["gather"](pattern)(q * 1.1, k, v)
+    return lambda q, k, v: BACKENDS["gather"].build(pattern)(q * 1.1, k, v)
 
 
 def not_a_number(pattern):
@@ -312,16 +321,17 @@ BROKEN = [full_attention, past_the_end, blind_to_padding, wrong_shared_heads, wr
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda function: function.__name__)
 def test_self_check_refuses_a_broken_backend(monkeypatch, broken):
-    working = BACKENDS["gather"]
-    monkeypatch.setitem(BACKENDS, "broken", broken)
-    monkeypatch.setattr(attention, "unavailable", lambda *_: None)
+    monkeypatch.setitem(BACKENDS, "broken", named("broken", broken, auto_from=None))
     with pytest.raises(BackendError) as error:
         choose_backend("broken", CPU, 100)
     assert "\n" not in str(error.value) and "broken" in str(error.value)
 
-    # and auto goes on to the next one, remembering why
-    monkeypatch.setattr(attention, "BACKENDS", {"broken": broken, "gather": working})
-    attention.self_check.cache_clear()
+    # auto takes it only where it says from which length on, and goes on to the next one, remembering why
+    working = BACKENDS["gather"]
+    monkeypatch.delitem(BACKENDS, "gather")
+    monkeypatch.setitem(BACKENDS, "gather", working)  # behind it
+    assert "broken" not in choose_backend("auto", CPU, 100)[1]
+    monkeypatch.setitem(BACKENDS, "broken", named("broken", broken))
     name, why = choose_backend("auto", CPU, 100)
     assert name == "gather" and "broken" in why
 
@@ -335,7 +345,7 @@ def test_a_broken_flash_package_is_passed_over(monkeypatch):
     flash._missing.cache_clear()
     monkeypatch.setattr(flash.importlib.util, "find_spec", broken)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    fault = attention.unavailable("flash", Problem(torch.device("cuda"), torch.bfloat16, 1, 2, 2, 64, 128, False))
+    fault = BACKENDS["flash"].fault(Problem(torch.device("cuda"), torch.bfloat16, 1, 2, 2, 64, 128, False))
     flash._missing.cache_clear()
     assert "does not import" in fault and "\n" not in fault
 
@@ -344,7 +354,7 @@ def test_out_of_memory_in_the_self_check_says_nothing_about_the_backend(monkeypa
     def starved(pattern):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setitem(BACKENDS, "gather", starved)
+    monkeypatch.setitem(BACKENDS, "gather", named("gather", starved))
     with pytest.raises(torch.OutOfMemoryError):
         choose_backend("gather", CPU, 100)
 
@@ -355,19 +365,19 @@ def test_a_block_far_longer_than_the_sequence_costs_no_more_than_the_sequence():
     huge = BlockGrid(203, 150, 2**30, valid)
     assert huge.block_tokens.tolist() == [[203], [143]]
     pattern = Pattern(torch.zeros(2, 4, 1, 1, dtype=torch.int32), (1, 1), huge)
-    out = BACKENDS["gather"](pattern)(q, k, v)
+    out = BACKENDS["gather"].build(pattern)(q, k, v)
     real = valid[:, None, :, None].expand_as(out)
     torch.testing.assert_close(out[real].double(), exact(q, k, v, valid, keep, 208)[real], atol=2e-6, rtol=0)
 
 
 def test_self_check_runs_once(monkeypatch):
-    calls, working = [], BACKENDS["gather"]
+    calls, working = [], BACKENDS["gather"].build
 
     def counted(pattern):
         calls.append(1)
         return working(pattern)
 
-    monkeypatch.setitem(BACKENDS, "gather", counted)
+    monkeypatch.setitem(BACKENDS, "gather", named("gather", counted))
     for _ in range(3):
         choose_backend("gather", CPU, 100)
     assert len(calls) == 1
@@ -386,7 +396,7 @@ def check_on_gpu(name, length, block_size, heads, pads, width=128, select=0.3):
     q, k, v, valid, keep, pattern = problem(length, length // 2, block_size, heads, pads, width=width, select=select)
     q, k, v, valid = q.cuda().bfloat16(), k.cuda().bfloat16(), v.cuda().bfloat16(), valid.cuda()
     padded = pattern.grid.key_valid is not None
-    why = attention.unavailable(name, Problem(q.device, q.dtype, len(pads), *heads, width, block_size, padded))
+    why = BACKENDS[name].fault(Problem(q.device, q.dtype, len(pads), *heads, width, block_size, padded))
     if why and "package" in why:
         pytest.skip(f"{name} {why}")
     if name == "flash" and padded:
@@ -394,7 +404,7 @@ def check_on_gpu(name, length, block_size, heads, pads, width=128, select=0.3):
         return
     assert why is None
     grid = BlockGrid(length, length // 2, block_size, valid if padded else None)
-    attend = BACKENDS[name](Pattern(pattern.indices.cuda(), pattern.counts, grid))
+    attend = BACKENDS[name].build(Pattern(pattern.indices.cuda(), pattern.counts, grid))
     last = block_size + 5
     out = torch.cat((attend(q, k, v)[:, :, :-last], attend(q[:, :, -last:], k, v)), dim=2)
     check_error(out, q, k, v, valid, keep.cuda(), block_size)
@@ -427,11 +437,9 @@ def test_small_heads_on_the_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["triton", "flash"])
-def test_self_check_on_the_gpu_refuses_full_attention(monkeypatch, name):
+def test_self_check_on_the_gpu_refuses_full_attention(name):
     where = Problem(torch.device("cuda"), torch.bfloat16, 1, 4, 2, 128, 128, False)
-    if attention.unavailable(name, where):
-        pytest.skip(f"{name} {attention.unavailable(name, where)}")
-    assert attention.self_check(name, where) is None
-    monkeypatch.setitem(BACKENDS, name, full_attention)
-    attention.self_check.cache_clear()
-    assert "wrong" in attention.self_check(name, where)
+    if BACKENDS[name].fault(where):
+        pytest.skip(f"{name} {BACKENDS[name].fault(where)}")
+    assert self_check(BACKENDS[name], where) is None
+    assert "wrong" in self_check(named(name, full_attention), where)

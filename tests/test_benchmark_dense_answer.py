@@ -11,7 +11,7 @@ from benchmarks import dense_answer, latency
 from benchmarks.common import LENGTHS, summary
 from benchmarks.latency import Generation
 from sparsed import SparseDConfig, load_model
-from sparsed.attention import BACKENDS, sparse_attention
+from sparsed.backends import BACKENDS, sparse_attention
 from sparsed.kernels import full_attention
 
 CPU = torch.device("cpu")
@@ -165,7 +165,7 @@ def test_out_of_memory_in_a_gate_ends_a_length(unchecked, monkeypatch):
 
 
 def forgets_the_answer(name, pattern):
-    return BACKENDS[name](pattern)
+    return BACKENDS[name].build(pattern)
 
 
 def forgets_the_blocks(name, pattern):

@@ -17,7 +17,7 @@ from checkpoints import tiny_checkpoint
 from benchmarks import agreement, attention, kernels, latency, phases, plot, reference, reference_worker, selection
 from benchmarks.common import LENGTHS, summary
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
-from sparsed.attention import BACKENDS
+from sparsed.backends import BACKENDS
 from sparsed.blocks import BlockGrid, Pattern
 from sparsed.evaluation.running import Sampler
 from sparsed.kernels import block_scores_torch
@@ -410,7 +410,7 @@ def heads():
 
 def test_attention_gate(heads):
     pattern = attention.random_pattern(heads, CONFIG.select, 128)
-    sparse = BACKENDS["gather"](pattern)(heads.q, heads.k, heads.v)
+    sparse = BACKENDS["gather"].build(pattern)(heads.q, heads.k, heads.v)
     full = attention.torch_kernel(attention.SDPBackend.MATH)(heads.q, heads.k, heads.v)
     assert kernels.attention_gate(sparse, heads, pattern).passed
     assert kernels.attention_gate(full, heads).passed

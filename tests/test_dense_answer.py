@@ -19,8 +19,8 @@ from test_sampling import check
 from test_selection import BORDERS, attention_inputs, left_padding
 from test_watching import random_pattern
 
-from sparsed import SparseDConfig, attention, select_blocks
-from sparsed.attention import Problem, sparse_attention
+from sparsed import SparseDConfig, select_blocks
+from sparsed.backends import BACKENDS, Problem, flash, sparse_attention
 from sparsed.blocks import BlockGrid, Pattern
 from sparsed.evaluation.methods import METHODS
 from sparsed.kernels import block_scores, full_attention
@@ -73,7 +73,7 @@ def test_gather_equals_the_twin(shape, border):
 @pytest.mark.parametrize("prompt_len", [0, 65, 150, 200])
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_flash_answers_for_the_prompt_alone(monkeypatch, block_size, prompt_len):
-    monkeypatch.setattr(attention, "flash_block_sparse", flash_twin)
+    monkeypatch.setattr(flash, "flash_block_sparse", flash_twin)
     check_layer("flash", 200, prompt_len, block_size, (4, 2), (0,))
 
 
@@ -107,7 +107,7 @@ def test_full_attention_of_shared_heads_and_padding(heads, pads, last):
 def test_backends_on_the_gpu(name, block_size, width, pads):
     q, k, v, valid, allowed, pattern = dense_problem(589, 400, block_size, (8, 2), pads, width=width)
     q, k, v = (x.cuda().bfloat16() for x in (q, k, v))
-    why = attention.unavailable(name, Problem(q.device, q.dtype, len(pads), 8, 2, width, block_size, any(pads)))
+    why = BACKENDS[name].fault(Problem(q.device, q.dtype, len(pads), 8, 2, width, block_size, any(pads)))
     if why is not None:
         assert name == "flash" and ("package" in why or "padding" in why), why
         pytest.skip(f"{name} {why}")

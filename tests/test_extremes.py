@@ -5,7 +5,7 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from sparsed.attention import BACKENDS
+from sparsed.backends import BACKENDS
 from sparsed.blocks import BlockGrid
 from sparsed.kernels import block_scores, full_attention
 from sparsed.selection import isolated_top_k
@@ -81,7 +81,7 @@ def test_kept_blocks_are_determined_and_attention_errs_as_dense_does(extreme, dt
     first, second = (isolated_top_k(block_scores(q, k, block_size=BLOCK), grid, 0.3) for _ in range(2))
     assert torch.equal(first.indices, second.indices)
     mask = reference.expand(first.as_mask(), BLOCK, LENGTH)
-    out = BACKENDS[backend](first)(q, k, v)
+    out = BACKENDS[backend].build(first)(q, k, v)
     exact = exact_logits(q, k).masked_fill(~mask, -torch.inf).softmax(-1) @ v.double().repeat_interleave(2, dim=1)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     error, dense_error = ((x.double() - exact).abs().max().item() for x in (out, dense))

@@ -18,7 +18,7 @@ from sampling_cases import GENERATE
 from standins import tiny_dream, tiny_llada
 
 from sparsed import SparseDConfig, select_blocks
-from sparsed.attention import BACKENDS
+from sparsed.backends import BACKENDS
 from sparsed.blocks import BlockGrid
 from sparsed.kernels import block_scores
 from sparsed.sampling import settings as sampling_settings
@@ -107,7 +107,7 @@ def test_sparse_attention_equals_the_twin(case):
     grid = BlockGrid(case.valid.shape[1], **sizes, key_valid=case.key_valid)
     scores = block_scores(case.q, case.k, block_size=case.block_size, key_valid=case.key_valid)
     pattern = isolated_top_k(scores, grid, case.select)
-    out = BACKENDS["gather"](pattern)(case.q, case.k, case.v)
+    out = BACKENDS["gather"].build(pattern)(case.q, case.k, case.v)
     allowed = reference.expand(pattern.as_mask(), case.block_size, case.valid.shape[1])
     v = case.v.repeat_interleave(case.q.shape[1] // case.k.shape[1], dim=1)
     exact = probabilities(case, allowed) @ v.double()
@@ -130,7 +130,7 @@ def test_selecting_everything_is_full_attention(case):
     pattern = isolated_top_k(scores, grid, 1)
     assert pattern.density.item() == pytest.approx(1, abs=1e-6)
     wide = SimpleNamespace(**vars(case) | {name: getattr(case, name).float() for name in "qkv"})
-    out = BACKENDS["gather"](pattern)(wide.q, wide.k, wide.v)
+    out = BACKENDS["gather"].build(pattern)(wide.q, wide.k, wide.v)
     v = wide.v.repeat_interleave(case.q.shape[1] // case.k.shape[1], dim=1)
     real = case.valid[:, None, :, None].expand_as(out)
     torch.testing.assert_close(out[real].double(), (probabilities(wide) @ v.double())[real], atol=5e-6, rtol=0)

@@ -10,7 +10,7 @@ import torch
 from interpreter import interpret
 
 from sparsed import blocks, selection
-from sparsed.attention import united_lists
+from sparsed.backends.triton import united_lists
 from sparsed.blocks import BlockGrid, true_places
 from sparsed.kernels import block_scores, full_attention
 from sparsed.selection import compile_selection, highest_places, highest_places_torch, isolated_top_k, select_blocks

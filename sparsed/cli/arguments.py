@@ -7,7 +7,7 @@ import argparse
 import importlib.util
 import math
 
-from ..attention import BACKENDS, Problem, unavailable
+from ..backends import BACKENDS, Problem
 from ..config import SparseDConfig
 from ..models.loading import DTYPES, resolve_device, resolve_dtype
 from ..prompts import PRESETS
@@ -314,6 +314,6 @@ def _check_backend(parser: Parser, args: argparse.Namespace) -> None:
         block_size=args.block_size,
         padded=False,
     )
-    fault = unavailable(args.backend, problem)
+    fault = BACKENDS[args.backend].fault(problem)
     if fault is not None:
         parser.error(f"argument --backend: {args.backend} {fault}")

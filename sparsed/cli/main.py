@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import torch
 
-from ..attention import BackendError
+from ..backends import BackendError
 from ..chat import ChatTemplateError, encode_chat
 from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM

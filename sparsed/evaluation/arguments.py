@@ -6,7 +6,7 @@ import re
 from itertools import product
 from pathlib import Path
 
-from ..attention import BACKENDS
+from ..backends import BACKENDS
 from ..cli.parser import Parser
 from ..cli.readers import config_field, device, list_of, non_empty, path, shown, some_of, whole
 from ..config import SparseDConfig
@@ -137,7 +137,6 @@ def _add_sparsed(group) -> None:
             metavar="VALUES",
             help=f"as the scripts' (default: {default})",
         )
-
 
     group.add_argument(
         "--dense_answer",

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta, timezone
 
 from tqdm import tqdm
 
-from ..attention import BackendError
+from ..backends import BackendError
 from ..chat import ChatTemplateError
 from ..cli.ending import blame, guarded
 from ..cli.record import environment, write_json, write_text

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from tqdm import tqdm
 
-from ..attention import check_backend
+from ..backends import check_backend
 from ..cli.record import answer_length, decode, stop_ids
 from ..cli.streams import tell
 from ..config import SparseDConfig, check_numbers

@@ -1,0 +1,54 @@
+"""What a backend is: a way to compute attention over the kept key blocks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..blocks import BlockGrid, Pattern
+
+# (q [B, Hq, n, D], k and v [B, Hkv, T, D]) -> [B, Hq, n, D]; the n queries are the LAST of the T tokens
+SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What decides which kernel can run: device, dtype and shapes, without the length."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    padded: bool
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel of the sparse steps.
+
+    Args:
+        name: as --backend has it.
+        build: makes a layer's attention of its pattern.
+        fault: why it cannot run a problem, in a few words, or None if nothing speaks against it.
+        auto_from: tokens from which on "auto" takes it; None: only when it is named.
+    """
+
+    name: str
+    build: Callable[[Pattern], SparseAttention]
+    fault: Callable[[Problem], str | None]
+    auto_from: int | None = 0
+
+
+class BackendError(ValueError):
+    """The backend that the user named cannot run here."""
+
+
+def from_block_start(q: Tensor, grid: BlockGrid) -> tuple[Tensor, int, int]:
+    """q [B, Hq, n, D], the last n tokens, led by zeros from its first block's start on; that block; how many zeros."""
+    first, lead = divmod(grid.length - q.shape[2], grid.block_size)
+    return (F.pad(q, (0, 0, lead, 0)) if lead else q), first, lead
