@@ -18,9 +18,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment
 
-from sparsed.cli.record import write_text
-from sparsed.cli.view import Token, View, drawn
+from sparsed.console.files import write_text
 from sparsed.report.summary import LABELS
+from sparsed.report.view import Token, View, drawn
 from sparsed.run import FULL, SELECTING, SPARSE
 
 ROOT = Path(__file__).parents[1]

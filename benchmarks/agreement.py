@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsed import SparseDConfig, load_model, load_tokenizer, sparsify
 from sparsed.blocks import Pattern
-from sparsed.cli.readers import whole
+from sparsed.console.readers import whole
 from sparsed.evaluation.running import Sampler
 from sparsed.evaluation.tasks import TASKS, make_sample
 from sparsed.pictures import common

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from sparsed.cli.parser import Parser
-from sparsed.cli.readers import some_of
-from sparsed.cli.record import environment, write_json
+from sparsed.console.environment import environment
+from sparsed.console.files import write_json
+from sparsed.console.parser import Parser
+from sparsed.console.readers import some_of
 
 NEW_TOKENS = 128
 LENGTHS = {"short_context": 64} | {f"{k}k": 1024 * k for k in (1, 2, 4, 8, 16, 32, 64, 128)}  # prompt tokens

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsed import SparseDConfig, load_model, load_tokenizer, sparsify
-from sparsed.cli.readers import whole
+from sparsed.console.readers import whole
 from sparsed.prompts import build_prompt, demo_path
 from sparsed.run import synchronize
 

@@ -23,8 +23,8 @@ from torch.nn import Module
 from sparsed import SparseDConfig
 from sparsed.backends import Problem, choose_backend, sparse_attention
 from sparsed.blocks import BlockGrid
-from sparsed.cli.parser import Parser
-from sparsed.cli.readers import config_field, list_of, number_in, whole
+from sparsed.console.parser import Parser
+from sparsed.console.readers import config_field, list_of, number_in, whole
 from sparsed.run import FULL
 
 from .attention import random_pattern

@@ -29,7 +29,7 @@ from torch import Tensor
 from sparsed import load_model
 from sparsed.backends import SparseAttention, sparse_attention
 from sparsed.blocks import BlockGrid
-from sparsed.cli.readers import list_of, number_in, whole
+from sparsed.console.readers import list_of, number_in, whole
 from sparsed.evaluation.methods import METHODS
 from sparsed.evaluation.results import title_of
 from sparsed.kernels import block_scores, full_attention

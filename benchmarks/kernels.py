@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparsed import SparseDConfig
 from sparsed.blocks import Pattern
-from sparsed.cli.parser import Parser
-from sparsed.cli.readers import some_of
+from sparsed.console.parser import Parser
+from sparsed.console.readers import some_of
 from sparsed.kernels import error_and_bound
 
 from .common import (

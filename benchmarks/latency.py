@@ -23,8 +23,8 @@ import torch
 
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
 from sparsed.backends import BACKENDS
-from sparsed.cli.parser import Parser
-from sparsed.cli.readers import config_field, number_in, some_of, whole
+from sparsed.console.parser import Parser
+from sparsed.console.readers import config_field, number_in, some_of, whole
 from sparsed.kernels import full_attention
 from sparsed.run import FULL, synchronize
 from sparsed.sampling.common import OnStep, Step

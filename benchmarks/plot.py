@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsed.cli.parser import Parser
+from sparsed.console.parser import Parser
 
 from .common import markdown
 from .phases import RUNS, WHOLE

@@ -22,8 +22,8 @@ from sparsed import load_model, load_tokenizer
 from sparsed.cli.arguments import parse
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.cli.progress import terminal
-from sparsed.cli.readers import whole
 from sparsed.cli.running import Job, run_once
+from sparsed.console.readers import whole
 from sparsed.prompts import build_prompt, demo_path
 
 from .common import build_parser, new_record, parse_arguments, save, summary

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from demo.tokenizer import write_json
 from sparsed.chat import encode_chat
-from sparsed.cli.readers import whole
 from sparsed.config import SparseDConfig
+from sparsed.console.readers import whole
 from sparsed.models import load_model, load_tokenizer
 from sparsed.prompts import answer_found, build_prompt, language
 from sparsed.sampling import dream_generate, llada_generate

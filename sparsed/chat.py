@@ -1,4 +1,4 @@
-"""A user message as token ids in the checkpoint's chat template, which is a program from elsewhere."""
+"""A user message as token ids in the checkpoint's chat template, and where the answer to it ends."""
 
 import functools
 import re
@@ -13,6 +13,9 @@ PLACEHOLDER = "placeholder0of0the0user0text"
 # far above any chat template, which is a program that comes with the checkpoint: seconds that it may run, and
 # characters that it may put around the message
 TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 10.0, 1 << 20
+CHAT_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>")
+# what a decoder writes for bytes that are no character, or not yet
+REPLACEMENT = "\ufffd"
 
 
 class ChatTemplateError(ValueError):
@@ -44,6 +47,24 @@ def encode_chat(tokenizer: Any, text: str) -> list[int]:
     if message.strip() and not ids:
         raise ChatTemplateError("the tokenizer gives no tokens for the prompt")
     return ids
+
+
+def stop_ids(config: Any, tokenizer: Any) -> set[int]:
+    """The ids at which an answer ends: the model's EOS and pad, and the ends of a chat turn that the tokenizer has."""
+    vocabulary = tokenizer.get_vocab()
+    ends = {vocabulary[token] for token in CHAT_ENDS if token in vocabulary}
+    return ends | {config.eos_token_id, config.pad_token_id}
+
+
+def answer_length(token_ids: list[int], stops: set[int]) -> int:
+    """How many tokens stand before the first stop id."""
+    return next((position for position, token in enumerate(token_ids) if token in stops), len(token_ids))
+
+
+def decode(tokenizer: Any, token_ids: list[int], *, special: bool = False) -> str:
+    """The text of some ids, with or without special tokens; ids that the tokenizer lacks are skipped."""
+    known = len(tokenizer)
+    return tokenizer.decode([token for token in token_ids if token < known], skip_special_tokens=not special)
 
 
 def _render(tokenizer: Any, text: str) -> tuple[str, str, str]:

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import Pattern
-from .cli.ending import blame, guarded
-from .cli.parser import Parser
-from .cli.paths import output_path
-from .cli.record import replacing
-from .cli.streams import tell
 from .config import SparseDConfig
+from .console.endings import blame, guarded
+from .console.files import output_path, replacing
+from .console.parser import Parser
+from .console.streams import tell
 from .models import load_model, load_tokenizer
 from .models.common import DiffusionLM
 from .patch import sparsify

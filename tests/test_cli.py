@@ -18,8 +18,8 @@ from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, l
 from sparsed.chat import encode_chat
 from sparsed.cli import arguments, main_dream, main_llada, manual, running
 from sparsed.cli import main as main_module
-from sparsed.cli import record as record_module
 from sparsed.cli.families import DREAM, LLADA
+from sparsed.console import files
 from sparsed.models import loading
 
 ROOT = Path(__file__).parents[1]
@@ -291,7 +291,7 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(call, tmp_path, monk
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(record_module.os, "replace", full_disk)
+    monkeypatch.setattr(files.os, "replace", full_disk)
     code, _, err, record = call("llada")
     assert code == 2 and record == {"old": 1}
     assert err.splitlines()[-1].endswith("error: argument --json: No space left on device")

@@ -56,8 +56,8 @@ def test_an_interrupted_run_leaves_nothing(sent, code, word, often, checkpoint, 
 
 LONG_CALL = """
 import sys, torch
-from sparsed.cli.ending import guarded
-from sparsed.cli.streams import tell
+from sparsed.console.endings import guarded
+from sparsed.console.streams import tell
 torch.set_num_threads(1)
 matrix = torch.rand(4000, 4000)
 def work():

@@ -22,20 +22,20 @@ ALLOWED = {
     "sampling": {"patch", "run", "selection", "models"},
     "chat": set(),
     "prompts": {"chat"},
-    "report": set(),
-    "cli": {"report", "sampling", "patch", "run", "watching", "blocks", "backends", "models", "chat", "prompts"},
-    "pictures": {"cli", "sampling", "patch", "watching", "blocks", "models", "prompts"},
-    "evaluation": {"cli", "sampling", "patch", "run", "watching", "backends", "models", "chat", "prompts"}
+    "console": {"models"},
+    "report": {"console", "chat"},
+    "cli": {"console", "report", "sampling", "patch", "run", "watching", "backends", "models", "chat", "prompts"}
+    | {"blocks"},
+    "pictures": {"console", "sampling", "patch", "watching", "blocks", "models", "prompts"},
+    "evaluation": {"console", "sampling", "patch", "run", "watching", "backends", "models", "chat", "prompts"}
     | {"selection", "blocks"},
-    "__main__": {"cli", "evaluation"},
     "__init__": {"sampling", "patch", "selection", "models"},
 }
 LEAVES = {"config", "models", "chat", "prompts"}  # not even config
 
 
 def layer_of(path: Path) -> str:
-    # what `python -m` runs is a script, whichever package it is in
-    return "__main__" if path.stem == "__main__" else path.relative_to(ROOT / "sparsed").parts[0].removesuffix(".py")
+    return path.relative_to(ROOT / "sparsed").parts[0].removesuffix(".py")
 
 
 def imported_layers(path: Path, node: ast.AST) -> list[str]:
@@ -77,7 +77,7 @@ def test_calls_that_the_package_does_not_make(path):
             name = getattr(node.func, "id", getattr(node.func, "attr", None))
             # tokens squared in time and memory; a device of the caller's choice
             assert name not in {"create_block_mask", "cuda"}, f"line {node.lineno}: {name}()"
-            assert name != "print" or layer_of(path) == "cli", f"line {node.lineno}: only cli.py prints"
+            assert name != "print" or layer_of(path) == "console", f"line {node.lineno}: only the console prints"
         assert not isinstance(node, ast.Global), f"line {node.lineno}: global state"
 
 
@@ -92,3 +92,9 @@ def test_scripts_import_the_commands_alone_and_those_cli_alone(script):
             for alias in node.names
         }
         assert {name for name in imported if name.startswith("sparsed")} == {wanted}
+
+
+@pytest.mark.parametrize("folder", ["assets", "benchmarks", "demo"])
+def test_only_the_benchmark_of_the_scripts_own_drawing_imports_them(folder):
+    users = [path.name for path in (ROOT / folder).glob("*.py") if "sparsed.cli" in path.read_text(encoding="utf-8")]
+    assert users == (["show.py"] if folder == "benchmarks" else [])

@@ -10,8 +10,9 @@ from tiny_folders import tiny_folder
 
 from benchmarks.shapes import meta_model
 from sparsed import SparseDConfig
-from sparsed.cli import ending, main_dream, main_llada, memory
 from sparsed.cli import main as main_module
+from sparsed.cli import main_dream, main_llada, memory
+from sparsed.console import endings
 from sparsed.models.loading import GIB, weight_bytes
 
 MAIN = {"dream": main_dream, "llada": main_llada}
@@ -70,7 +71,7 @@ def test_too_little_memory_is_said_before_loading(checkpoint, monkeypatch, capsy
     free = memory.peak_bytes(model, args, 16384)
     monkeypatch.setattr(memory, "available_bytes", lambda *_, **__: free)
     monkeypatch.setattr(main_module, "load_model", lambda *_, **__: pytest.fail("loaded"))
-    assert call(checkpoint, "--prompt", "64k") == ending.EXIT_OUT_OF_MEMORY
+    assert call(checkpoint, "--prompt", "64k") == endings.EXIT_OUT_OF_MEMORY
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     needed = memory.peak_bytes(model, args, 65536)
@@ -80,7 +81,7 @@ def test_too_little_memory_is_said_before_loading(checkpoint, monkeypatch, capsy
 
 def test_a_model_that_does_not_fit_at_all(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(memory, "available_bytes", lambda *_, **__: 1000)
-    assert call(checkpoint) == ending.EXIT_OUT_OF_MEMORY
+    assert call(checkpoint) == endings.EXIT_OUT_OF_MEMORY
     assert "no preset fits" in capsys.readouterr().err
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_folders import special_id, tiny_folder
 
-from sparsed import load_model, load_tokenizer
-from sparsed.cli import record, running
+from sparsed import chat, load_model, load_tokenizer
+from sparsed.cli import running
 from sparsed.sampling.common import Step
 
 
@@ -21,23 +21,23 @@ def checkpoints(tmp_path_factory):
                          + [("llada", "<|eot_id|>"), ("llada", "<|endoftext|>")])  # fmt: skip
 def test_text_ends_at_the_first_end_token(family, end, checkpoints):
     tokenizer = load_tokenizer(checkpoints[family])
-    stops = record.stop_ids(load_model(checkpoints[family], device="cpu").config, tokenizer)
+    stops = chat.stop_ids(load_model(checkpoints[family], device="cpu").config, tokenizer)
     words = [tokenizer.encode(text, add_special_tokens=False) for text in ("under the mat", "noise")]
     ids = [*words[0], special_id(family, end), *words[1]]
-    assert record.decode(tokenizer, ids[: record.answer_length(ids, stops)]) == "under the mat"
-    assert record.answer_length(words[0], stops) == len(words[0])
+    assert chat.decode(tokenizer, ids[: chat.answer_length(ids, stops)]) == "under the mat"
+    assert chat.answer_length(words[0], stops) == len(words[0])
 
 
 def test_text_ends_at_the_model_s_own_end_ids_too(checkpoints):
     config = SimpleNamespace(eos_token_id=65, pad_token_id=66)
-    stops = record.stop_ids(config, load_tokenizer(checkpoints["llada"]))
+    stops = chat.stop_ids(config, load_tokenizer(checkpoints["llada"]))
     assert {65, 66, special_id("llada", "<|eot_id|>")} <= stops
 
 
 def test_ids_that_the_tokenizer_lacks_are_skipped(checkpoints):
     tokenizer = load_tokenizer(checkpoints["dream"])
     ids = tokenizer.encode("mat", add_special_tokens=False)
-    assert record.decode(tokenizer, [ids[0], 100_000, *ids[1:]]) == "mat"
+    assert chat.decode(tokenizer, [ids[0], 100_000, *ids[1:]]) == "mat"
 
 
 def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):

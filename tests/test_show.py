@@ -19,7 +19,7 @@ from tiny_folders import tiny_folder
 from sparsed import load_tokenizer
 from sparsed.cli import main_dream, main_llada, progress
 from sparsed.cli.history import Speller
-from sparsed.cli.view import END, MASK
+from sparsed.report.view import END, MASK
 from sparsed.sampling.common import Step
 
 pytest.importorskip("rich", reason='no rich: pip install -e ".[show]"')

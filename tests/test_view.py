@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from sparsed.cli.view import END, MASK, Token, View, drawn, legible, window
+from sparsed.report.view import END, MASK, Token, View, drawn, legible, window
 
 console_of = pytest.importorskip("rich.console", reason='no rich: pip install -e ".[show]"').Console
 

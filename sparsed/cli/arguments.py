@@ -9,13 +9,14 @@ import math
 
 from ..backends import BACKENDS, Problem
 from ..config import SparseDConfig
+from ..console.files import check_apart, output_path
+from ..console.parser import SHELLS, Parser, PrintCompletion
+from ..console.readers import config_field, device, non_empty, number_in, whole
 from ..models.loading import DTYPES, resolve_device, resolve_dtype
 from ..prompts import PRESETS
 from .families import DREAM, LLADA, Family
 from .manual import EPILOG, USAGE
-from .parser import SHELLS, Parser, PrintCompletion
-from .paths import check_apart, output_path, own_prompt
-from .readers import config_field, device, non_empty, number_in, whole
+from .paths import own_prompt
 
 DEFAULT_PROMPT = "short_context"
 

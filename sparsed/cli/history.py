@@ -3,11 +3,8 @@
 import math
 from typing import Any
 
+from ..chat import REPLACEMENT, decode
 from ..sampling.common import Step
-from .record import decode
-
-# what a decoder writes for bytes that are no character, or not yet
-REPLACEMENT = "\ufffd"
 
 
 def history(steps: list[Step], token_ids: list[int], prompt_tokens: int) -> list[list[list]]:

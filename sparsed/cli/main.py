@@ -10,7 +10,11 @@ import huggingface_hub
 import torch
 
 from ..backends import BackendError
-from ..chat import ChatTemplateError, encode_chat
+from ..chat import ChatTemplateError, answer_length, decode, encode_chat, stop_ids
+from ..console.endings import blame, guarded
+from ..console.environment import environment
+from ..console.files import write_json, write_text
+from ..console.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
 from ..models.files import checkpoint_folder, read_json
@@ -21,14 +25,11 @@ from ..report.summary import compare, comparison_lines, expected_line, run_lines
 from ..sampling.canvas import PromptError, check_prompt
 from .advice import advice_lines, advise, fitted_lengths
 from .arguments import parse
-from .ending import blame, guarded
 from .families import DREAM, LLADA, Family
 from .history import Speller
 from .memory import check_memory
 from .paths import check_checkpoint_kept
-from .record import answer_length, decode, environment, stop_ids, write_json, write_text
 from .running import Job, first_forward, run_mode
-from .streams import Stdout, tell
 
 
 def main_dream(argv: list[str] | None = None) -> int:

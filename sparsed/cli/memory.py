@@ -8,10 +8,10 @@ import torch
 
 from ..blocks import BlockGrid
 from ..config import share
+from ..console.endings import TooLittleMemory
 from ..models.common import DiffusionLM
 from ..models.loading import GIB, free_bytes, resolve_device, weight_bytes
 from ..prompts import LENGTHS, PRESETS
-from .ending import TooLittleMemory
 
 # rows as wide as the model that a layer holds while its MLP runs, besides keys and values: its input, the same with the
 # attention added, normed, what attention gave, and the queries

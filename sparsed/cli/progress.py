@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ..report.view import Token, View, drawn
 from ..sampling.common import Step
 from .history import Speller
-from .view import Token, View, drawn
 
 if TYPE_CHECKING:  # rich is optional
     from rich.console import Console

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..chat import stop_ids
 from ..models.common import DiffusionLM
 from ..patch import sparsify
 from ..report.summary import LABELS, selection_seconds, typical
@@ -22,7 +23,6 @@ from .choices import Choices
 from .families import DREAM, Family
 from .history import Speller, history
 from .progress import Answer, Show, bar, screen, terminal
-from .record import stop_ids
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from itertools import product
 from pathlib import Path
 
 from ..backends import BACKENDS
-from ..cli.parser import Parser
-from ..cli.readers import config_field, device, list_of, non_empty, path, shown, some_of, whole
 from ..config import SparseDConfig
+from ..console.parser import Parser
+from ..console.readers import config_field, device, list_of, non_empty, path, shown, some_of, whole
 from ..models.loading import DTYPES
 from .methods import METHODS
 from .running import Variant, variants

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from ..backends import BackendError
 from ..chat import ChatTemplateError
-from ..cli.ending import blame, guarded
-from ..cli.record import environment, write_json, write_text
-from ..cli.streams import Stdout, tell
+from ..console.endings import blame, guarded
+from ..console.environment import environment
+from ..console.files import write_json, write_text
+from ..console.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
 from ..models.files import checkpoint_folder

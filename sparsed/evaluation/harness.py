@@ -20,9 +20,9 @@ from accelerate.utils import gather
 from tqdm import tqdm
 
 from ..backends import check_backend
-from ..cli.record import answer_length, decode, stop_ids
-from ..cli.streams import tell
+from ..chat import answer_length, decode, stop_ids
 from ..config import SparseDConfig, check_numbers
+from ..console.streams import tell
 from ..models import load_model, load_tokenizer
 from ..sampling import dream_generate, llada_generate
 from ..sampling.common import attention_of

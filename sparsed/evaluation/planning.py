@@ -7,7 +7,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from ..cli.ending import blame
+from ..console.endings import blame
 from .results import key
 from .running import Variant, of_one_length
 from .tasks import TASKS, Sample, make_sample, read_samples, sample_id

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cli.record import write_json, write_text
+from ..console.files import write_json, write_text
 from .methods import METHODS
 from .scoring import mean_of, paired_difference, proportion
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cli.record import answer_length, decode, stop_ids
+from ..chat import answer_length, decode, stop_ids
 from ..config import SparseDConfig
 from ..models.common import DiffusionLM
 from ..run import synchronize

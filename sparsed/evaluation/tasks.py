@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import encode_chat
-from ..cli.paths import bytes_of
+from ..console.files import bytes_of
 from ..prompts import fit
 from .puzzles import Puzzle, common_words, frequent_words, needles, questions, tracking
 from .scoring import MATCHES

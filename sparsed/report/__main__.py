@@ -2,7 +2,7 @@
 
 import sys
 
-from ..cli.page import main_report
+from .command import main
 
 if __name__ == "__main__":
-    sys.exit(main_report())
+    sys.exit(main())

@@ -4,17 +4,16 @@ import argparse
 import json
 from typing import Any
 
-from ..report.page import page
-from .ending import blame, guarded
-from .parser import Parser
-from .paths import check_apart, output_path, text_of
-from .readers import non_empty, shown
-from .record import write_text
+from ..console.endings import blame, guarded
+from ..console.files import check_apart, output_path, text_of, write_text
+from ..console.parser import Parser
+from ..console.readers import non_empty, shown
+from .page import page
 
 PROGRAM = "python -m sparsed.report"
 
 
-def main_report(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Make the page with these words (None: the process's own); returns the exit code."""
     return guarded(lambda: _make(_parse(argv)), PROGRAM, advice="the record is too large", ending=argv is None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .history import REPLACEMENT
+from ..chat import REPLACEMENT
 
 if TYPE_CHECKING:  # rich is optional
     from rich.console import Console
