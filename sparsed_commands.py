@@ -1,8 +1,6 @@
 """The two commands, outside of the package: importing it takes seconds, in which Ctrl-C may already come."""
 
-import os
 import signal
-import sys
 
 
 def dream() -> int:
@@ -22,14 +20,6 @@ def llada() -> int:
 
 
 def _end_on_ctrl_c() -> None:
-    """End the process at the first Ctrl-C: nothing has begun that would have to be undone."""
-
-    def end(*_: object) -> None:
-        try:
-            os.write(2, os.fsencode(f"{os.path.basename(sys.argv[0])}: interrupted\n"))
-        finally:
-            os._exit(130)
-
-    # ignored in a shell's background job, and then it stays so
+    """Let Ctrl-C end the process at once, without a traceback, unless it is ignored, as in a shell's background job."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, end)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

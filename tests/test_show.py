@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import select
+import signal
 import struct
 import subprocess
 import sys
@@ -212,6 +214,33 @@ def test_the_recording_shows_the_run(tmp_path):
         names = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(made).iter()}
         assert names == {"svg", "title", "style", "rect", "text", "g"} and "url(" not in made and "href" not in made
     assert recording.FILE.stat().st_size < 500_000
+
+
+def test_ctrl_c_leaves_the_terminal_with_its_cursor_and_its_own_colours(checkpoints):
+    pty = pytest.importorskip("pty", reason="POSIX terminals")
+    main, child = pty.openpty()
+    words = [*SHORT[:2], "--seq_len", "512", "--steps", "512", "--block_size", "16", "--device", "cpu", "--show"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "PYTHONUNBUFFERED")}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "llada_generation.py", "--model_path", checkpoints["llada"], *words],
+        stdout=subprocess.PIPE,
+        stderr=child,
+        env=environment | {"TERM": "xterm-256color"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    output = b""
+    while output.count(b" masked") < 10:
+        output += os.read(main, 65536)
+    process.send_signal(signal.SIGINT)
+    while process.poll() is None or select.select([main], [], [], 0.1)[0]:
+        if select.select([main], [], [], 0.1)[0]:
+            output += os.read(main, 65536)
+    os.close(main)
+    os.close(child)
+    assert process.returncode == -signal.SIGINT and process.stdout.read() == b"" and b"Traceback" not in output
+    escapes = [escape.group() for escape in ESCAPE.finditer(output.decode(errors="replace"))]
+    assert [escape for escape in escapes if escape.endswith("m")][-1] == "\x1b[0m"
+    assert [escape for escape in escapes if "?25" in escape][-1] == "\x1b[?25h"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ..console.endings import unbroken
 from ..report.view import Token, View, drawn
 from ..sampling.common import Step
 from .history import Speller
@@ -45,9 +46,15 @@ def screen(console: Console, title: str, steps: int, answer: Answer) -> Iterator
     from rich.live import Live
 
     # without a thread of its own, which would take its turns from the run's
-    with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
-        console.show_cursor()  # nothing would bring it back if the process is ended inside a long call of PyTorch
+    live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+    with unbroken():
+        live.start()
+        console.show_cursor()  # which nothing would bring back after a signal
+    try:
         yield Screen(live, title, steps, answer).show
+    finally:
+        with unbroken():
+            live.stop()
 
 
 def terminal() -> Console | None:
@@ -123,6 +130,7 @@ class Screen:
         step = min(len(done) + 1, self._steps)
         tokens, newest = self._answer.tokens(), self._answer.newest
         view = View(self._title, phase, step, self._steps, seconds, tokens, newest)
-        self._live.update(drawn(view, self._live.console), refresh=True)
+        with unbroken():
+            self._live.update(drawn(view, self._live.console), refresh=True)
         ended = time.perf_counter()
         self._phase, self._due = phase, ended + max(PAUSE, REST * (ended - began))

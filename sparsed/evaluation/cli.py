@@ -40,9 +40,7 @@ ADVICE = "try a smaller --batch_size, shorter --lengths, --dtype bfloat16, or a 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate with these words (None: the process's own); returns the exit code."""
-    going_on = "; the same command goes on from here"
-    program = "python -m sparsed.evaluation"
-    return guarded(lambda: evaluate(parse(argv)), program, advice=ADVICE, ending=argv is None, interrupted=going_on)
+    return guarded(lambda: evaluate(parse(argv)), "python -m sparsed.evaluation", advice=ADVICE, ending=argv is None)
 
 
 @dataclass(frozen=True)
@@ -143,8 +141,10 @@ def _run(args: argparse.Namespace, sampler: Sampler, folder: Folder, team: Team,
             }
             if missing:
                 todo.append((batch, variant, missing))
-    if finished and team.index == 0 and not args.quiet:
-        tell(f"{args.out}: {len(finished)} samples are there already")
+    if team.index == 0 and not args.quiet:
+        if finished:
+            tell(f"{args.out}: {len(finished)} samples are there already")
+        tell("if this is interrupted, the same command goes on from there")
     total = sum(batch.steps for batch, _, _ in todo)
     made: dict[int, tuple[Sample, ...]] = {}
     with Progress(total, hidden=args.quiet or team.index > 0) as bar:
