@@ -15,8 +15,9 @@ from itertools import pairwise
 
 import torch
 
-from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer
+from sparsed import SparseDConfig, load_model, load_tokenizer
 from sparsed.prompts import build_prompt, demo_path
+from sparsed.sampling import generate, settings_for
 
 from .common import build_parser, new_record, parse_arguments, save
 
@@ -32,12 +33,8 @@ def measure(family: str, length: str) -> dict:
     ids = torch.tensor([build_prompt(length, tokenizer).input_ids])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
     ends = [time.perf_counter()]
-    shared = {"gen_length": NEW_TOKENS, "steps": STEPS, "config": CONFIG}
-    on_step = {"on_step": lambda *_: ends.append(time.perf_counter())}
-    if family == "dream":
-        dream_generate(model, ids, **shared, **on_step)
-    else:
-        llada_generate(model, ids, block_length=NEW_TOKENS, **shared, **on_step)
+    settings = settings_for(family, gen_length=NEW_TOKENS, steps=STEPS, block_length=NEW_TOKENS)
+    generate(model, ids, settings, config=CONFIG, on_step=lambda *_: ends.append(time.perf_counter()))
     names = ("full", "selecting", "sparse")
     return {
         "prompt_tokens": ids.shape[1],

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
+from sparsed import SparseDConfig, load_model, sparsify
 from sparsed.backends import BACKENDS
 from sparsed.console.parser import Parser
 from sparsed.console.readers import config_field, number_in, some_of, whole
 from sparsed.kernels import full_attention
 from sparsed.run import FULL, synchronize
+from sparsed.sampling import generate, settings_for
 from sparsed.sampling.common import OnStep, Step
 
 from . import reference
@@ -81,11 +82,8 @@ class Generation:
 
 def sample(model: torch.nn.Module, prompt: torch.Tensor, steps: int, on_step: OnStep) -> None:
     """One greedy generation by the family's sampler."""
-    shared = {"gen_length": NEW_TOKENS, "steps": steps, "on_step": on_step}
-    if model.family == "dream":
-        dream_generate(model, prompt, **shared)
-    else:
-        llada_generate(model, prompt, block_length=NEW_TOKENS, **shared)
+    settings = settings_for(model.family, gen_length=NEW_TOKENS, steps=steps, block_length=NEW_TOKENS)
+    generate(model, prompt, settings, on_step=on_step)
 
 
 def step_seconds(model: torch.nn.Module, prompt: torch.Tensor, steps: int) -> list[float]:

@@ -21,13 +21,12 @@ import transformers
 from torch import Tensor, nn
 
 from demo.tokenizer import write_json
+from sparsed import sampling
 from sparsed.chat import encode_chat
 from sparsed.config import SparseDConfig
 from sparsed.console.readers import whole
 from sparsed.models import load_model, load_tokenizer
 from sparsed.prompts import answer_found, build_prompt, language
-from sparsed.sampling import dream_generate, llada_generate
-from sparsed.sampling.common import attention_of
 
 TASKS = ("word_problems", "presets")
 SEED = 1_000_000
@@ -67,14 +66,8 @@ def equal_lengths(questions: list[Question], tokens: int) -> Iterator[list[Quest
 
 def generate(model: nn.Module, prompts: Tensor, config: SparseDConfig | None, length: int) -> Tensor:
     """The generated region [B, length], greedy, one denoising step a token."""
-
-    def sample() -> Tensor:
-        if model.family == "dream":
-            return dream_generate(model, prompts, gen_length=length, steps=length)
-        return llada_generate(model, prompts, gen_length=length, steps=length, block_length=min(32, length))
-
-    with attention_of(model, config, length, length, backend="gather"):
-        return sample()[:, prompts.shape[1] :]
+    settings = sampling.settings_for(model.family, gen_length=length, steps=length, block_length=32)
+    return sampling.generate(model, prompts, settings, config=config, backend="gather")[:, prompts.shape[1] :]
 
 
 def answer_text(tokenizer, ids: list[int]) -> str:

@@ -26,7 +26,7 @@ from .models import load_model, load_tokenizer
 from .models.common import DiffusionLM
 from .patch import sparsify
 from .prompts import build_document, demo_path
-from .sampling import dream_generate, llada_generate
+from .sampling import generate, settings_for
 from .sampling.common import Step
 from .watching import watched
 
@@ -122,11 +122,8 @@ def denoise(model: DiffusionLM, input_ids: Tensor) -> list[Tensor]:
         for position, token, _ in step.commits():
             canvas[0, position] = token
 
-    shared: dict[str, Any] = {"gen_length": NEW_TOKENS, "steps": STEPS, "on_step": note}
-    if model.family == "dream":
-        dream_generate(model, input_ids, **shared)
-    else:
-        llada_generate(model, input_ids, block_length=NEW_TOKENS, **shared)
+    settings = settings_for(model.family, gen_length=NEW_TOKENS, steps=STEPS, block_length=NEW_TOKENS)
+    generate(model, input_ids, settings, on_step=note)
     return read
 
 

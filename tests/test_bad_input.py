@@ -36,7 +36,7 @@ CALLS = [
     ("llada", "--steps 1e3", "--steps", "whole number"),
     ("llada", "--steps", "--steps", "expected one argument"),
     ("llada", "--block_length 0", "--block_length", "at least 1"),
-    ("llada", "--seq_len 40", "--block_length", "divide --seq_len"),
+    ("llada", "--seq_len 40", "--block_length", "divide the 40 new tokens"),
     ("llada", "--seq_len 96 --steps 32", "--steps", "3 blocks"),
     ("dream", "--block_length 32", "--block_length", "unrecognized"),
     ("dream", "--sampling-alg best", "--sampling-alg", "maskgit_plus"),

@@ -14,9 +14,9 @@ import pytest
 import torch
 from tiny_folders import tiny_folder
 
-from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer
+from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer, sampling
 from sparsed.chat import encode_chat
-from sparsed.cli import arguments, main_dream, main_llada, manual, running
+from sparsed.cli import arguments, main_dream, main_llada, manual
 from sparsed.cli import main as main_module
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.console import files
@@ -257,13 +257,13 @@ def test_demo_loads_the_bundled_checkpoint(checkpoints, monkeypatch, capsys):
 )
 def test_the_flags_reach_the_sampler(family, words, expected, call, monkeypatch):
     given = {}
-    sampler = getattr(running, f"{family}_generate")
+    generate = sampling.generate
 
-    def watched(*args, **kwargs):
-        given.update(kwargs)
-        return sampler(*args, **kwargs)
+    def watched(model, ids, settings, **kwargs):
+        given.update(vars(settings))
+        return generate(model, ids, settings, **kwargs)
 
-    monkeypatch.setattr(running, f"{family}_generate", watched)
+    monkeypatch.setattr(sampling, "generate", watched)
     assert call(family, *words.split())[0] == 0
     expected = {"steps": STEPS, "gen_length": LENGTH, **expected}
     assert {name: given[name] for name in expected} == expected

@@ -12,7 +12,7 @@ import torch
 from sampling_cases import GENERATE
 from tiny_folders import tiny_folder
 
-from sparsed import SparseDConfig
+from sparsed import SparseDConfig, sampling
 from sparsed.prompts import demo_path
 
 pytest.importorskip("lm_eval", reason='needs lm-eval: pip install ".[harness]"')
@@ -110,9 +110,8 @@ def test_settings_reach_the_sampler_or_are_refused(make):
 
 def test_a_task_sets_its_steps(make, monkeypatch):
     lm, seen = make(block_length=8, steps=24, origin=True), []
-    sampler = f"{lm.model.family}_generate"
-    original = getattr(harness, sampler)
-    monkeypatch.setattr(harness, sampler, lambda *a, **k: seen.append(k["steps"]) or original(*a, **k))
+    generate = sampling.generate
+    monkeypatch.setattr(sampling, "generate", lambda *a, **k: seen.append(a[2].steps) or generate(*a, **k))
     for settings in ({"steps": 6}, {}):
         ask(lm, "Where is it?", max_gen_toks=24, until=[], **settings)
     assert seen == [6, 24]

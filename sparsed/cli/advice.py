@@ -14,10 +14,7 @@ from ..backends.flash import FLASH_FROM
 from ..run import FULL
 from ..sampling.common import Step
 from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
-from ..sampling.settings import EPS
-from ..sampling.unmasking import commit_fractions, idle_steps
 from .choices import Choices
-from .families import DREAM
 from .progress import bar
 from .running import Job, StepClock, sparsified
 
@@ -117,10 +114,11 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     model, device = job.model, job.model.device
     ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=device)
     canvas = F.pad(ids, (0, job.args.seq_len), value=model.config.mask_token_id)
-    if getattr(job.args, "cfg_scale", 0):
+    settings = job.family.settings(job.args)
+    if settings.cfg_scale:
         canvas = canvas.repeat(2, 1)
     # as many as the first step of a generation reads
-    rows = prompt_tokens - 1 + torch.arange(getattr(job.args, "block_length", job.args.seq_len), device=device)
+    rows = prompt_tokens - 1 + torch.arange(settings.most_rows, device=device)
     each = REPLAYED_STEPS if canvas.numel() <= REPLAYED_TOKENS and device.type == "cuda" else 1
     few = _with_steps(job, full=each + 1, sparse=each)
     shown = bar(few.args.steps, f"{prompt_tokens} tokens, ", few.args.quiet)
@@ -149,13 +147,7 @@ def _changed(job: Job, **values: Any) -> Job:
 
 def steps_that_run(job: Job) -> list[bool]:
     """Which steps of a whole run call the model: at temperature 0, those that commit nothing do not."""
-    args = job.args
-    if job.family is DREAM:
-        skips = args.temperature == 0 and args.sampling_alg != "origin"
-        idle = idle_steps(args.seq_len, commit_fractions(args.steps, EPS)) if skips else 0
-        return [step >= idle for step in range(args.steps)]
-    a_block = args.steps * args.block_length // args.seq_len
-    return [args.temperature > 0 or step % a_block < args.block_length for step in range(args.steps)]
+    return [not idle for idle in job.family.settings(job.args).idle]
 
 
 def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from ..console.parser import SHELLS, Parser, PrintCompletion
 from ..console.readers import config_field, device, non_empty, number_in, whole
 from ..models.loading import DTYPES, resolve_device, resolve_dtype
 from ..prompts import PRESETS
+from ..sampling.unmasking import BlocksError
 from .families import DREAM, LLADA, Family
 from .manual import EPILOG, USAGE
 from .paths import own_prompt
@@ -281,16 +282,10 @@ def _add_output(group) -> None:
 
 
 def _check_lengths(parser: Parser, args: argparse.Namespace, family: Family) -> None:
-    if family is not LLADA:
-        return
-    if args.seq_len % args.block_length:
-        parser.error(f"argument --block_length: {args.block_length} must divide --seq_len, which is {args.seq_len}")
-    blocks = args.seq_len // args.block_length
-    if args.steps % blocks:
-        parser.error(
-            f"argument --steps: {args.steps} must be a multiple of the {blocks} blocks "
-            f"(--seq_len {args.seq_len} / --block_length {args.block_length})"
-        )
+    try:
+        family.settings(args)
+    except BlocksError as error:
+        parser.error(f"argument --{error.argument}: {error.must}")
 
 
 def _check_advise(parser: Parser, args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import sampling
 from ..chat import stop_ids
 from ..models.common import DiffusionLM
 from ..patch import sparsify
 from ..report.summary import LABELS, selection_seconds, typical
 from ..run import FULL, Run, synchronize
-from ..sampling import dream_generate, llada_generate
 from ..sampling.common import Step
 from ..watching import watched
 from .choices import Choices
-from .families import DREAM, Family
+from .families import Family
 from .history import Speller, history
 from .progress import Answer, Show, bar, screen, terminal
 
@@ -138,16 +137,8 @@ def generate(job: Job, clock: StepClock) -> Tensor:
     args, device = job.args, job.model.device
     input_ids = torch.tensor([job.input_ids], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    sampler: Callable[..., Tensor]
-    chosen: dict[str, Any]
-    shared = {"gen_length": args.seq_len, "steps": args.steps, "temperature": args.temperature}
-    if job.family is DREAM:
-        chosen = {"alg": args.sampling_alg, "top_p": args.top_p, "top_k": args.top_k or None}
-        sampler = dream_generate
-    else:
-        chosen = {"remasking": args.sampling_alg, "block_length": args.block_length, "cfg_scale": args.cfg_scale}
-        sampler = llada_generate
-    return sampler(job.model, input_ids, generator=generator, on_step=clock.tick, **shared, **chosen)
+    settings = job.family.settings(args)
+    return sampling.generate(job.model, input_ids, settings, generator=generator, on_step=clock.tick)
 
 
 def sparsified(job: Job, choices: Choices) -> contextlib.AbstractContextManager[Run]:

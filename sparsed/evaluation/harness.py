@@ -10,7 +10,7 @@ fill a GPU by themselves.
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,13 +19,12 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from tqdm import tqdm
 
+from .. import sampling
 from ..backends import check_backend
 from ..chat import answer_length, decode, stop_ids
 from ..config import SparseDConfig, check_numbers
 from ..console.streams import tell
 from ..models import load_model, load_tokenizer
-from ..sampling import dream_generate, llada_generate
-from ..sampling.common import attention_of
 from .likelihood import is_greedy, log_likelihood
 from .running import leave_group
 
@@ -260,17 +259,14 @@ class SparseDLM(TemplateLM):
         for name in settings:
             if name not in ("temperature", "steps", *SAMPLING[family]):
                 raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(SAMPLING[family])}")
-        if family == "llada":
-            block_length = min(options.block_length, length)
-            length += -length % block_length
-            settings["block_length"] = block_length
+        if family == "llada":  # whose blocks must be filled
+            length += -length % min(options.block_length, length)
         steps = settings.pop("steps", None) or options.steps or length
-        samplers: dict[str, Callable[..., torch.Tensor]] = {"dream": dream_generate, "llada": llada_generate}
+        lengths = {"gen_length": length, "steps": steps, "block_length": options.block_length}
+        sampler = sampling.settings_for(family, **lengths, **settings)
         ids = torch.tensor([context or [self.prefix_token_id]])
-        with attention_of(self.model, options.config, steps, length, backend=options.backend):
-            out = samplers[family](
-                self.model, ids, gen_length=length, steps=steps, generator=self.generator, **settings
-            )
+        attention: dict[str, Any] = {"config": options.config, "backend": options.backend}
+        out = sampling.generate(self.model, ids, sampler, generator=self.generator, **attention)
         return out[0, ids.shape[1] :].tolist()
 
     def _loglikelihood_tokens(

@@ -8,6 +8,8 @@ from itertools import product
 from typing import Any
 
 from ..console.endings import blame
+from ..sampling import settings_for
+from ..sampling.unmasking import BlocksError
 from .results import key
 from .running import Variant, of_one_length
 from .tasks import TASKS, Sample, make_sample, read_samples, sample_id
@@ -77,12 +79,8 @@ def _batch(args: argparse.Namespace, ids: tuple[str, ...], make: Callable[[], tu
 
 def check_steps(args: argparse.Namespace, family: str, batches: list[Batch]) -> None:
     """LLaDA's blocks divide the new tokens, and the steps are shared out among them evenly."""
-    for batch in batches if family == "llada" else ():
-        block = min(args.block_length, batch.gen_length)
-        if batch.gen_length % block:
-            args.parser.error(f"argument --block_length: must divide the {batch.gen_length} new tokens (--seq_len)")
-        if batch.steps % (batch.gen_length // block):
-            args.parser.error(
-                f"argument --steps: must be a multiple of the {batch.gen_length // block} blocks "
-                f"(--block_length) in {batch.gen_length} new tokens"
-            )
+    for batch in batches:
+        try:
+            settings_for(family, gen_length=batch.gen_length, steps=batch.steps, block_length=args.block_length)
+        except BlocksError as error:
+            args.parser.error(f"argument --{error.argument}: {error.must}")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import sampling
 from ..chat import answer_length, decode, stop_ids
 from ..config import SparseDConfig
 from ..models.common import DiffusionLM
 from ..run import synchronize
-from ..sampling import dream_generate, llada_generate
 from ..sampling.common import OnStep, attention_of
 from ..watching import recall, watched
 from .methods import METHODS
@@ -113,12 +113,11 @@ class Sampler:
             )
         return lines
 
-    def generate(self, ids: Tensor, **options: Any) -> Tensor:
-        """The family's sampler: ids [B, prompt] -> [B, prompt + gen_length], with its options but LLaDA's blocks."""
-        if self.model.family == "dream":
-            return dream_generate(self.model, ids, **options)
-        block_length = min(self.block_length, options["gen_length"])
-        return llada_generate(self.model, ids, block_length=block_length, **options)
+    def generate(self, ids: Tensor, gen_length: int, steps: int, on_step: OnStep | None = None) -> Tensor:
+        """The family's sampler: ids [B, prompt] -> [B, prompt + gen_length]."""
+        lengths = {"gen_length": gen_length, "steps": steps, "block_length": self.block_length}
+        settings = sampling.settings_for(self.model.family, **lengths)
+        return sampling.generate(self.model, ids, settings, on_step=on_step)
 
 
 def of_one_length(samples: list[Sample], size: int) -> Iterator[tuple[Sample, ...]]:

@@ -2,5 +2,7 @@
 
 from .dream import dream_generate
 from .llada import llada_generate
+from .loop import generate
+from .settings import Settings, settings_for
 
-__all__ = ["dream_generate", "llada_generate"]
+__all__ = ["Settings", "dream_generate", "generate", "llada_generate", "settings_for"]

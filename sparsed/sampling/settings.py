@@ -182,3 +182,20 @@ class LLaDASettings:
 
 
 Settings = DreamSettings | LLaDASettings
+
+
+def settings_for(family: str, *, gen_length: int, steps: int, block_length: int, **options: Any) -> Settings:
+    """The settings of a family's sampler.
+
+    Args:
+        family: "dream" or "llada", as `model.family` says it.
+        block_length: LLaDA's, at most the whole region; Dream has no blocks.
+        options: the family's own.
+
+    Raises:
+        ValueError: a number or name outside its range.
+        TypeError: an option that the family does not have.
+    """
+    if family == "dream":
+        return DreamSettings(gen_length, steps, **options)
+    return LLaDASettings(gen_length, steps, min(block_length, gen_length), **options)

@@ -103,17 +103,30 @@ def even_shares(canvas: Canvas, idle: list[bool], block_length: int) -> Iterator
         yield Turn(end, counts[:, inner], idle=nothing)
 
 
-def steps_a_block(gen_length: int, steps: int, block_length: int) -> int:
-    """Steps of each block.
+class BlocksError(ValueError):
+    """Blocks that do not fill the region, or steps that cannot be shared out among them evenly.
 
-    Raises:
-        ValueError: the blocks do not fill the region, or the steps cannot be shared out among them evenly.
+    Args:
+        line: the whole message.
+        argument: which one a command line should change: "block_length" or "steps".
+        must: what would be right for it.
     """
+
+    def __init__(self, line: str, argument: str, must: str):
+        super().__init__(line)
+        self.argument, self.must = argument, must
+
+
+def steps_a_block(gen_length: int, steps: int, block_length: int) -> int:
+    """Steps of each block; raises BlocksError where they do not divide."""
     if gen_length % block_length:
-        raise ValueError(f"gen_length must be a multiple of block_length {block_length}, got {gen_length}")
+        line = f"gen_length must be a multiple of block_length {block_length}, got {gen_length}"
+        raise BlocksError(line, "block_length", f"must divide the {gen_length} new tokens, got {block_length}")
     blocks = gen_length // block_length
     if steps % blocks:
-        raise ValueError(f"steps must be a multiple of the number of blocks {blocks}, got {steps}")
+        line = f"steps must be a multiple of the number of blocks {blocks}, got {steps}"
+        must = f"must be a multiple of the {blocks} blocks of {block_length} in {gen_length} new tokens, got {steps}"
+        raise BlocksError(line, "steps", must)
     return steps // blocks
 
 
