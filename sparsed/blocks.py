@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .config import share
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # elements ranked at once: bounds the memory for their 8-byte ranks to a quarter of a GiB
 RANKED = 1 << 25
@@ -149,3 +153,36 @@ class Pattern:
             (found > 0).to(self.indices.device) for found in (self.grid.block_tokens, self.grid.dense_tokens)
         )
         return self.as_mask() | (dense[:, None, :, None] & real[:, None, None, :])
+
+    def block_mask(self) -> "BlockMask":
+        """The pattern as FlexAttention's BlockMask, of queries and keys of the whole sequence.
+
+        Full blocks are listed as such; blocks with padding, or of which only the answer's queries read, are partial.
+        Its mask_mod says of every pair what the lists say, because FlexAttention has computed full attention over lists
+        whose mask_mod is trivial (pytorch#188322). The two kinds of lists are tensors of their own, as wide as the
+        sequence has blocks, ascending; the sequence's length is passed on, for the last block may be shorter.
+        """
+        from torch.nn.attention.flex_attention import BlockMask  # a second to import
+
+        grid, device = self.grid, self.indices.device
+        kept, batch, n_blocks = self.as_mask(), len(self.indices), self.grid.n_blocks
+        valid = torch.ones(1, grid.length, dtype=torch.bool) if grid.key_valid is None else grid.key_valid
+        valid = valid.to(device).expand(batch, -1)
+        real, tokens, dense = (
+            found.to(device)
+            for found in (grid.block_tokens, replace(grid, key_valid=None).block_tokens, grid.dense_tokens)
+        )
+        unpadded = (real == tokens).expand(batch, -1)
+        all_dense = (dense == tokens).expand(batch, -1)
+        whole = (kept | all_dense[:, None, :, None]) & unpadded[:, None, None, :]
+        part = self.read_mask() & ~whole
+        size, first_dense = grid.block_size, grid.first_dense
+
+        def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (kept[b, h, query // size, key // size] | (query >= first_dense)) & valid[b, key]
+
+        lists = [(blocks.sum(-1, dtype=torch.int32), true_places(blocks, n_blocks)) for blocks in (part, whole)]
+        return BlockMask.from_kv_blocks(
+            *lists[0], *lists[1], BLOCK_SIZE=size, mask_mod=mask_mod,
+            seq_lengths=(grid.length, grid.length), compute_q_blocks=False,
+        )  # fmt: skip
