@@ -61,7 +61,8 @@ def watch(sampler: Sampler, input_ids: Tensor) -> dict[int, Layers]:
 
 def held(scores: Tensor, pattern: Pattern, first: int) -> float:
     """`recall` of the query blocks from `first` on."""
-    return recall(scores[:, :, first:], replace(pattern, indices=pattern.indices[:, :, first:])).item()
+    later = torch.cat((torch.zeros_like(scores[:, :, :first]), scores[:, :, first:]), 2)
+    return recall(later, pattern).item()
 
 
 def compare(found: dict[int, Layers]) -> dict[str, Any]:
