@@ -32,7 +32,11 @@ def recall(scores: Tensor, pattern: Pattern) -> Tensor:
         scores: [B, Hq, nQ, nK] block scores, which add up to 1 for every real query.
     """
     batch, heads = scores.shape[:2]
-    tokens, dense = (x.to(scores.device).float() for x in (pattern.grid.block_tokens, pattern.grid.dense_tokens))
+    # non_blocking, here and below: watching a choice waits for nothing
+    tokens, dense = (
+        found.to(scores.device, non_blocking=True).float()
+        for found in (pattern.grid.block_tokens, pattern.grid.dense_tokens)
+    )
     dense_share = (dense / tokens.clamp_min(1))[:, None]  # [B or 1, 1, nQ]: of a block's queries
     held = scores.new_zeros(batch)
     for part in head_chunks(heads, scores[:, 0].numel()):
@@ -61,4 +65,5 @@ def pooled(pattern: Pattern, most: int) -> Tensor:
     sizes = members.sum(-1)
     cells = (2 * side * pattern.counts[0] + n_blocks) // (2 * n_blocks)  # rounded
     on = highest(torch.cat(sums) / (sizes[:, None] * sizes), max(1, cells))
-    return on | (members @ pattern.grid.dense_tokens[0].to(device).float() > 0)[:, None]
+    dense = pattern.grid.dense_tokens[0].to(device, non_blocking=True).float()
+    return on | (members @ dense > 0)[:, None]
