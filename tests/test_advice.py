@@ -108,7 +108,7 @@ def test_the_length_and_the_command_agree_whatever_was_timed(prompt_tokens, seco
 
 def test_advice_for_people():
     steps = [vars(seconds_at(tokens)) for tokens in (1024, 4096)]
-    found = {"steps": steps, "origin_seconds": 30.0, "sparsed_seconds": 20.0, "command": "run it"}
+    found = {"steps": steps, "origin_seconds": 30.0, "sparsed_seconds": 20.0, "command": "run it", "dense_answer": []}
     found["steps_that_run"] = 128
     found |= {"fitted_prompt_tokens": [1024, 4096], "pays_from": 2000}
     text = "\n".join(advice_lines(found, 4096, 128))

@@ -202,7 +202,7 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
             f"{pays_from} prompt tokens on or fewer" if pays_from <= short else f"about {pays_from} prompt tokens on"
         )
         lines.append(f"with these settings SparseD pays from {least}, as steps at {short} and {long} tokens tell")
-    others = advice.get("dense_answer", [])  # which records of earlier versions do not have
+    others = advice["dense_answer"]
     for other in others:
         lines.append(
             f"with --dense_answer --select {other['select']:g}: a sparse step {other['sparse']:.3f} s, the whole run "

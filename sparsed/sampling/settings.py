@@ -1,6 +1,6 @@
 """How each family samples: its numbers, checked; the turns of its steps; from logits to proposals.
 
-An object is made anew for a generation, and is all that the loop knows of the family.
+A settings object is all that the loop knows of a family.
 """
 
 from collections.abc import Iterator
