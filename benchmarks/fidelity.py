@@ -29,6 +29,7 @@ from torch import Tensor
 from sparsed import load_model
 from sparsed.backends import SparseAttention, sparse_attention
 from sparsed.blocks import BlockGrid
+from sparsed.console.endings import blame
 from sparsed.console.readers import list_of, number_in, whole
 from sparsed.evaluation.methods import METHODS
 from sparsed.evaluation.results import title_of
@@ -263,9 +264,12 @@ def _line(row: dict[str, Any]) -> list[str]:
 
 
 def read_tokens(path: Path) -> np.ndarray:
-    """The uint16 ids of a .bin or .bin.xz file."""
+    """The uint16 ids of a .bin or .bin.xz file; ValueError if it holds none."""
     raw = path.read_bytes()
-    return np.frombuffer(lzma.decompress(raw) if path.suffix == ".xz" else raw, np.uint16)
+    raw = lzma.decompress(raw) if path.suffix == ".xz" else raw
+    if not raw or len(raw) % 2:
+        raise ValueError(f"{path} must hold uint16 ids, but has {len(raw)} bytes")
+    return np.frombuffer(raw, np.uint16)
 
 
 def digest(path: Path) -> str:
@@ -318,11 +322,10 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, DiffusionLM, np
     parser.add_argument("--skip", type=number_in(0, 0.5, above=True), default=0.2, help="(default: %(default)s)")
     args = parse_arguments(parser, argv)
     args.parser = parser
-    try:
+    with blame(args, "--tokens", (OSError, ValueError, lzma.LZMAError)):
         ids = read_tokens(args.tokens)
+    with blame(args, "--model_path"):
         model = load_model(args.model_path, device=args.device, dtype="float32")
-    except (OSError, ValueError, lzma.LZMAError) as error:
-        parser.error(f"argument --model_path or --tokens: {error}")
     args.family = model.family
     for new_tokens in args.new_tokens:
         if new_tokens >= args.length:

@@ -130,10 +130,16 @@ def test_from_end_to_end(model, tmp_path, capsys):
         (["--new_tokens", "1"], "--new_tokens"),
         (["--length", "5000"], "--tokens"),
         (["--skip", "0.9"], "--skip"),
-        (["--tokens", "none.bin"], "--tokens"),
+        (["--tokens", "none.bin"], "argument --tokens:"),
+        (["--tokens", "odd.bin"], "argument --tokens: odd.bin must hold uint16 ids"),
+        (["--tokens", "broken.bin.xz"], "argument --tokens:"),
+        (["--model_path", "nowhere/at/all"], "argument --model_path:"),
     ],
 )
-def test_wrong_calls_end_in_one_line(tmp_path, capsys, flags, named):
+def test_wrong_calls_end_in_one_line(tmp_path, capsys, monkeypatch, flags, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    (tmp_path / "broken.bin.xz").write_bytes(b"abcd")
     folder = tiny_folder(tmp_path / "dream", "dream")
     (tmp_path / "ids.bin").write_bytes(np.append(np.ones(400, np.uint16), np.uint16(0)).tobytes())
     call = ["--model_path", str(folder), "--tokens", str(tmp_path / "ids.bin"), "--length", "192", *flags]
