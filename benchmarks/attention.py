@@ -1,10 +1,10 @@
 """One attention layer alone at the published head shapes: full attention, and every sparse kernel over a pattern.
 
-    python -m benchmarks.attention --family llada --lengths 4k,16k,64k --backends flash,triton --out FILE.json
+    python -m benchmarks.attention --family llada --lengths 4k,16k,64k --backends flash,triton,flex --out FILE.json
 
 Batch 1, 128 new tokens, bfloat16; the pattern is random, of the scripts' default density. Each kernel is first held
 against float64 on some rows, then timed. For comparison, torch's own cuDNN and FlashAttention-2 kernels stand beside
-full attention, and FlexAttention's two kernels over the same blocks, with the seconds that their first use takes.
+full attention, and FlexAttention's FLASH kernel over the same blocks. Each kernel's first use is timed, too.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from sparsed import SparseDConfig
 from sparsed.backends import BACKENDS, Problem
@@ -30,8 +30,7 @@ TORCH_KERNELS = {
     "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
     "torch FlashAttention-2": SDPBackend.FLASH_ATTENTION,
 }
-FLEX_KERNELS = ("FLASH", "TRITON")
-FLEX_BLOCK = 128  # the tile of both, which blocks have to be made of
+FLASH_BLOCK = 128  # the tile of FlexAttention's FLASH kernel, which blocks have to be made of
 
 
 def measure(heads: Heads, config: SparseDConfig, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -41,8 +40,8 @@ def measure(heads: Heads, config: SparseDConfig, args: argparse.Namespace) -> li
     for size in map(int, args.block_sizes):
         pattern = random_pattern(heads, config.select, size)
         entries = [sparse_entry(backend, heads, pattern) for backend in args.backends]
-        if size == FLEX_BLOCK:
-            entries += [flex_entry(kernel, heads, pattern) for kernel in FLEX_KERNELS]
+        if size == FLASH_BLOCK:
+            entries.append(flex_flash_entry(heads, pattern))
         for row in entries:
             if "seconds" in row and "seconds" in full:
                 row["ratio"] = row["seconds"]["median"] / (full["seconds"]["median"] * row["density"])
@@ -78,34 +77,15 @@ def compared(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def flex_attention_over(pattern: Pattern, kernel: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention over the blocks of an unpadded pattern, all of them FULL blocks."""
-    indices, length = pattern.indices, pattern.grid.length
-    counts = indices.new_full(indices.shape[:-1], indices.shape[-1])
-    # always true; but over a mask_mod that captures no tensor, the FLASH kernel silently drops the blocks
-    end = indices.new_full(indices.shape[:1], length)
-    blocks = BlockMask.from_kv_blocks(
-        torch.zeros_like(counts),
-        indices,  # none of them partial; yet the Triton kernel walks the full ones with this tensor's strides
-        counts,
-        indices,
-        BLOCK_SIZE=pattern.grid.block_size,
-        mask_mod=lambda b, h, q_index, kv_index: kv_index < end[b],
-        seq_lengths=(length, length),
-        compute_q_blocks=False,
-    )
-    compiled = torch.compile(flex_attention, fullgraph=True)
+def flex_flash_entry(heads: Heads, pattern: Pattern) -> dict[str, Any]:
+    """FlexAttention's other kernel, which the package calls directly, through torch.compile."""
+    compiled, blocks = torch.compile(flex_attention, fullgraph=True), pattern.block_mask()
+    shared = heads.q.shape[1] != heads.k.shape[1]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options = {"BACKEND": kernel}
-        return compiled(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
+        return compiled(q, k, v, block_mask=blocks, enable_gqa=shared, kernel_options={"BACKEND": "FLASH"})
 
-    return attention
-
-
-def flex_entry(kernel: str, heads: Heads, pattern: Pattern) -> dict[str, Any]:
-    torch._dynamo.reset()  # so that every length's first use is one
-    return compared(pattern_entry(f"FlexAttention {kernel}", heads, pattern, flex_attention_over(pattern, kernel)))
+    return compared(pattern_entry("FlexAttention FLASH", heads, pattern, attention))
 
 
 def sparse_entry(backend: str, heads: Heads, pattern: Pattern) -> dict[str, Any]:
@@ -117,6 +97,7 @@ def sparse_entry(backend: str, heads: Heads, pattern: Pattern) -> dict[str, Any]
     if reason is not None:
         fields = {"block_size": block_size, "density": pattern.density.item()}
         return {"kernel": backend, **fields, "unavailable": reason}
+    torch._dynamo.reset()  # so that every length's first use of a compiled kernel is one
     return pattern_entry(backend, heads, pattern, BACKENDS[backend].build(pattern))
 
 
@@ -144,7 +125,9 @@ def random_pattern(heads: Heads, select: float, block_size: int) -> Pattern:
 def main(argv: list[str] | None = None) -> None:
     parser = kernel_parser("attention", __doc__)
     help_text = f"some of {', '.join(BACKENDS)}, with commas between (default: %(default)s)"
-    parser.add_argument("--backends", type=some_of(BACKENDS), default="flash,triton", metavar="NAMES", help=help_text)
+    parser.add_argument(
+        "--backends", type=some_of(BACKENDS), default="flash,triton,flex", metavar="NAMES", help=help_text
+    )
     run(parser, argv, measure, "time / (full x density)")
 
 

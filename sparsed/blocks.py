@@ -154,8 +154,8 @@ class Pattern:
         )
         return self.as_mask() | (dense[:, None, :, None] & real[:, None, None, :])
 
-    def block_mask(self) -> "BlockMask":
-        """The pattern as FlexAttention's BlockMask, of queries and keys of the whole sequence.
+    def block_mask(self, first: int = 0) -> "BlockMask":
+        """The pattern as FlexAttention's BlockMask, of the queries from block `first` on and all keys.
 
         Full blocks are listed as such; blocks with padding, or of which only the answer's queries read, are partial.
         Its mask_mod says of every pair what the lists say, because FlexAttention has computed full attention over lists
@@ -165,24 +165,26 @@ class Pattern:
         from torch.nn.attention.flex_attention import BlockMask  # a second to import
 
         grid, device = self.grid, self.indices.device
-        kept, batch, n_blocks = self.as_mask(), len(self.indices), self.grid.n_blocks
-        valid = torch.ones(1, grid.length, dtype=torch.bool) if grid.key_valid is None else grid.key_valid
+        size, length, start = grid.block_size, grid.length, first * grid.block_size
+        kept, batch = self.as_mask()[:, :, first:], len(self.indices)
+        valid = torch.ones(1, length, dtype=torch.bool) if grid.key_valid is None else grid.key_valid
         valid = valid.to(device).expand(batch, -1)
-        real, tokens, dense = (
+        dense = torch.arange(start, length, device=device) >= grid.first_dense
+        real, tokens, dense_tokens = (
             found.to(device)
             for found in (grid.block_tokens, replace(grid, key_valid=None).block_tokens, grid.dense_tokens)
         )
         unpadded = (real == tokens).expand(batch, -1)
-        all_dense = (dense == tokens).expand(batch, -1)
+        all_dense = (dense_tokens == tokens).expand(batch, -1)[:, first:]
         whole = (kept | all_dense[:, None, :, None]) & unpadded[:, None, None, :]
-        part = self.read_mask() & ~whole
-        size, first_dense = grid.block_size, grid.first_dense
+        part = self.read_mask()[:, :, first:] & ~whole
 
+        # it captures tensors only: over a captured number, every length would be compiled anew
         def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (kept[b, h, query // size, key // size] | (query >= first_dense)) & valid[b, key]
+            return (kept[b, h, query // size, key // size] | dense[query]) & valid[b, key]
 
-        lists = [(blocks.sum(-1, dtype=torch.int32), true_places(blocks, n_blocks)) for blocks in (part, whole)]
+        lists = [(blocks.sum(-1, dtype=torch.int32), true_places(blocks, grid.n_blocks)) for blocks in (part, whole)]
         return BlockMask.from_kv_blocks(
             *lists[0], *lists[1], BLOCK_SIZE=size, mask_mod=mask_mod,
-            seq_lengths=(grid.length, grid.length), compute_q_blocks=False,
+            seq_lengths=(length - start, length), compute_q_blocks=False,
         )  # fmt: skip

@@ -412,6 +412,7 @@ def check_on_gpu(name, length, block_size, heads, pads, width=128, select=0.3):
 
 RUNS = [("triton", block) for block in (16, 32, 48, 64, 80, 128, 192, 256)]
 RUNS += [("flash", block) for block in (64, 128, 256)]
+RUNS += [("flex", block) for block in (16, 32, 48, 64, 80, 128, 192, 256)]
 
 
 @pytest.mark.gpu
@@ -425,18 +426,19 @@ def test_kernels_on_the_gpu(name, block_size, shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [4096, 16001])
-@pytest.mark.parametrize(("name", "block_size"), [("triton", 128), ("triton", 32), ("flash", 128)])
+@pytest.mark.parametrize(("name", "block_size"), [("triton", 128), ("triton", 32), ("flash", 128), ("flex", 128)])
 def test_kernels_on_the_gpu_at_length(name, block_size, length):
     check_on_gpu(name, length, block_size, (2, 1), (0,))
 
 
 @pytest.mark.gpu
-def test_small_heads_on_the_gpu():
-    check_on_gpu("triton", 333, 32, (4, 2), (0, 40), width=16)
+@pytest.mark.parametrize("name", ["triton", "flex"])
+def test_small_heads_on_the_gpu(name):
+    check_on_gpu(name, 333, 32, (4, 2), (0, 40), width=16)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["triton", "flash"])
+@pytest.mark.parametrize("name", ["triton", "flash", "flex"])
 def test_self_check_on_the_gpu_refuses_full_attention(name):
     where = Problem(torch.device("cuda"), torch.bfloat16, 1, 4, 2, 128, 128, False)
     if BACKENDS[name].fault(where):

@@ -57,6 +57,7 @@ CALLS = [
     ("dream", "--backend cudnn", "--backend", "gather"),
     ("llada", "--backend triton --device cpu", "--backend", "CUDA"),
     ("dream", "--backend flash --device cpu", "--backend", "CUDA"),
+    ("llada", "--backend flex --device cpu", "--backend", "CUDA"),
     ("dream", "--warmup -1", "--warmup", "at least 0"),
     ("llada", "--repeat 0", "--repeat", "at least 1"),
     ("llada", "--origin --compare", "--compare", "not allowed with argument --origin"),

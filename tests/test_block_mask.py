@@ -1,4 +1,4 @@
-"""`Pattern.block_mask`: a FlexAttention BlockMask whose lists and mask_mod both say what the pattern says."""
+"""FlexAttention: the BlockMask of a pattern, whose lists and mask_mod both say what it says; the backend `flex`."""
 
 import shutil
 from dataclasses import replace
@@ -7,7 +7,10 @@ import pytest
 import reference
 import torch
 from test_attention import SHAPES, exact, problem
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
+
+from sparsed.backends import BACKENDS, Problem, choose_backend, flex, sparse_attention
 
 
 @pytest.fixture(autouse=True)
@@ -37,15 +40,19 @@ def listed(counts, indices, blocks):
     return found
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_lists_and_the_mask_mod_are_the_twin_s(shape, dense):
+def test_the_lists_and_the_mask_mod_are_the_twin_s(shape, dense, first):
     length, _, size = shape[:3]
+    start = first * size
+    if start >= length:
+        pytest.skip("the sequence has one block")
     *_, valid, allowed, pattern = masks(shape, dense)
-    mask, wanted = pattern.block_mask(), allowed & valid[:, None, None]
-    assert mask.seq_lengths == (length, length) and mask.BLOCK_SIZE == (size, size)
+    mask, wanted = pattern.block_mask(first), (allowed & valid[:, None, None])[:, :, start:]
+    assert mask.seq_lengths == (length - start, length) and mask.BLOCK_SIZE == (size, size)
     assert mask.kv_indices.data_ptr() != mask.full_kv_indices.data_ptr(), "one tensor for both lists does not compile"
-    b, h, q, k = (torch.arange(n) for n in allowed.shape)
+    b, h, q, k = (torch.arange(n) for n in wanted.shape)
     said = mask.mask_mod(b[:, None, None, None], h[:, None, None], q[:, None], k)
     assert torch.equal(said, wanted)
     blocks = reference.n_blocks(length, size)
@@ -53,17 +60,20 @@ def test_the_lists_and_the_mask_mod_are_the_twin_s(shape, dense):
     whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices, blocks)
     assert not (part & whole).any()
     # what a kernel reads: all of the full blocks, of the partial ones what the mask_mod lets through
-    read = reference.expand(whole, size, length) | (reference.expand(part, size, length) & said)
-    real = valid[:, None, :, None].expand_as(read)
+    whole_read, part_read = (
+        found.repeat_interleave(size, 2).repeat_interleave(size, 3)[:, :, : length - start, :length]
+        for found in (whole, part)
+    )
+    read = whole_read | (part_read & said)
+    real = valid[:, None, start:, None].expand_as(read)
     assert torch.equal(read[real], wanted[real])
     assert torch.equal(whole, blockwise(wanted, size).bool()), "what is read as a whole must be listed as full"
 
 
 def blockwise(allowed, size):
     """Which blocks are allowed as a whole, of the queries that are real tokens of the sequence."""
-    length = allowed.shape[-1]
-    cut = [slice(start, start + size) for start in range(0, length, size)]
-    return torch.stack([torch.stack([allowed[:, :, q, k].all(-1).all(-1) for k in cut], -1) for q in cut], 2)
+    rows, columns = ([slice(start, start + size) for start in range(0, n, size)] for n in allowed.shape[2:])
+    return torch.stack([torch.stack([allowed[:, :, q, k].all(-1).all(-1) for k in columns], -1) for q in rows], 2)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -87,3 +97,58 @@ def test_flex_attention_compiled_equals_the_loops(dense):
         out = compiled(q, k, v, block_mask=pattern.block_mask(), enable_gqa=True)
     real = valid[:, None, :, None].expand_as(out)
     torch.testing.assert_close(out[real].double(), exact(q, k, v, valid, allowed, 1)[real], atol=2e-6, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------- the backend `flex`
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_flex_is_given_what_is_kept(monkeypatch, shape, dense):
+    """Uncompiled, it computes what the masks' mask_mod says; from any query on."""
+    monkeypatch.setattr(flex, "_compiled", lambda: uncompiled)
+    q, k, v, valid, allowed, pattern = masks(shape, dense)
+    expected = exact(q, k, v, valid, allowed, 1)
+    attend, length = sparse_attention("flex", pattern), shape[0]
+    for last in {length, min(length, shape[2] + 5)}:
+        out = attend(q[:, :, -last:], k, v)
+        real = valid[:, None, -last:, None].expand_as(out)
+        torch.testing.assert_close(out[real].double(), expected[:, :, -last:][real], atol=2e-6, rtol=0)
+
+
+def uncompiled(q, k, v, *, block_mask, enable_gqa, kernel_options):
+    assert kernel_options["BACKEND"] == "TRITON", "another kernel, taken by itself, has dropped the blocks"
+    assert block_mask.BLOCK_SIZE[0] % kernel_options.get("BLOCK_M", 128) == 0, "a tile would cross blocks"
+    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=enable_gqa)
+
+
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 128, 192, 256])
+def test_flex_takes_every_block_size(size):
+    options = flex.kernel_options(size)
+    assert options["BACKEND"] == "TRITON"
+    for tile in (options.get("BLOCK_M", 128), options.get("BLOCK_N", 128)):
+        assert tile >= 16 and tile & (tile - 1) == 0 and size % tile == 0
+
+
+def test_flex_runs_on_a_gpu_and_only_where_it_is_named():
+    where = Problem(torch.device("cpu"), torch.float32, 1, 4, 2, 16, 32, False)
+    with pytest.raises(ValueError, match="^backend cannot run here: flex: needs a CUDA device, not cpu$"):
+        choose_backend("flex", where, 10_000)
+    assert "flex" not in choose_backend("auto", where, 10_000)[1]
+    narrow = Problem(torch.device("cuda"), torch.float32, 1, 4, 2, 8, 32, False)
+    assert "16" in BACKENDS["flex"].fault(narrow)
+
+
+@pytest.mark.gpu
+def test_flex_is_compiled_once_for_all_layers_and_lengths():
+    """A compilation takes seconds, and after eight of them torch gives up."""
+    found = []
+    for length in (700, 1000, 1500, 2300, 3001):
+        for seed in (0, 1):
+            q, k, v, *_, pattern = problem(length, length // 2, 128, (4, 2), (0,), width=64, seed=seed)
+            q, k, v = q.cuda().bfloat16(), k.cuda().bfloat16(), v.cuda().bfloat16()
+            attend = sparse_attention("flex", replace(pattern, indices=pattern.indices.cuda()))
+            with torch.no_grad():
+                attend(q, k, v), attend(q[:, :, -300:], k, v)
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[-1] == found[1], f"graphs after each length: {found}"

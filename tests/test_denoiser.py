@@ -195,6 +195,17 @@ def test_replayed_tokens_are_the_same(monkeypatch, captured, family, options, ba
 
 
 @pytest.mark.gpu
+def test_a_compiled_backend_is_replayed_too(monkeypatch, captured):
+    model, prompts = MODELS["dream"]().cuda(), torch.randint(0, 90, (1, 61)).cuda()
+    options = options_of("dream", {"gen_length": 48, "steps": 24, "config": SPARSE, "backend": "flex"})
+    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 2048)
+    replayed = GENERATE["dream"](model, prompts, **options)
+    assert len(captured) == 2, "one graph a phase"
+    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    assert torch.equal(GENERATE["dream"](model, prompts, **options), replayed)
+
+
+@pytest.mark.gpu
 def test_padded_batches_are_replayed_too(monkeypatch, captured):
     for family in MODELS:
         model = MODELS[family]().cuda()

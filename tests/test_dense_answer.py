@@ -102,7 +102,8 @@ def test_full_attention_of_shared_heads_and_padding(heads, pads, last):
 @pytest.mark.parametrize("pads", [(0,), (0, 150)])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(
-    ("name", "block_size"), [("triton", 32), ("triton", 128), ("flash", 64), ("flash", 128), ("gather", 48)]
+    ("name", "block_size"),
+    [("triton", 32), ("triton", 128), ("flash", 64), ("flash", 128), ("flex", 32), ("flex", 128), ("gather", 48)],
 )
 def test_backends_on_the_gpu(name, block_size, width, pads):
     q, k, v, valid, allowed, pattern = dense_problem(589, 400, block_size, (8, 2), pads, width=width)

@@ -42,7 +42,7 @@ def family(request, tmp_path_factory):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("backend", ["flash", "triton", "gather"])
+@pytest.mark.parametrize("backend", ["flash", "triton", "flex", "gather"])
 def test_compare_at_4k(family, backend, tmp_path, capsys):
     if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("needs the package flash-attn-4")

@@ -6,12 +6,13 @@ from ..blocks import Pattern
 from ..kernels import full_attention
 from .backend import Backend, BackendError, Problem, SparseAttention
 from .flash import FLASH
+from .flex import FLEX
 from .gather import GATHER
 from .self_check import self_check
 from .triton import TRITON
 
-# in the order in which "auto" tries them
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (FLASH, TRITON, GATHER)}
+# in the order in which "auto" tries those that it may take
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (FLASH, TRITON, FLEX, GATHER)}
 
 
 def sparse_attention(name: str, pattern: Pattern) -> SparseAttention:
