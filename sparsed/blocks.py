@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -154,22 +154,22 @@ class Pattern:
         )
         return self.as_mask() | (dense[:, None, :, None] & real[:, None, None, :])
 
-    def block_mask(self, first: int = 0) -> "BlockMask":
-        """The pattern as FlexAttention's BlockMask, of the queries from block `first` on and all keys.
+    def block_mask(self) -> "BlockMask":
+        """The pattern as FlexAttention's BlockMask, of queries and keys of the whole sequence.
 
         Full blocks are listed as such; blocks with padding, or of which only the answer's queries read, are partial.
-        Its mask_mod says of every pair what the lists say, because FlexAttention has computed full attention over lists
-        whose mask_mod is trivial (pytorch#188322). The two kinds of lists are tensors of their own, as wide as the
-        sequence has blocks, ascending; the sequence's length is passed on, for the last block may be shorter.
+        Compile with `dynamic=True`: over a fixed length that is a multiple of 128 but not of the block size, the kernel
+        of PyTorch 2.11 reads past the end.
         """
-        from torch.nn.attention.flex_attention import BlockMask  # a second to import
+        return self.flex_lists().block_mask(self.grid.block_size, (self.grid.length, self.grid.length))
 
+    def flex_lists(self, first: int = 0) -> "FlexLists":
+        """What FlexAttention reads, for the queries from block `first` on."""
         grid, device = self.grid, self.indices.device
-        size, length, start = grid.block_size, grid.length, first * grid.block_size
-        kept, batch = self.as_mask()[:, :, first:], len(self.indices)
-        valid = torch.ones(1, length, dtype=torch.bool) if grid.key_valid is None else grid.key_valid
+        kept, batch, start = self.as_mask()[:, :, first:], len(self.indices), first * grid.block_size
+        valid = torch.ones(1, grid.length, dtype=torch.bool) if grid.key_valid is None else grid.key_valid
         valid = valid.to(device).expand(batch, -1)
-        dense = torch.arange(start, length, device=device) >= grid.first_dense
+        dense = torch.arange(start, grid.length, device=device) >= grid.first_dense
         real, tokens, dense_tokens = (
             found.to(device)
             for found in (grid.block_tokens, replace(grid, key_valid=None).block_tokens, grid.dense_tokens)
@@ -178,13 +178,44 @@ class Pattern:
         all_dense = (dense_tokens == tokens).expand(batch, -1)[:, first:]
         whole = (kept | all_dense[:, None, :, None]) & unpadded[:, None, None, :]
         part = self.read_mask()[:, :, first:] & ~whole
+        part_counts, whole_counts = (blocks.sum(-1, dtype=torch.int32) for blocks in (part, whole))
+        part_list, whole_list = (true_places(blocks, grid.n_blocks) for blocks in (part, whole))
+        return FlexLists(part_counts, whole_counts, part_list, whole_list, kept, dense, valid)
 
-        # it captures tensors only: over a captured number, every length would be compiled anew
+
+class FlexLists(NamedTuple):
+    """A pattern as FlexAttention takes it, tensors only, so that a compiled function can take them for any sizes.
+
+    Args:
+        part_counts, whole_counts: int32 [B, Hq, nQ], blocks in the lists of partial and of full blocks.
+        part, whole: int32 [B, Hq, nQ, nK], ascending; two tensors, for one in both places does not compile.
+        kept: bool [B, Hq, nQ, nK].
+        dense: bool [n], the queries that read every key.
+        valid: bool [B, T], the keys that are no padding.
+    """
+
+    part_counts: Tensor
+    whole_counts: Tensor
+    part: Tensor
+    whole: Tensor
+    kept: Tensor
+    dense: Tensor
+    valid: Tensor
+
+    def block_mask(self, block_size: int, lengths: tuple[int, int]) -> "BlockMask":
+        """The BlockMask of `lengths` (queries, keys), of which the last blocks may be shorter than `block_size`.
+
+        Its mask_mod says of every pair what the lists say, because FlexAttention has computed full attention over lists
+        whose mask_mod is trivial (pytorch#188322).
+        """
+        from torch.nn.attention.flex_attention import BlockMask  # a second to import
+
+        kept, dense, valid = self.kept, self.dense, self.valid
+
         def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (kept[b, h, query // size, key // size] | dense[query]) & valid[b, key]
+            return (kept[b, h, query // block_size, key // block_size] | dense[query]) & valid[b, key]
 
-        lists = [(blocks.sum(-1, dtype=torch.int32), true_places(blocks, grid.n_blocks)) for blocks in (part, whole)]
         return BlockMask.from_kv_blocks(
-            *lists[0], *lists[1], BLOCK_SIZE=size, mask_mod=mask_mod,
-            seq_lengths=(length - start, length), compute_q_blocks=False,
+            self.part_counts, self.part, self.whole_counts, self.whole, BLOCK_SIZE=block_size, mask_mod=mask_mod,
+            seq_lengths=lengths, compute_q_blocks=False,
         )  # fmt: skip

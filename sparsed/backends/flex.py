@@ -4,14 +4,20 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..blocks import Pattern
+from ..blocks import FlexLists, Pattern
 from ..kernels import triton_fault
 from .backend import Backend, Problem, SparseAttention, from_block_start
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import FlexKernelOptions
+
+# compilations of one process: two for each kind of problem, where torch gives up after 8
+COMPILED = 128
 
 
 def flex_attention(pattern: Pattern) -> SparseAttention:
@@ -20,35 +26,45 @@ def flex_attention(pattern: Pattern) -> SparseAttention:
     # the queries that read every key are not the backend's, so no block is partial but for padding
     kept = replace(pattern, grid=replace(grid, dense_answer=False))
     # one layer's forwards have all queries, or those from one block on
-    block_mask = functools.lru_cache(maxsize=2)(kept.block_mask)
+    lists_from = functools.lru_cache(maxsize=2)(kept.flex_lists)
     options = kernel_options(grid.block_size)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, first, lead = from_block_start(q, grid)
-        shared = q.shape[1] != k.shape[1]
-        out = _compiled()(q, k, v, block_mask=block_mask(first), enable_gqa=shared, kernel_options=options)
+        # no gradient goes through the sparse steps of any backend; traced for one, it would be another compilation
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=COMPILED, specialize_int=True):
+            out = _compiled()(q, k, v, lists_from(first), grid.block_size, options)
         return out[:, :, lead:]
 
     return attention
 
 
-def kernel_options(block_size: int) -> dict[str, Any]:
+def kernel_options(block_size: int) -> "FlexKernelOptions":
     """The kernel is named, for the choice of another one by itself has dropped the blocks; its tiles divide a block."""
     tile = math.gcd(block_size, 128)
     # the tiles that FlexAttention takes by itself divide 128
-    return {"BACKEND": "TRITON"} | ({} if tile == 128 else {"BLOCK_M": tile, "BLOCK_N": tile})
+    return {"BACKEND": "TRITON"} if tile == 128 else {"BACKEND": "TRITON", "BLOCK_M": tile, "BLOCK_N": tile}
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """FlexAttention, imported and compiled when it is first used.
+    """FlexAttention over a pattern's lists, compiled when it is first used.
 
-    Sizes are dynamic, so that what the self-check compiles serves every length. Uncompiled it would hold all scores at
-    once: `fullgraph` has it fail instead.
+    The tensors' sizes are dynamic, so that what the self-check compiles serves every length. The block size and the
+    tiles must not be: torch's cache of compiled graphs tells no block sizes apart that are dynamic, and the kernel of
+    another one is wrong. Hence `specialize_int` where it is called, and a mask made inside, whose lengths are sizes of
+    tensors.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention  # a second to import
 
-    return torch.compile(flex_attention, fullgraph=True, dynamic=True)
+    def attention(q: Tensor, k: Tensor, v: Tensor, lists: FlexLists, size: int, options: "FlexKernelOptions") -> Tensor:
+        block_mask = lists.block_mask(size, (q.shape[2], k.shape[2]))
+        shared = q.shape[1] != k.shape[1]
+        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=shared, kernel_options=options)
+
+    # uncompiled, it would hold all scores at once: `fullgraph` has it fail instead
+    compiled: Callable[..., Tensor] = torch.compile(attention, fullgraph=True, dynamic=True)
+    return compiled
 
 
 def fault(problem: Problem) -> str | None:
