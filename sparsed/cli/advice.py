@@ -1,6 +1,5 @@
 """`--advise`: time single steps, and say what a whole run would take with full attention and with SparseD."""
 
-import argparse
 import math
 import shlex
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from ..backends.flash import FLASH_FROM
+from ..patch import sparsify
 from ..run import FULL
 from ..sampling.common import Step
 from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
-from .choices import Choices
+from ..watching import watched
+from .arguments import Call
 from .progress import bar
-from .running import Job, StepClock, sparsified
+from .recording import Choices
+from .running import Job, StepClock
 
 # prompt tokens of the shorter measurement: on a GPU, those from which on the kernels are the ones of long prompts
 SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
@@ -67,17 +69,17 @@ def advise(job: Job) -> dict[str, Any]:
         BackendError: the named backend cannot run.
         FloatingPointError: the model's logits are not finite.
     """
-    args, prompt_tokens = job.args, len(job.input_ids)
+    args, sampler, prompt_tokens = job.args, job.args.sampler, len(job.input_ids)
     short, long = fitted_lengths(prompt_tokens, job.model.device)
     lengths = sorted({short, long, prompt_tokens})
     for length in lengths[: lengths.index(short) + 1]:  # the first use of a kernel compiles it
         time_steps(job, length)
     times = {length: time_steps(job, length) for length in lengths}
-    ran, n_full = steps_that_run(job), args.config.n_full(args.steps)
+    ran, n_full = steps_that_run(job), args.config.n_full(sampler.steps)
     runs = {length: whole_runs(found, ran, n_full) for length, found in times.items()}
     origin, sparsed = runs[prompt_tokens]
-    beyond = break_even(*((length + args.seq_len, runs[length][0] - runs[length][1]) for length in (short, long)))
-    pays_from = None if beyond is None else max(short, math.ceil(beyond) - args.seq_len)
+    beyond = break_even(*((length + sampler.gen_length, runs[length][0] - runs[length][1]) for length in (short, long)))
+    pays_from = None if beyond is None else max(short, math.ceil(beyond) - sampler.gen_length)
     if sparsed < origin:  # what was timed counts more than what follows from it
         pays_from = min(pays_from or prompt_tokens, prompt_tokens)
     return {
@@ -94,39 +96,42 @@ def advise(job: Job) -> dict[str, Any]:
 
 def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, Any]]:
     """What whole runs with dense answer rows would take, whose full steps are as long as the job's own."""
-    found, given = [], job.args.config
-    shares = [given.select / fewer for fewer in FEWER_BLOCKS]
-    for select in shares if own.backend != FULL and not given.dense_answer else ():
+    found: list[dict[str, Any]] = []
+    given = job.args.config
+    if own.backend == FULL or given.dense_answer:
+        return found
+    for select in (given.select / fewer for fewer in FEWER_BLOCKS):
         if select < FEWEST:
             continue
         config = replace(given, select=select, dense_answer=True)
-        other = _changed(job, config=config, select=select, dense_answer=True)
-        times = time_steps(other, own.prompt_tokens)
-        seconds = whole_runs(replace(times, full=own.full), ran, config.n_full(job.args.steps))[1]
-        command = command_of(other.args, origin=False)
-        found.append({**asdict(times), "select": config.select, "seconds": seconds, "command": command})
+        times = time_steps(replace(job, args=replace(job.args, config=config)), own.prompt_tokens)
+        seconds = whole_runs(replace(times, full=own.full), ran, config.n_full(len(ran)))[1]
+        command = command_of(job.args, origin=False, select=select, dense_answer=True)
+        found.append({**asdict(times), "select": select, "seconds": seconds, "command": command})
     return found
 
 
 @torch.no_grad()
 def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     """Time one step of each kind, the real forward without sampling, on the prompt repeated or cut to that length."""
-    model, device = job.model, job.model.device
+    model, device, args, sampler = job.model, job.model.device, job.args, job.args.sampler
     ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=device)
-    canvas = F.pad(ids, (0, job.args.seq_len), value=model.config.mask_token_id)
-    settings = job.family.settings(job.args)
-    if settings.cfg_scale:
+    canvas = F.pad(ids, (0, sampler.gen_length), value=model.config.mask_token_id)
+    if sampler.cfg_scale:
         canvas = canvas.repeat(2, 1)
     # as many as the first step of a generation reads
-    rows = prompt_tokens - 1 + torch.arange(settings.most_rows, device=device)
+    rows = prompt_tokens - 1 + torch.arange(sampler.most_rows, device=device)
     each = REPLAYED_STEPS if canvas.numel() <= REPLAYED_TOKENS and device.type == "cuda" else 1
-    few = _with_steps(job, full=each + 1, sparse=each)
-    shown = bar(few.args.steps, f"{prompt_tokens} tokens, ", few.args.quiet)
-    with sparsified(few, Choices()) as run, shown as show:
+    steps = 2 * each + 1  # the full ones, one that chooses the blocks, the sparse ones
+    config = replace(args.config, skip=(each + 1) / steps)
+    sparsed = sparsify(
+        model, config, steps=steps, gen_length=sampler.gen_length, backend=args.backend, rule=watched(Choices())
+    )
+    with sparsed as run, bar(steps, f"{prompt_tokens} tokens, ", args.quiet) as show:
         denoiser = Denoiser(model, None, prompt_tokens - 1, len(rows))
         clock = StepClock(device, run, show)
         clock.start()
-        for index in range(few.args.steps):
+        for index in range(steps):
             denoiser(canvas, rows)
             clock.tick(Step(index, ran=True))
         denoiser.check()
@@ -134,20 +139,9 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
         return StepTimes(prompt_tokens, seconds[each - 1], seconds[each], seconds[-1], run.density, run.backend)
 
 
-def _with_steps(job: Job, full: int, sparse: int) -> Job:
-    """The job with so many steps of each kind; the last full one chooses the blocks."""
-    steps = full + sparse
-    return _changed(job, steps=steps, config=replace(job.args.config, skip=full / steps))
-
-
-def _changed(job: Job, **values: Any) -> Job:
-    """The job with other arguments."""
-    return replace(job, args=argparse.Namespace(**{**vars(job.args), **values}))
-
-
 def steps_that_run(job: Job) -> list[bool]:
     """Which steps of a whole run call the model: at temperature 0, those that commit nothing do not."""
-    return [not idle for idle in job.family.settings(job.args).idle]
+    return [not idle for idle in job.args.sampler.idle]
 
 
 def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, float]:
@@ -216,17 +210,20 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     return lines
 
 
-def command_of(args: argparse.Namespace, *, origin: bool) -> str:
-    """The command that runs what `args` of `parse` describe, with full attention or SparseD; defaults are left out.
+def command_of(args: Call, *, origin: bool, **changes: Any) -> str:
+    """The command that runs the call with full attention or SparseD; flags with their default value are left out.
 
     Flags that only say what becomes of the output are left out too, and those of SparseD with full attention.
+
+    Args:
+        changes: flags to be given another value.
     """
-    values = {**vars(args), "advise": False, "json": None, "quiet": False, "origin": origin}
+    parser = args.parser
+    values = {**args.flags, **changes, "advise": False, "json": None, "quiet": False, "origin": origin}
     if origin:
-        values |= {name: args.parser.get_default(name) for name in SPARSED}
-    script = args.parser.prog
-    words = ["python", script] if script.endswith(".py") else [script]
-    for action in args.parser._actions:
+        values |= {name: parser.get_default(name) for name in SPARSED}
+    words = ["python", parser.prog] if parser.prog.endswith(".py") else [parser.prog]
+    for action in parser._actions:
         value = values.get(action.dest, action.default)
         if value != action.default:
             words += action.option_strings if value is True else [action.option_strings[0], str(value)]

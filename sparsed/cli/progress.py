@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..console.endings import unbroken
 from ..report.view import Token, View, drawn
 from ..sampling.common import Step
-from .history import Speller
+from .recording import Speller
 
 if TYPE_CHECKING:  # rich is optional
     from rich.console import Console

@@ -9,6 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import huggingface_hub
 import torch
@@ -58,10 +59,15 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     return 0
 
 
+class Parsed(Protocol):
+    """The values of a command line's flags, with the parser that words its errors."""
+
+    @property
+    def parser(self) -> argparse.ArgumentParser: ...
+
+
 @contextlib.contextmanager
-def blame(
-    args: argparse.Namespace, option: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)
-) -> Iterator[None]:
+def blame(args: Parsed, option: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
     """Turn these errors of the library into a wrong-call line about `option`."""
     try:
         yield

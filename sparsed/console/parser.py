@@ -45,3 +45,8 @@ class PrintCompletion(argparse.Action):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
         Stdout().say(shtab.complete(parser, shell=shell))
         parser.exit(0)
+
+
+def add_value(group: Any, name: str, text: str, default: object, **more: Any) -> None:
+    """Add a flag with a value to a parser or a group of it; its help is the text and the default."""
+    group.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **more)
