@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from .summary import LABELS, phases
+from .summary import LABELS
 
 PHASES = {"full_steps": "full steps", "selection": "selection", "sparse_steps": "sparse steps"}
 # what a step of each phase computes
@@ -99,8 +99,3 @@ def time_bars(runs: list[dict[str, Any]], seconds: dict[str, dict[str, float | N
             left += share
         bars.append({"label": LABELS[run["mode"]], "total": duration(run["seconds"]), "parts": parts})
     return bars
-
-
-def times_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Seconds of each phase by mode, for a run without another to compare it with."""
-    return {run["mode"]: {**phases(run), "whole": run["seconds"]} for run in runs}

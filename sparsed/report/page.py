@@ -6,9 +6,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .charts import PHASES, duration, layer_chart, step_chart, time_bars, times_of
+from .charts import PHASES, duration, layer_chart, step_chart, time_bars
 from .fields import check_record
-from .summary import LABELS, compare_times, compare_tokens, repeats_line, stretches, verdict
+from .summary import LABELS, compare_times, compare_tokens, repeats_line, single_times, stretches, verdict
 
 FOLDER = Path(__file__).parent
 EARLIER = "This record is of an earlier version, which did not keep "
@@ -24,9 +24,12 @@ def page(record: dict[str, Any]) -> str:
         ValueError: it is something else; names the field.
     """
     check_record(record)
-    loader = FileSystemLoader(FOLDER)
     templates = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     templates.filters["duration"] = duration
     return templates.get_template("page.html").render(
@@ -40,11 +43,11 @@ def _view(record: dict[str, Any]) -> dict[str, Any]:
     """All that the template shows."""
     runs = record["runs"]
     tokens = compare_tokens(*runs) if len(runs) == 2 and _has_history(runs) else None
-    times: dict[str, Any] = compare_times(*runs) if len(runs) == 2 else {"seconds": times_of(runs), "speedup": {}}
+    times = compare_times(*runs) if len(runs) == 2 else single_times(runs[0])
     return {
         "title": _title(record),
         "subtitle": _subtitle(record),
-        "warning": _warning(record),
+        "trained_length": record["trained_length"] if record["beyond_trained_length"] else None,
         "facts": _facts(runs, tokens, times["speedup"]),
         "verdict": [] if tokens is None else _verdict(runs, tokens),
         "answers": [_answer(run, [] if tokens is None else tokens["different_positions"]) for run in runs],
@@ -77,12 +80,6 @@ def _subtitle(record: dict[str, Any]) -> str:
     on = ", ".join(str(environment[name]) for name in ("device_name", "dtype") if environment.get(name))
     sizes = f"{run['prompt_tokens']:,} prompt tokens, {len(run['token_ids']):,} new tokens"
     return f"{sizes}, {len(run['step_seconds']):,} denoising steps" + (f"; {on}" if on else "")
-
-
-def _warning(record: dict[str, Any]) -> str | None:
-    if not record["beyond_trained_length"]:
-        return None
-    return f"The prompt is longer than the {record['trained_length']:,} tokens that this model was trained on."
 
 
 def _facts(

@@ -97,6 +97,11 @@ def compare_times(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, 
     return {"seconds": seconds, "speedup": speedup}
 
 
+def single_times(run: dict[str, Any]) -> dict[str, Any]:
+    """The same of a run that there is no other to compare with."""
+    return {"seconds": {run["mode"]: {**phases(run), "whole": run["seconds"]}}, "speedup": {}}
+
+
 def _ratio(one: float | None, other: float | None) -> float | None:
     return one / other if one is not None and other else None
 
