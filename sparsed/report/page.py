@@ -11,7 +11,6 @@ from .fields import check_record
 from .summary import LABELS, compare_times, compare_tokens, repeats_line, single_times, stretches, verdict
 
 FOLDER = Path(__file__).parent
-EARLIER = "This record is of an earlier version, which did not keep "
 
 
 def page(record: dict[str, Any]) -> str:
@@ -31,41 +30,36 @@ def page(record: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["duration"] = duration
+    templates.filters |= {"duration": duration, "repeats_line": repeats_line}
     return templates.get_template("page.html").render(
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
-        **_view(record),
+        record=record,
+        **_view(record["runs"], record),
     )
 
 
-def _view(record: dict[str, Any]) -> dict[str, Any]:
-    """All that the template shows."""
-    runs = record["runs"]
-    tokens = compare_tokens(*runs) if len(runs) == 2 and _has_history(runs) else None
-    times = compare_times(*runs) if len(runs) == 2 else single_times(runs[0])
+def _view(runs: list[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:
+    """All that the template shows beside the record itself."""
+    first, last = runs[0], runs[-1]
+    compared = len(runs) == 2
+    has_history = all("history" in run for run in runs)
+    tokens = compare_tokens(*runs) if compared and has_history else None
+    times = compare_times(*runs) if compared else single_times(first)
+    lines = [] if tokens is None else verdict(tokens, first["expected"], [run["answer_found"] for run in runs])
     return {
         "title": _title(record),
-        "subtitle": _subtitle(record),
-        "trained_length": record["trained_length"] if record["beyond_trained_length"] else None,
         "facts": _facts(runs, tokens, times["speedup"]),
-        "verdict": [] if tokens is None else _verdict(runs, tokens),
+        "verdict": [f"{line[0].upper()}{line[1:]}." for line in lines],
         "answers": [_answer(run, [] if tokens is None else tokens["different_positions"]) for run in runs],
         "labels": [LABELS[run["mode"]] for run in runs],
         "steps": step_chart(runs),
         "times": {"bars": time_bars(runs, times["seconds"]), "rows": _time_rows(record, times)},
-        "layers": layer_chart(runs[-1]["layers"]) if runs[-1].get("layers") else None,
-        "layer_rows": runs[-1].get("layers") or [],
-        "replay": _replay(runs) if _has_history(runs) else None,
-        "pattern": _pattern(runs[-1]),
-        "dense_answer": record["arguments"].get("dense_answer") is True,
-        "without": _without(runs),
-        "tables": {"Arguments": record["arguments"], "Environment": record["environment"]},
+        "layers": layer_chart(last["layers"]) if last.get("layers") else None,
+        "layer_rows": last.get("layers") or [],
+        "replay": [_replay(run) for run in runs] if has_history else None,
+        "pattern": _pattern(last),
     }
-
-
-def _has_history(runs: list[dict[str, Any]]) -> bool:
-    return all("history" in run for run in runs)
 
 
 def _title(record: dict[str, Any]) -> str:
@@ -73,13 +67,6 @@ def _title(record: dict[str, Any]) -> str:
     path = str(arguments.get("model_path", "a model"))
     model = f"{Path(path).name} demo checkpoint" if arguments.get("demo") else path
     return f"{model}: {' and '.join(LABELS[run['mode']] for run in record['runs'])}"
-
-
-def _subtitle(record: dict[str, Any]) -> str:
-    run, environment = record["runs"][0], record["environment"]
-    on = ", ".join(str(environment[name]) for name in ("device_name", "dtype") if environment.get(name))
-    sizes = f"{run['prompt_tokens']:,} prompt tokens, {len(run['token_ids']):,} new tokens"
-    return f"{sizes}, {len(run['step_seconds']):,} denoising steps" + (f"; {on}" if on else "")
 
 
 def _facts(
@@ -98,43 +85,31 @@ def _facts(
     return facts
 
 
-def _verdict(runs: list[dict[str, Any]], tokens: dict[str, Any]) -> list[str]:
-    lines = verdict(tokens, runs[0]["expected"], [run["answer_found"] for run in runs])
-    return [f"{line[0].upper()}{line[1:]}." for line in lines]
-
-
 def _answer(run: dict[str, Any], different: list[int]) -> dict[str, Any]:
     parts = stretches(run, different) if "pieces" in run else [(False, run["text"])]
-    return {
-        "label": LABELS[run["mode"]],
-        "parts": parts,
-        "expected": run["expected"],
-        "found": run["answer_found"],
-        "repeats": repeats_line(run["repeats"]) if len(run.get("repeats", {"seconds": []})["seconds"]) > 1 else None,
-    }
+    return {"label": LABELS[run["mode"]], "parts": parts, "run": run}
 
 
 def _time_rows(record: dict[str, Any], times: dict[str, Any]) -> list[tuple[str, list[float | None], float | None]]:
     """Name, seconds of each run, speed-up; first the timed phases, then what is not counted."""
     runs = record["runs"]
-    names = {**PHASES, "whole": "whole run"}
     rows = [
         (name, [times["seconds"][run["mode"]][phase] for run in runs], times["speedup"].get(phase))
-        for phase, name in names.items()
+        for phase, name in {**PHASES, "whole": "whole run"}.items()
     ]
-    apart = {
+    uncounted = {
         "compile, not counted": [run["compile_seconds"] + run["warmup_compile_seconds"] or None for run in runs],
         "warm-up runs, not counted": [sum(run["warmup_seconds"]) or None for run in runs],
         "loading, once": [record["load_seconds"]],
         "first forward pass, once": [record["first_forward_seconds"]],
     }
-    return rows + [(name, seconds, None) for name, seconds in apart.items()]
+    return rows + [(name, seconds, None) for name, seconds in uncounted.items()]
 
 
-def _replay(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the page's script needs of each run to replay it."""
+def _replay(run: dict[str, Any]) -> dict[str, Any]:
+    """What the page's script needs of a run to replay it."""
     wanted = ("history", "pieces", "answer_tokens", "step_seconds", "full_steps")
-    return [{name: run[name] for name in wanted} | {"chose": run["density"] is not None} for run in runs]
+    return {name: run[name] for name in wanted} | {"chose": run["density"] is not None}
 
 
 def _pattern(run: dict[str, Any]) -> dict[str, Any] | None:
@@ -144,15 +119,3 @@ def _pattern(run: dict[str, Any]) -> dict[str, Any] | None:
         return None
     border = min(-(-pattern["prompt_tokens"] // pattern["block_size"]), pattern["key_blocks"] - 1)
     return {**pattern, "border": border / pattern["key_blocks"]}
-
-
-def _without(runs: list[dict[str, Any]]) -> dict[str, str]:
-    """Why a part of the page is not there, for each that can be missing."""
-    last = runs[-1]
-    if "pattern" not in last:
-        pattern = f"{EARLIER}the kept blocks."
-    elif last["mode"] == "origin":
-        pattern = "Full attention reads every block in every step: there is no pattern to show."
-    else:
-        pattern = "No pattern was chosen: every step of this run used full attention."
-    return {"replay": f"{EARLIER}what each step committed.", "pattern": pattern}
