@@ -61,9 +61,9 @@ def advise(job: Job) -> dict[str, Any]:
     Returns:
         `steps`, the times at each length; `steps_that_run`, how many of the whole run's steps call the model;
         `origin_seconds` and `sparsed_seconds` of the whole run; `fitted_prompt_tokens`, the `fitted_lengths`;
-        `pays_from`, the prompt tokens from which on SparseD is faster (not below the shortest that was timed), None if
-        nothing shows that it ever is; `command`, which runs what is faster of the two; `dense_answer`, what runs with
-        dense answer rows would take, each with its own command; none if the job has them itself.
+        `pays_from`, the shortest prompt for which SparseD is faster (not below the shortest that was timed), None if
+        nothing shows that it ever is; `command`, which runs the faster of the two; `dense_answer`, the same for runs
+        with dense answer rows, unless the call has them itself.
 
     Raises:
         BackendError: the named backend cannot run.
@@ -170,7 +170,7 @@ def break_even(shorter: tuple[int, float], longer: tuple[int, float]) -> float |
 
 
 def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list[str]:
-    """The advice, for people."""
+    """The advice as it is printed."""
     own = next(found for found in advice["steps"] if found["prompt_tokens"] == prompt_tokens)
     origin, sparsed, pays_from = advice["origin_seconds"], advice["sparsed_seconds"], advice["pays_from"]
     short, long = advice["fitted_prompt_tokens"]

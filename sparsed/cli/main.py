@@ -72,15 +72,17 @@ def _generate(args: Call) -> None:
     if not args.quiet:
         tell(_heading(args, tokens, model))
         if beyond:
-            trained = f"this model was trained on at most {model.config.max_length}"
-            tell(f"warning: the prompt has {tokens} tokens, {trained}")
+            most = model.config.max_length
+            tell(f"warning: the prompt has {tokens} tokens, this model was trained on at most {most}")
     with blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
     job = Job(model, tokenizer, prompt.input_ids, args)
     # a record is worth writing without stdout too
     stdout = Stdout(keep_going=args.json is not None or args.report is not None)
     with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
-        made = _advice(job, stdout) if args.advise else _answers(job, prompt.expected, stdout)
+        made = {"advice": advise(job)} if args.advise else _answers(job, prompt.expected, stdout)
+    if args.advise:
+        stdout.say("\n".join(advice_lines(made["advice"], tokens, args.sampler.steps)))
     record = {
         **made,
         "trained_length": model.config.max_length,
@@ -121,13 +123,6 @@ def _check_checkpoint_kept(args: Call, checkpoint: str) -> None:
     for option, output in (("--json", args.json), ("--report", args.report)):
         for file in read:
             check_apart(args.parser, option, output, args.source, file)
-
-
-def _advice(job: Job, stdout: Stdout) -> dict[str, Any]:
-    """Print what a run would take; the record's part about it."""
-    advice = advise(job)
-    stdout.say("\n".join(advice_lines(advice, len(job.input_ids), job.args.sampler.steps)))
-    return {"advice": advice}
 
 
 def _answers(job: Job, expected: str | None, stdout: Stdout) -> dict[str, Any]:

@@ -43,16 +43,10 @@ def peak_bytes(
     kept = 0
     if config is not None:
         grid = BlockGrid(length, prompt_tokens, config.block_size)
-        kept = _kept_bytes(sizes.layers, sizes.heads, grid, config.select)
+        if not grid.keeps_all(config.select):  # indices of all layers, scores of one
+            each = sum(share(config.select, part.stop - part.start) for part in grid.parts)
+            kept = sizes.heads * grid.n_blocks * (sizes.layers * each * INDEX + grid.n_blocks * SCORE)
     return weight_bytes(model) + batch * (length * row * model.dtype.itemsize + logits + kept)
-
-
-def _kept_bytes(layers: int, heads: int, grid: BlockGrid, select: float) -> int:
-    """The indices of all layers' kept blocks, and one layer's block scores."""
-    if grid.keeps_all(select):
-        return 0
-    kept = sum(share(select, part.stop - part.start) for part in grid.parts)
-    return heads * grid.n_blocks * (layers * kept * INDEX + grid.n_blocks * SCORE)
 
 
 def available_bytes(device: torch.device, *, spread: bool) -> int:

@@ -1,7 +1,7 @@
 """Running one mode (full attention or SparseD) once, timed, while a bar or the answer itself shows the progress."""
 
-import contextlib
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class StepClock:
 
 @torch.no_grad()
 def first_forward(job: Job) -> float:
-    """Seconds of one untimed forward, so that the first timed run does not pay for the libraries' start."""
+    """Seconds of one forward, so that no timed run pays for the libraries' start."""
     started = time.perf_counter()
     ids = torch.tensor([job.input_ids], device=job.model.device)
     ids = F.pad(ids, (0, job.args.sampler.gen_length), value=job.model.config.mask_token_id)
@@ -76,16 +76,13 @@ def first_forward(job: Job) -> float:
 
 
 def run_mode(job: Job, mode: str) -> dict[str, Any]:
-    """The warm-up runs of one mode, then those that are timed, of which the one of median time counts.
+    """The warm-up runs of one mode, then the timed ones, of which the median run is kept.
 
     Args:
         mode: "origin" (full attention) or "sparsed".
 
     Returns:
         The run's part of the record, but for what needs the tokenizer.
-
-    Raises:
-        ValueError: a setting that the model or the device cannot do.
     """
     args = job.args
     warmups = [run_once(job, mode, f"warm-up {number}/{args.warmup}, ") for number in range(1, args.warmup + 1)]
@@ -97,15 +94,17 @@ def run_mode(job: Job, mode: str) -> dict[str, Any]:
 
 
 def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
-    """Generate once, seeded anew; seconds are without compilation, and cover forwards and sampling alone."""
+    """Generate once from the call's seed; seconds are of forwards and sampling only, without compilation."""
     args, device = job.args, job.model.device
     steps, gen_length, choices = args.sampler.steps, args.sampler.gen_length, Choices()
     config = args.config if mode == "sparsed" else None
-    sparsed = {"backend": args.backend, "rule": watched(choices)}
-    with contextlib.ExitStack() as stack:
-        run = stack.enter_context(attention_of(job.model, config, steps, gen_length, **sparsed))
-        clock = StepClock(device, run, stack.enter_context(_progress(job, mode, label)))
-        _reset_peak_memory(device)
+    attention = attention_of(job.model, config, steps, gen_length, backend=args.backend, rule=watched(choices))
+    # all if the model is on one, for it may be spread; elsewhere nothing counts what PyTorch holds
+    gpus = range(torch.cuda.device_count() if device.type == "cuda" else 0)
+    with attention as run, _progress(job, mode, label) as show:
+        clock = StepClock(device, run, show)
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
         clock.start()
         output = generate(job, clock)
         token_ids = output[0, len(job.input_ids) :].tolist()
@@ -124,7 +123,7 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
             "layers": choices.layers(),
             "pattern": choices.pattern(),
             "history": history(clock.steps, token_ids, len(job.input_ids)),
-            "peak_memory_bytes": _peak_memory(device),
+            "peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
             "backend": None if run is None else run.backend,
             "backend_reason": None if run is None else run.backend_reason,
         }
@@ -138,7 +137,7 @@ def generate(job: Job, clock: StepClock) -> Tensor:
     return sampling.generate(job.model, input_ids, job.args.sampler, generator=generator, on_step=clock.tick)
 
 
-def _progress(job: Job, mode: str, label: str) -> contextlib.AbstractContextManager[Show]:
+def _progress(job: Job, mode: str, label: str) -> AbstractContextManager[Show]:
     sampler, config = job.args.sampler, job.model.config
     console = terminal() if job.args.show else None
     if console is None:
@@ -146,19 +145,3 @@ def _progress(job: Job, mode: str, label: str) -> contextlib.AbstractContextMana
     stops = stop_ids(config, job.tokenizer)
     answer = Answer(sampler.gen_length, len(job.input_ids), config.mask_token_id, stops, Speller(job.tokenizer))
     return screen(console, label + LABELS[mode], sampler.steps, answer)
-
-
-def _gpus(device: torch.device) -> range:
-    """All GPUs if the model is on one, for it may be spread over several."""
-    return range(torch.cuda.device_count() if device.type == "cuda" else 0)
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    for index in _gpus(device):
-        torch.cuda.reset_peak_memory_stats(index)
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Bytes that PyTorch held at most on the GPUs during the run; None elsewhere, where nobody counts them."""
-    peaks = [torch.cuda.max_memory_allocated(index) for index in _gpus(device)]
-    return sum(peaks) if peaks else None

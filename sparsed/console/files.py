@@ -93,20 +93,12 @@ def temporary_beside(path: Path) -> Path:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write the record, whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Write the record, as `write_text` does."""
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Write a file whole or not at all; raises OSError where the folder cannot be written to."""
     with replacing(path) as temporary:
         # a file name that is not UTF-8 holds lone surrogates; with a backslash they are JSON's own escapes
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -114,11 +106,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file so that it is there whole or not at all: it gets its name at the end.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Where to write a file so that it is there whole or not at all: it gets its name at the end."""
     temporary = temporary_beside(path)
     try:
         yield temporary

@@ -16,7 +16,7 @@ SHORTEST = 1e-6  # seconds that a scale spans at least
 
 
 def duration(seconds: float) -> str:
-    """A time for people, with about three digits."""
+    """A time as it is shown, with about three digits."""
     if seconds < 1:
         return f"{1000 * seconds:.1f} ms" if seconds < 0.01 else f"{1000 * seconds:.0f} ms"
     return f"{seconds:.2f} s" if seconds < 100 else f"{seconds:,.0f} s"
