@@ -26,8 +26,8 @@ SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
 REPLAYED_STEPS = 3
 # the flags of SparseD, which mean nothing to full attention
 SPARSED = ("skip", "select", "block_size", "dense_answer", "backend")
-# beside the paper's rule, dense answer rows are timed with as many blocks, nearer to full attention, and with half as
-# many, as near to it; below FEWEST nothing vouches for that (README, "Dense answer rows")
+# dense answer rows are timed with as many blocks as the paper's rule keeps (nearer to full attention), and with half as
+# many (as near to it); below the share FEWEST no measurement supports that (README, "Dense answer rows")
 FEWER_BLOCKS, FEWEST = (1, 2), 0.1
 
 
@@ -46,7 +46,7 @@ class StepTimes:
 def fitted_lengths(prompt_tokens: int, device: torch.device) -> tuple[int, int]:
     """Prompt tokens of the two measurements that tell from which length on SparseD pays: one at least twice the other.
 
-    The prompt's own length is one of them, unless it is too short to tell of longer ones.
+    The prompt's own length is one of them, unless it is too short to say anything about longer ones.
     """
     short = SHORT_ON_GPU if device.type == "cuda" else SHORT
     if prompt_tokens >= 2 * short:
@@ -75,7 +75,7 @@ def advise(job: Job) -> dict[str, Any]:
     for length in lengths[: lengths.index(short) + 1]:  # the first use of a kernel compiles it
         time_steps(job, length)
     times = {length: time_steps(job, length) for length in lengths}
-    ran, n_full = steps_that_run(job), args.config.n_full(sampler.steps)
+    ran, n_full = [not idle for idle in sampler.idle], args.config.n_full(sampler.steps)
     runs = {length: whole_runs(found, ran, n_full) for length, found in times.items()}
     origin, sparsed = runs[prompt_tokens]
     beyond = break_even(*((length + sampler.gen_length, runs[length][0] - runs[length][1]) for length in (short, long)))
@@ -95,7 +95,7 @@ def advise(job: Job) -> dict[str, Any]:
 
 
 def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, Any]]:
-    """What whole runs with dense answer rows would take, whose full steps are as long as the job's own."""
+    """What whole runs with dense answer rows would take; their full steps last as long as the job's own."""
     found: list[dict[str, Any]] = []
     given = job.args.config
     if own.backend == FULL or given.dense_answer:
@@ -139,13 +139,8 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
         return StepTimes(prompt_tokens, seconds[each - 1], seconds[each], seconds[-1], run.density, run.backend)
 
 
-def steps_that_run(job: Job) -> list[bool]:
-    """Which steps of a whole run call the model: at temperature 0, those that commit nothing do not."""
-    return [not idle for idle in job.args.sampler.idle]
-
-
 def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, float]:
-    """Seconds of whole runs, full attention's and SparseD's, whose first `n_full` steps are full.
+    """Seconds of a whole run with full attention, and of one with SparseD that begins with `n_full` full steps.
 
     Args:
         ran: which of the steps call the model; the one that chooses the blocks always does.
@@ -159,8 +154,8 @@ def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, f
 def break_even(shorter: tuple[int, float], longer: tuple[int, float]) -> float | None:
     """The length beyond which a run saves time, from the seconds saved at two lengths; None if there is none.
 
-    What sparse attention saves grows with the length's square, what it costs beside with the length: seconds saved =
-    a * length + b * length ** 2.
+    Sparse attention saves in proportion to the square of the length, and costs in proportion to the length: seconds
+    saved = a * length + b * length ** 2.
     """
     (one, saved_one), (other, saved_other) = shorter, longer
     square = (saved_other / other - saved_one / one) / (other - one)
@@ -192,9 +187,8 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     if pays_from is None:
         lines.append("nothing shows that SparseD would pay with these settings, however long the prompt")
     else:
-        least = (
-            f"{pays_from} prompt tokens on or fewer" if pays_from <= short else f"about {pays_from} prompt tokens on"
-        )
+        about, fewer = ("", " or fewer") if pays_from <= short else ("about ", "")
+        least = f"{about}{pays_from} prompt tokens on{fewer}"
         lines.append(f"with these settings SparseD pays from {least}, as steps at {short} and {long} tokens tell")
     others = advice["dense_answer"]
     for other in others:

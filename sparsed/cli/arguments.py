@@ -89,7 +89,9 @@ def parse(family: Family, argv: list[str] | None) -> Call:
     except BlocksError as error:
         parser.error(f"argument --{error.argument}: {error.must}")
     _check_backend(parser, args)
-    _check_advise(parser, args)
+    for name in ("report", "warmup", "repeat", "show"):  # --advise makes no answers and no whole runs
+        if args.advise and getattr(args, name) != parser.get_default(name):
+            parser.error(f"argument --{name}: not allowed with argument --advise")
     if args.show and importlib.util.find_spec("rich") is None:
         parser.error('argument --show: rich is not installed (pip install ".[show]")')
     files = {name: output_path(parser, f"--{name}", getattr(args, name)) for name in ("json", "report")}
@@ -116,13 +118,6 @@ def parse(family: Family, argv: list[str] | None) -> Call:
         report=files["report"],
         **{name: flags[name] for name in plain},
     )
-
-
-def _check_advise(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse what is about answers or whole runs, of which --advise makes none."""
-    for name in ("report", "warmup", "repeat", "show"):
-        if args.advise and getattr(args, name) != parser.get_default(name):
-            parser.error(f"argument --{name}: not allowed with argument --advise")
 
 
 def _check_backend(parser: Parser, args: argparse.Namespace) -> None:

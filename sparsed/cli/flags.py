@@ -14,6 +14,10 @@ DEFAULT_PROMPT = "short_context"
 USAGE = """%(prog)s [--demo | --model_path PATH]
        [--prompt NAME | --prompt_text TEXT | --prompt_file FILE]
        [--origin | --compare | --advise] [option ...]"""
+SPARSED = (
+    "The first steps use full attention. The last of them chooses, for every head, the blocks of keys that matter to "
+    "each block of queries; the remaining steps attend to those."
+)
 EPILOG = """\
 examples:
   python {script} --demo --compare --prompt 4k --seq_len 32 --steps 32
@@ -55,13 +59,7 @@ def build_parser(family: Family) -> Parser:
     _add_model(parser.add_argument_group("model"), family)
     _add_prompt(parser.add_argument_group("prompt (one of)"))
     _add_generation(parser.add_argument_group("generation"), family)
-    _add_sparsed(
-        parser.add_argument_group(
-            "SparseD",
-            "The first steps use full attention. The last of them chooses, for every head, the blocks of keys that "
-            "matter to each block of queries; the remaining steps attend to those.",
-        )
-    )
+    _add_sparsed(parser.add_argument_group("SparseD", SPARSED))
     _add_running(parser.add_argument_group("running"))
     _add_output(parser.add_argument_group("output"))
     return parser
@@ -100,14 +98,13 @@ def _add_generation(group, family: Family) -> None:
 
 
 def _add_sparsed(group) -> None:
+    kept = (
+        "share of the key blocks that every query block keeps, above 0 to 1, taken apart for the prompt and for the "
+        "generated region"
+    )
     fields = {
         "skip": (float, "FRACTION", "share of the steps that use full attention first, 0 to 1"),
-        "select": (
-            float,
-            "FRACTION",
-            "share of the key blocks that every query block keeps, above 0 to 1, taken apart for the prompt and for "
-            "the generated region",
-        ),
+        "select": (float, "FRACTION", kept),
         "block_size": (int, "N", "tokens of a block, a multiple of 16; smaller blocks select more finely"),
     }
     for name, (kind, metavar, text) in fields.items():

@@ -134,7 +134,7 @@ def _answers(job: Job, expected: str | None, stdout: Stdout) -> dict[str, Any]:
         found["runs"].append(run)
         if not args.quiet:
             tell("\n".join(run_lines(run)))
-            if expected is not None and not args.compare:  # which says it of both
+            if expected is not None and not args.compare:  # the comparison says it of both
                 tell(expected_line(run))
         stdout.say(run["text"])
     if args.compare:

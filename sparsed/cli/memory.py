@@ -14,12 +14,12 @@ from ..prompts import LENGTHS, PRESETS
 from ..sampling import Settings
 from .arguments import Call
 
-# rows as wide as the model that a layer holds while its MLP runs, besides keys and values: its input, the same with the
-# attention added, normed, what attention gave, and the queries
+# rows as wide as the model that a layer holds while its MLP runs, besides keys and values: its input, the sum of input
+# and attention, that sum normed, the attention, and the queries
 HELD_ROWS = 5
 # rows as wide as the MLP: gate, up and their product; plain torch holds the gate's silu too
 MLP_ROWS = {"cuda": 3, "cpu": 4, "mps": 4}
-# bytes of a logit with what the sampler makes of it: float32, and its softmax
+# bytes that the sampler makes of a logit: float32, and its softmax
 SAMPLED = 8
 # bytes of a block score and of a kept block's index
 SCORE = INDEX = 4

@@ -1,6 +1,7 @@
 """What the record keeps of a run beside its times: what the layers chose, and how the answer came about."""
 
 import base64
+import functools
 import math
 from typing import Any
 
@@ -83,7 +84,7 @@ class Speller:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._alone: dict[int, str] = {}
+        self._alone = functools.cache(lambda token: decode(tokenizer, [token], special=True))
 
     def pieces(self, token_ids: list[int]) -> list[str]:
         """One text for each token; joined, they are the text of all.
@@ -109,9 +110,4 @@ class Speller:
         return pieces
 
     def _text(self, token_ids: list[int]) -> str:
-        if len(token_ids) > 1:
-            return decode(self._tokenizer, token_ids, special=True)
-        (token,) = token_ids
-        if token not in self._alone:
-            self._alone[token] = decode(self._tokenizer, token_ids, special=True)
-        return self._alone[token]
+        return self._alone(*token_ids) if len(token_ids) == 1 else decode(self._tokenizer, token_ids, special=True)

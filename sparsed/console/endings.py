@@ -43,9 +43,9 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     except SystemExit as stop:  # argparse's way to end
         return int(stop.code or 0)
     except StdoutLost as lost:
-        if isinstance(lost.fault, BrokenPipeError):  # the reader has left, as `head` does
+        if isinstance(lost.__cause__, BrokenPipeError):  # the reader has left, as `head` does
             return EXIT_BROKEN_PIPE
-        tell(f"{program}: error: cannot write to stdout: {lost.fault.strerror}")
+        tell(f"{program}: error: cannot write to stdout: {lost}")
         return EXIT_WRONG
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -68,7 +68,7 @@ class Parsed(Protocol):
 
 @contextlib.contextmanager
 def blame(args: Parsed, option: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """Turn these errors of the library into a wrong-call line about `option`."""
+    """Turn these errors of the library into a line about `option`, and exit code 2."""
     try:
         yield
     except errors as error:

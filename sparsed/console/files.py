@@ -10,7 +10,7 @@ from typing import Any
 
 from .readers import shown
 
-# bytes, far above a record or a file of tasks
+# bytes, far more than a record or a file of tasks has
 LARGEST_FILE = 2**28
 
 
@@ -46,15 +46,8 @@ def check_apart(
 
 
 def text_of(name: str, *, encoding: str = "utf-8", most: int = LARGEST_FILE, streams: tuple[str, ...] = ()) -> str:
-    """The text of an ordinary file that the user named.
-
-    Args:
-        encoding: UTF-8, with a byte order mark or without.
-        most, streams: as for `bytes_of`.
-
-    Raises:
-        ValueError: in one line, why there is none.
-    """
+    """The text of a file that the user named; `encoding` is UTF-8 with or without a byte order mark, the rest as for
+    `bytes_of`."""
     try:
         return bytes_of(name, most=most, streams=streams).decode(encoding)
     except UnicodeDecodeError as error:
@@ -66,7 +59,7 @@ def bytes_of(name: str, *, most: int = LARGEST_FILE, streams: tuple[str, ...] = 
 
     Args:
         most: bytes that it may have.
-        streams: what the names of other files that are read too begin with.
+        streams: beginnings of names that are read although they are no ordinary files.
 
     Raises:
         ValueError: in one line, why there is none.

@@ -10,7 +10,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 class Manual(argparse.RawDescriptionHelpFormatter):
-    """Help in which a text of one line is wrapped, and one that has lines already is left as it is."""
+    """Help that wraps a text of one line, and leaves one that has lines already as it is."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text.strip():

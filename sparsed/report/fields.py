@@ -130,11 +130,10 @@ def _fail(where: str, what: str) -> NoReturn:
 
 def _check_lengths(run: dict[str, Any], first: dict[str, Any], where: str) -> None:
     """Refuse fields of one run that do not fit each other, or the other run."""
+    for name in ("token_ids", "step_seconds"):
+        if not run[name] or len(run[name]) != len(first[name]):
+            _fail(f"{where}.{name}", "as long as the other run's, and not empty")
     tokens, steps = len(run["token_ids"]), len(run["step_seconds"])
-    if not tokens or tokens != len(first["token_ids"]):
-        _fail(f"{where}.token_ids", "as long as the other run's, and not empty")
-    if not steps or steps != len(first["step_seconds"]):
-        _fail(f"{where}.step_seconds", "as long as the other run's, and not empty")
     if run["full_steps"] > steps:
         _fail(f"{where}.full_steps", f"at most the number of steps, {steps}")
     if "repeats" in run and not run["repeats"]["seconds"]:

@@ -92,10 +92,10 @@ def _answer(run: dict[str, Any], different: list[int]) -> dict[str, Any]:
 
 def _time_rows(record: dict[str, Any], times: dict[str, Any]) -> list[tuple[str, list[float | None], float | None]]:
     """Name, seconds of each run, speed-up; first the timed phases, then what is not counted."""
-    runs = record["runs"]
+    runs, names = record["runs"], {phase: name for phase, (name, _) in PHASES.items()} | {"whole": "whole run"}
     rows = [
         (name, [times["seconds"][run["mode"]][phase] for run in runs], times["speedup"].get(phase))
-        for phase, name in {**PHASES, "whole": "whole run"}.items()
+        for phase, name in names.items()
     ]
     uncounted = {
         "compile, not counted": [run["compile_seconds"] + run["warmup_compile_seconds"] or None for run in runs],

@@ -10,8 +10,8 @@ LABELS = {"origin": "full attention", "sparsed": "SparseD"}
 def phases(run: dict[str, Any]) -> dict[str, float | None]:
     """Seconds of a run's full steps (without the selection), of the selection, and of its sparse steps.
 
-    The selection is None where no pattern was chosen, or where a lone full step leaves nothing to compare it with; its
-    time then counts among the full steps.
+    The selection is None where no pattern was chosen, or where there is no other full step to compare with; its time
+    then counts as that of a full step.
     """
     steps, n_full = run["step_seconds"], run["full_steps"]
     selection = run["selection_seconds"]
@@ -25,7 +25,7 @@ def phases(run: dict[str, Any]) -> dict[str, float | None]:
 
 
 def selection_seconds(step_seconds: list[float], n_full: int) -> float | None:
-    """How much longer the step that selects took than the median of the other full steps; None if there is no such."""
+    """How much longer the selecting step took than the median of the other full steps; None if there are none."""
     others = [seconds for seconds in step_seconds[: n_full - 1] if seconds > 0]  # a step that ran no model took 0.0
     if not others or n_full == len(step_seconds):
         return None
@@ -33,7 +33,7 @@ def selection_seconds(step_seconds: list[float], n_full: int) -> float | None:
 
 
 def typical(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of median time (of an even number, the faster of the middle two), with all of them as `repeats`.
+    """The median run by time (of an even number, the faster of the two middle ones), with all of them as `repeats`.
 
     `repeats` holds the `seconds` of each in the order they were run, their `median` (the chosen run's), their `spread`
     (slowest less fastest), and `same_tokens`: whether all made the same tokens. `compile_seconds` are those of all.
