@@ -37,8 +37,8 @@ class Call:
         sampler: how the family samples, with the number of new tokens and of steps.
         config: SparseD's settings, which nothing reads with --origin.
         text: the user's own prompt, None for a preset.
-        prompt: the preset, empty where the prompt is the user's own.
         prompt_option: the flag that gave the prompt.
+        prompt: the preset, empty if the prompt is the user's own.
         json, report: real paths.
     """
 
@@ -48,8 +48,8 @@ class Call:
     sampler: Settings
     config: SparseDConfig
     text: str | None
-    prompt: str
     prompt_option: str
+    prompt: str
     json: Path | None
     report: Path | None
     model_path: str | None
@@ -94,17 +94,16 @@ def parse(family: Family, argv: list[str] | None) -> Call:
             parser.error(f"argument --{name}: not allowed with argument --advise")
     if args.show and importlib.util.find_spec("rich") is None:
         parser.error('argument --show: rich is not installed (pip install ".[show]")')
-    files = {name: output_path(parser, f"--{name}", getattr(args, name)) for name in ("json", "report")}
-    for name, file in files.items():
-        check_apart(parser, f"--{name}", file, "--prompt_file", args.prompt_file)
-    check_apart(parser, "--report", files["report"], "--json", files["json"])
+    args.json, args.report = output_path(parser, "--json", args.json), output_path(parser, "--report", args.report)
+    check_apart(parser, "--json", args.json, "--prompt_file", args.prompt_file)
+    check_apart(parser, "--report", args.report, "--prompt_file", args.prompt_file)
+    check_apart(parser, "--report", args.report, "--json", args.json)
     given = next((name for name in ("prompt_text", "prompt_file") if getattr(args, name) is not None), "prompt")
     text = _own_prompt(parser, f"--{given}", args)
-    flags = vars(args) | {name: file and str(file) for name, file in files.items()}
-    prompt = "" if text is not None else args.prompt or DEFAULT_PROMPT
-    flags["prompt"] = prompt or None
-    made = {"prompt", *files}
-    plain = {field.name for field in fields(Call)} & flags.keys() - made
+    if text is None:
+        args.prompt = args.prompt or DEFAULT_PROMPT
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    plain = {field.name: getattr(args, field.name) for field in fields(Call) if field.name in flags}
     return Call(
         family=family,
         parser=parser,
@@ -112,11 +111,8 @@ def parse(family: Family, argv: list[str] | None) -> Call:
         sampler=sampler,
         config=SparseDConfig(args.skip, args.select, args.block_size, args.dense_answer),
         text=text,
-        prompt=prompt,
         prompt_option=f"--{given}",
-        json=files["json"],
-        report=files["report"],
-        **{name: flags[name] for name in plain},
+        **plain | {"prompt": args.prompt or ""},
     )
 
 

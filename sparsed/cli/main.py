@@ -68,12 +68,11 @@ def _generate(args: Call) -> None:
     with blame(args, args.source):
         model = load_model(path, device=args.device, dtype=args.dtype)
     load_seconds = time.perf_counter() - started
-    beyond = tokens > model.config.max_length
+    trained = model.config.max_length
     if not args.quiet:
         tell(_heading(args, tokens, model))
-        if beyond:
-            most = model.config.max_length
-            tell(f"warning: the prompt has {tokens} tokens, this model was trained on at most {most}")
+        if tokens > trained:
+            tell(f"warning: the prompt has {tokens} tokens, this model was trained on at most {trained}")
     with blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
     job = Job(model, tokenizer, prompt.input_ids, args)
@@ -85,8 +84,8 @@ def _generate(args: Call) -> None:
         stdout.say("\n".join(advice_lines(made["advice"], tokens, args.sampler.steps)))
     record = {
         **made,
-        "trained_length": model.config.max_length,
-        "beyond_trained_length": beyond,
+        "trained_length": trained,
+        "beyond_trained_length": tokens > trained,
         "load_seconds": load_seconds,
         "environment": environment(model.device, model.dtype),
         "arguments": {**args.flags, "model_path": path},

@@ -76,13 +76,9 @@ def first_forward(job: Job) -> float:
 
 
 def run_mode(job: Job, mode: str) -> dict[str, Any]:
-    """The warm-up runs of one mode, then the timed ones, of which the median run is kept.
+    """Do the warm-up runs and the timed runs of one mode: "origin" (full attention) or "sparsed".
 
-    Args:
-        mode: "origin" (full attention) or "sparsed".
-
-    Returns:
-        The run's part of the record, but for what needs the tokenizer.
+    Returns the median run's part of the record, without what needs the tokenizer.
     """
     args = job.args
     warmups = [run_once(job, mode, f"warm-up {number}/{args.warmup}, ") for number in range(1, args.warmup + 1)]

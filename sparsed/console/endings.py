@@ -38,7 +38,9 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     if ending and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        with _quiet_libraries():
+        _quiet_libraries()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             work()
     except SystemExit as stop:  # argparse's way to end
         return int(stop.code or 0)
@@ -94,15 +96,11 @@ def unbroken() -> Iterator[None]:
             signal.raise_signal(came)
 
 
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No advice and no warnings from the libraries: what the user should know, this module says."""
+def _quiet_libraries() -> None:
+    """No advice from the libraries: what the user should know, the commands say."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _estimate(error: BaseException) -> str:

@@ -142,19 +142,15 @@ def _check_lengths(run: dict[str, Any], first: dict[str, Any], where: str) -> No
     if written & run.keys():
         if not written <= run.keys():
             raise ValueError(f"{where} must hold all of history, pieces and answer_tokens, or none of them")
-        _check_history(run, tokens, steps, where)
+        if len(run["pieces"]) != tokens:
+            _fail(f"{where}.pieces", f"one text for each of the {tokens} tokens")
+        if run["answer_tokens"] > tokens:
+            _fail(f"{where}.answer_tokens", f"at most {tokens}")
+        positions = sorted(position for step in run["history"] for position, _, _ in step)
+        if len(run["history"]) != steps or positions != list(range(tokens)):
+            _fail(f"{where}.history", f"one list for each of the {steps} steps, with every position once")
     if run.get("pattern"):
         _check_pattern(run["pattern"], f"{where}.pattern")
-
-
-def _check_history(run: dict[str, Any], tokens: int, steps: int, where: str) -> None:
-    if len(run["pieces"]) != tokens:
-        _fail(f"{where}.pieces", f"one text for each of the {tokens} tokens")
-    if run["answer_tokens"] > tokens:
-        _fail(f"{where}.answer_tokens", f"at most {tokens}")
-    positions = sorted(position for step in run["history"] for position, _, _ in step)
-    if len(run["history"]) != steps or positions != list(range(tokens)):
-        _fail(f"{where}.history", f"one list for each of the {steps} steps, with every position once")
 
 
 def _check_pattern(pattern: dict[str, Any], where: str) -> None:

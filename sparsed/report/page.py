@@ -47,11 +47,13 @@ def _view(runs: list[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:
     tokens = compare_tokens(*runs) if compared and has_history else None
     times = compare_times(*runs) if compared else single_times(first)
     lines = [] if tokens is None else verdict(tokens, first["expected"], [run["answer_found"] for run in runs])
+    different = [] if tokens is None else tokens["different_positions"]
     return {
         "title": _title(record),
-        "facts": _facts(runs, tokens, times["speedup"]),
+        "tokens": tokens,
+        "speedup": times["speedup"],
         "verdict": [f"{line[0].upper()}{line[1:]}." for line in lines],
-        "answers": [_answer(run, [] if tokens is None else tokens["different_positions"]) for run in runs],
+        "answers": [stretches(run, different) if "pieces" in run else [(False, run["text"])] for run in runs],
         "labels": [LABELS[run["mode"]] for run in runs],
         "steps": step_chart(runs),
         "times": {"bars": time_bars(runs, times["seconds"]), "rows": _time_rows(record, times)},
@@ -67,27 +69,6 @@ def _title(record: dict[str, Any]) -> str:
     path = str(arguments.get("model_path", "a model"))
     model = f"{Path(path).name} demo checkpoint" if arguments.get("demo") else path
     return f"{model}: {' and '.join(LABELS[run['mode']] for run in record['runs'])}"
-
-
-def _facts(
-    runs: list[dict[str, Any]], tokens: dict[str, Any] | None, speedup: dict[str, float | None]
-) -> list[tuple[str, str]]:
-    """The few numbers that one looks for first: (name, value)."""
-    facts = [(f"seconds with {LABELS[run['mode']]}", f"{run['seconds']:.2f}") for run in runs]
-    for phase, name in (("whole", "whole run"), ("sparse_steps", "sparse steps")):
-        if speedup.get(phase) is not None:
-            facts.append((f"speed-up, {name}", f"{speedup[phase]:.2f}×"))
-    if tokens is not None:
-        facts.append(("of the tokens are the same", f"{tokens['tokens_equal'] / tokens['tokens']:.1%}"))
-    density = runs[-1]["density"]
-    if density is not None:
-        facts.append(("of the (query, key) pairs read in a sparse step", f"{density:.1%}"))
-    return facts
-
-
-def _answer(run: dict[str, Any], different: list[int]) -> dict[str, Any]:
-    parts = stretches(run, different) if "pieces" in run else [(False, run["text"])]
-    return {"label": LABELS[run["mode"]], "parts": parts, "run": run}
 
 
 def _time_rows(record: dict[str, Any], times: dict[str, Any]) -> list[tuple[str, list[float | None], float | None]]:

@@ -96,7 +96,6 @@ def _answer(view: View) -> list[Part]:
 
 
 def _appearance(token: Token | None) -> Part:
-    """What stands for a position."""
     if token is None:
         return MASK, "dim"
     if token.piece is None:
