@@ -7,20 +7,20 @@ pseudo-terminal, which another process empties. One thread: with so small a mode
 are those of the clock, with what a run's record leaves out.
 """
 
-import argparse
 import contextlib
 import os
 import pty
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from sparsed import load_model, load_tokenizer
 from sparsed.cli.arguments import parse
-from sparsed.cli.families import DREAM, LLADA
+from sparsed.cli.families import FAMILIES
 from sparsed.cli.progress import terminal
 from sparsed.cli.running import Job, run_once
 from sparsed.console.readers import whole
@@ -42,9 +42,9 @@ def pseudo_terminal() -> Iterator[None]:
 
 def seconds_of(job: Job, show: bool) -> float:
     """Seconds of one run of SparseD."""
-    watched = argparse.Namespace(**vars(job.args) | {"show": show})
+    job = replace(job, args=replace(job.args, show=show))
     begun = time.perf_counter()
-    run_once(Job(job.family, job.model, job.tokenizer, job.input_ids, watched), "sparsed")
+    run_once(job, "sparsed")
     return time.perf_counter() - begun
 
 
@@ -68,13 +68,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=whole(1), default=15, metavar="N", help="(default: %(default)s)")
     args = parse_arguments(parser, argv)
     torch.set_num_threads(1)
-    family = {"dream": DREAM, "llada": LLADA}[args.family]
     folder = str(demo_path(args.family))
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prompt = build_prompt("short_context", tokenizer)
-    job = Job(family, model, tokenizer, prompt.input_ids, parse(family, ["--demo"]))
+    job = Job(model, tokenizer, prompt.input_ids, parse(FAMILIES[args.family], ["--demo"]))
+    sampler = job.args.sampler
     record = new_record(parser, args, model.device, model.dtype)
-    record |= {"prompt_tokens": len(prompt.input_ids), "new_tokens": job.args.seq_len, "steps": job.args.steps}
+    record |= {"prompt_tokens": len(prompt.input_ids), "new_tokens": sampler.gen_length, "steps": sampler.steps}
     record |= measure(job, args.pairs)
     save(args.out, record)
     print(f"{args.family}: watching costs {record['cost']:.1%} of {record['plain_seconds']['median']:.2f} s")

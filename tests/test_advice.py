@@ -13,7 +13,7 @@ from tiny_folders import tiny_folder
 
 from sparsed import load_model
 from sparsed.cli import advice, arguments, main_dream, main_llada, running
-from sparsed.cli.advice import StepTimes, advice_lines, advise, break_even, steps_that_run, time_steps, whole_runs
+from sparsed.cli.advice import StepTimes, advice_lines, advise, break_even, time_steps, whole_runs
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.cli.running import Job
 from sparsed.patch import run_of
@@ -34,9 +34,7 @@ def make_job(request, checkpoints):
     """Makes the job of a call with these words, on a prompt of 100 tokens."""
     family = FAMILIES[request.param]
     model = load_model(checkpoints[request.param], device="cpu")
-    return lambda words="": Job(
-        family, model, None, [7] * 100, arguments.parse(family, ["--device", "cpu", *words.split()])
-    )
+    return lambda words="": Job(model, None, [7] * 100, arguments.parse(family, ["--device", "cpu", *words.split()]))
 
 
 def seconds_at(prompt_tokens):
@@ -89,7 +87,7 @@ def test_the_prompt_is_fitted_too_unless_it_is_short(make_job, monkeypatch, toke
 def test_the_length_and_the_command_agree_whatever_was_timed(prompt_tokens, seconds):
     """Noisy times must not end in advice that contradicts itself."""
     args = arguments.parse(DREAM, ["--device", "cpu"])
-    job = Job(DREAM, SimpleNamespace(device=torch.device("cpu")), None, [7] * prompt_tokens, args)
+    job = Job(SimpleNamespace(device=torch.device("cpu")), None, [7] * prompt_tokens, args)
     timed = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -160,7 +158,7 @@ def test_guidance_doubles_the_batch(checkpoints):
     shapes = []
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     args = arguments.parse(LLADA, ["--device", "cpu", "--cfg_scale", "1", "--seq_len", "32", "--block_size", "16"])
-    time_steps(Job(LLADA, model, None, [7] * 100, args), 100)
+    time_steps(Job(model, None, [7] * 100, args), 100)
     assert shapes == [(2, 132)] * 3
 
 
@@ -173,8 +171,8 @@ def test_the_steps_that_run_are_the_sampler_s(words, make_job):
             seen.append(step.ran)
 
     running.generate(job, Watcher())
-    assert steps_that_run(job) == seen
-    assert len(seen) == job.args.steps
+    assert [not idle for idle in job.args.sampler.idle] == seen
+    assert len(seen) == job.args.sampler.steps
 
 
 def test_idle_steps_take_no_time():
@@ -204,8 +202,8 @@ def test_the_command_describes_the_same_call(family, words):
     args = arguments.parse(family, [*shlex.split(words), "--advise", "--quiet"])
     command = shlex.split(advice.command_of(args, origin=False))
     again = arguments.parse(family, command[command.index(args.parser.prog) + 1 :])
-    ignored = {"advise": None, "quiet": None, "parser": None}
-    assert {**vars(again), **ignored} == {**vars(args), **ignored}
+    assert {**again.flags, "advise": True, "quiet": True} == args.flags
+    assert replace(again, flags=args.flags, parser=args.parser, advise=True, quiet=True) == args
     assert not again.advise and not again.quiet
     dense = shlex.split(advice.command_of(args, origin=True))
     assert "--origin" in dense and not {"--skip", "--backend"} & set(dense)

@@ -16,7 +16,7 @@ from tiny_folders import tiny_folder
 
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer, sampling
 from sparsed.chat import encode_chat
-from sparsed.cli import arguments, main_dream, main_llada, manual
+from sparsed.cli import arguments, flags, main_dream, main_llada
 from sparsed.cli import main as main_module
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.console import files
@@ -360,7 +360,7 @@ def test_help_is_complete(family, capsys):
 
 @pytest.mark.parametrize("family", [DREAM, LLADA], ids=lambda family: family.name)
 def test_the_readme_and_the_help_show_calls_that_work(family):
-    texts = [(ROOT / "README.md").read_text(), manual.EPILOG.format(script=family.script)]
+    texts = [(ROOT / "README.md").read_text(), flags.EPILOG.format(script=family.script)]
     for text in texts:
         calls = re.findall(rf"python {family.script}( .*)?", text)
         assert len(calls) >= 3

@@ -8,7 +8,7 @@ from tiny_folders import special_id, tiny_folder
 
 from sparsed import load_tokenizer
 from sparsed.chat import decode
-from sparsed.cli.history import Speller, history
+from sparsed.cli.recording import Speller, history
 
 
 @pytest.fixture(scope="module", params=["dream", "llada"])

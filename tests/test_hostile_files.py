@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from sparsed import chat
 from sparsed.chat import encode_chat
 from sparsed.cli import main_dream, main_llada
-from sparsed.cli.paths import LONGEST_PROMPT
+from sparsed.cli.arguments import LONGEST_PROMPT
 from sparsed.console.files import LARGEST_FILE
 from sparsed.models import load_tokenizer
 from sparsed.models.common import LARGEST, MOST_LAYERS

@@ -1,6 +1,5 @@
 """The estimate of a run's memory against the peaks that were measured, and what is said when it is too much."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from sparsed.cli import main as main_module
 from sparsed.cli import main_dream, main_llada, memory
 from sparsed.console import endings
 from sparsed.models.loading import GIB, weight_bytes
+from sparsed.sampling import settings_for
 
 MAIN = {"dream": main_dream, "llada": main_llada}
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -27,8 +27,10 @@ PEAKS = [
 ]
 
 
-def settings(device="cpu", seq_len=128, config=None, **more):
-    return argparse.Namespace(device=device, seq_len=seq_len, config=config, **more)
+def peak(model, tokens, device="cpu", seq_len=128, config=None, **more):
+    """The estimate for a generation in one block, whose number of steps does not count."""
+    family, shared = model.family, {"gen_length": seq_len, "steps": seq_len, "block_length": seq_len}
+    return memory.peak_bytes(model, settings_for(family, **shared, **more), config, torch.device(device), tokens)
 
 
 @pytest.mark.parametrize(
@@ -36,22 +38,20 @@ def settings(device="cpu", seq_len=128, config=None, **more):
     PEAKS,
     ids=[f"{record['family']}-{tokens}-{mode}" for record, tokens, mode, _ in PEAKS],
 )
-def test_the_estimate_is_near_the_peaks_on_the_h100(record, tokens, mode, measured, monkeypatch):
-    monkeypatch.setattr(memory, "resolve_device", lambda _: torch.device("cuda", 0))
+def test_the_estimate_is_near_the_peaks_on_the_h100(record, tokens, mode, measured):
     config = SparseDConfig(**record["config"]) if mode == "sparsed" else None
     # the benchmark generates in one block
-    args = settings("cuda:0", record["new_tokens"], config, block_length=record["new_tokens"])
     model = meta_model(record["family"]).to(torch.bfloat16)
-    assert memory.peak_bytes(model, args, tokens) == pytest.approx(measured, rel=0.04)
+    assert peak(model, tokens, "cuda:0", record["new_tokens"], config) == pytest.approx(measured, rel=0.04)
 
 
 def test_what_small_blocks_and_guidance_add():
     model = meta_model("llada").to(torch.bfloat16)
-    dense = memory.peak_bytes(model, settings(), 65536)
+    dense = peak(model, 65536)
     # 65,664 tokens are 2,052 blocks of 32, of which 615 of the prompt's 2,048 are kept, and 2 of the answer's 4
-    kept = memory.peak_bytes(model, settings(config=SparseDConfig(block_size=32)), 65536) - dense
+    kept = peak(model, 65536, config=SparseDConfig(block_size=32)) - dense
     assert kept == 32 * (2052 * 617 * 32 * 4 + 2052 * 2052 * 4)
-    guided = memory.peak_bytes(model, settings(cfg_scale=1.0), 65536)
+    guided = peak(model, 65536, cfg_scale=1.0)
     assert guided - weight_bytes(model) == 2 * (dense - weight_bytes(model))
 
 
@@ -67,14 +67,13 @@ def call(checkpoint, *words):
 
 def test_too_little_memory_is_said_before_loading(checkpoint, monkeypatch, capsys):
     model = main_module.empty_model(checkpoint[1])
-    args = settings(seq_len=32, config=SparseDConfig())
-    free = memory.peak_bytes(model, args, 16384)
+    free = peak(model, 16384, seq_len=32, config=SparseDConfig())
     monkeypatch.setattr(memory, "available_bytes", lambda *_, **__: free)
     monkeypatch.setattr(main_module, "load_model", lambda *_, **__: pytest.fail("loaded"))
     assert call(checkpoint, "--prompt", "64k") == endings.EXIT_OUT_OF_MEMORY
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    needed = memory.peak_bytes(model, args, 65536)
+    needed = peak(model, 65536, seq_len=32, config=SparseDConfig())
     assert f"about {needed / GIB:.1f} GiB" in err and f"cpu has {free / GIB:.1f} GiB free" in err
     assert "--prompt 16k is the largest preset that fits" in err
 

@@ -8,8 +8,8 @@ import pytest
 from records import END, made_up_record, made_up_run
 
 from sparsed.cli import main_llada
+from sparsed.report.__main__ import main as main_report
 from sparsed.report.charts import duration, layer_chart, step_chart, ticks
-from sparsed.report.command import main as main_report
 from sparsed.report.page import page
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;<!--\u2028{{ 7 * 7 }}"

@@ -20,7 +20,8 @@ from tiny_folders import tiny_folder
 
 from sparsed import load_tokenizer
 from sparsed.cli import main_dream, main_llada, progress
-from sparsed.cli.history import Speller
+from sparsed.cli.families import LLADA
+from sparsed.cli.recording import Speller
 from sparsed.report.view import END, MASK
 from sparsed.sampling.common import Step
 
@@ -194,7 +195,7 @@ def test_the_benchmark_runs_both_in_turn_on_a_terminal(monkeypatch):
         print("something to read", file=sys.stderr)
 
     monkeypatch.setattr(benchmark, "run_once", run_once)
-    found = benchmark.measure(benchmark.Job(None, None, None, [], SimpleNamespace(show=False)), pairs=2)
+    found = benchmark.measure(benchmark.Job(None, None, [], benchmark.parse(LLADA, ["--demo"])), pairs=2)
     assert runs == [(True, True, "sparsed"), (False, True, "sparsed")] * 3
     assert found["shown_seconds"]["count"] == found["plain_seconds"]["count"] == 2
 

@@ -11,7 +11,7 @@ from standins import LLADA, tiny_llada
 
 from sparsed import SparseDConfig, sparsify
 from sparsed.blocks import BlockGrid, Pattern
-from sparsed.cli.choices import Choices
+from sparsed.cli.recording import Choices
 from sparsed.watching import pooled, watched
 
 

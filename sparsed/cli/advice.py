@@ -1,6 +1,5 @@
 """`--advise`: time single steps, and say what a whole run would take with full attention and with SparseD."""
 
-import argparse
 import math
 import shlex
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from ..backends.flash import FLASH_FROM
+from ..patch import sparsify
 from ..run import FULL
 from ..sampling.common import Step
 from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
-from .choices import Choices
+from ..watching import watched
+from .arguments import Call
 from .progress import bar
-from .running import Job, StepClock, sparsified
+from .recording import Choices
+from .running import Job, StepClock
 
 # prompt tokens of the shorter measurement: on a GPU, those from which on the kernels are the ones of long prompts
 SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
@@ -24,8 +26,8 @@ SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
 REPLAYED_STEPS = 3
 # the flags of SparseD, which mean nothing to full attention
 SPARSED = ("skip", "select", "block_size", "dense_answer", "backend")
-# beside the paper's rule, dense answer rows are timed with as many blocks, nearer to full attention, and with half as
-# many, as near to it; below FEWEST nothing vouches for that (README, "Dense answer rows")
+# dense answer rows are timed with as many blocks as the paper's rule keeps (nearer to full attention), and with half as
+# many (as near to it); below the share FEWEST no measurement supports that (README, "Dense answer rows")
 FEWER_BLOCKS, FEWEST = (1, 2), 0.1
 
 
@@ -44,7 +46,7 @@ class StepTimes:
 def fitted_lengths(prompt_tokens: int, device: torch.device) -> tuple[int, int]:
     """Prompt tokens of the two measurements that tell from which length on SparseD pays: one at least twice the other.
 
-    The prompt's own length is one of them, unless it is too short to tell of longer ones.
+    The prompt's own length is one of them, unless it is too short to say anything about longer ones.
     """
     short = SHORT_ON_GPU if device.type == "cuda" else SHORT
     if prompt_tokens >= 2 * short:
@@ -59,25 +61,25 @@ def advise(job: Job) -> dict[str, Any]:
     Returns:
         `steps`, the times at each length; `steps_that_run`, how many of the whole run's steps call the model;
         `origin_seconds` and `sparsed_seconds` of the whole run; `fitted_prompt_tokens`, the `fitted_lengths`;
-        `pays_from`, the prompt tokens from which on SparseD is faster (not below the shortest that was timed), None if
-        nothing shows that it ever is; `command`, which runs what is faster of the two; `dense_answer`, what runs with
-        dense answer rows would take, each with its own command; none if the job has them itself.
+        `pays_from`, the shortest prompt for which SparseD is faster (not below the shortest that was timed), None if
+        nothing shows that it ever is; `command`, which runs the faster of the two; `dense_answer`, the same for runs
+        with dense answer rows, unless the call has them itself.
 
     Raises:
         BackendError: the named backend cannot run.
         FloatingPointError: the model's logits are not finite.
     """
-    args, prompt_tokens = job.args, len(job.input_ids)
+    args, sampler, prompt_tokens = job.args, job.args.sampler, len(job.input_ids)
     short, long = fitted_lengths(prompt_tokens, job.model.device)
     lengths = sorted({short, long, prompt_tokens})
     for length in lengths[: lengths.index(short) + 1]:  # the first use of a kernel compiles it
         time_steps(job, length)
     times = {length: time_steps(job, length) for length in lengths}
-    ran, n_full = steps_that_run(job), args.config.n_full(args.steps)
+    ran, n_full = [not idle for idle in sampler.idle], args.config.n_full(sampler.steps)
     runs = {length: whole_runs(found, ran, n_full) for length, found in times.items()}
     origin, sparsed = runs[prompt_tokens]
-    beyond = break_even(*((length + args.seq_len, runs[length][0] - runs[length][1]) for length in (short, long)))
-    pays_from = None if beyond is None else max(short, math.ceil(beyond) - args.seq_len)
+    beyond = break_even(*((length + sampler.gen_length, runs[length][0] - runs[length][1]) for length in (short, long)))
+    pays_from = None if beyond is None else max(short, math.ceil(beyond) - sampler.gen_length)
     if sparsed < origin:  # what was timed counts more than what follows from it
         pays_from = min(pays_from or prompt_tokens, prompt_tokens)
     return {
@@ -93,40 +95,43 @@ def advise(job: Job) -> dict[str, Any]:
 
 
 def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, Any]]:
-    """What whole runs with dense answer rows would take, whose full steps are as long as the job's own."""
-    found, given = [], job.args.config
-    shares = [given.select / fewer for fewer in FEWER_BLOCKS]
-    for select in shares if own.backend != FULL and not given.dense_answer else ():
+    """What whole runs with dense answer rows would take; their full steps last as long as the job's own."""
+    found: list[dict[str, Any]] = []
+    given = job.args.config
+    if own.backend == FULL or given.dense_answer:
+        return found
+    for select in (given.select / fewer for fewer in FEWER_BLOCKS):
         if select < FEWEST:
             continue
         config = replace(given, select=select, dense_answer=True)
-        other = _changed(job, config=config, select=select, dense_answer=True)
-        times = time_steps(other, own.prompt_tokens)
-        seconds = whole_runs(replace(times, full=own.full), ran, config.n_full(job.args.steps))[1]
-        command = command_of(other.args, origin=False)
-        found.append({**asdict(times), "select": config.select, "seconds": seconds, "command": command})
+        times = time_steps(replace(job, args=replace(job.args, config=config)), own.prompt_tokens)
+        seconds = whole_runs(replace(times, full=own.full), ran, config.n_full(len(ran)))[1]
+        command = command_of(job.args, origin=False, select=select, dense_answer=True)
+        found.append({**asdict(times), "select": select, "seconds": seconds, "command": command})
     return found
 
 
 @torch.no_grad()
 def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     """Time one step of each kind, the real forward without sampling, on the prompt repeated or cut to that length."""
-    model, device = job.model, job.model.device
+    model, device, args, sampler = job.model, job.model.device, job.args, job.args.sampler
     ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=device)
-    canvas = F.pad(ids, (0, job.args.seq_len), value=model.config.mask_token_id)
-    settings = job.family.settings(job.args)
-    if settings.cfg_scale:
+    canvas = F.pad(ids, (0, sampler.gen_length), value=model.config.mask_token_id)
+    if sampler.cfg_scale:
         canvas = canvas.repeat(2, 1)
     # as many as the first step of a generation reads
-    rows = prompt_tokens - 1 + torch.arange(settings.most_rows, device=device)
+    rows = prompt_tokens - 1 + torch.arange(sampler.most_rows, device=device)
     each = REPLAYED_STEPS if canvas.numel() <= REPLAYED_TOKENS and device.type == "cuda" else 1
-    few = _with_steps(job, full=each + 1, sparse=each)
-    shown = bar(few.args.steps, f"{prompt_tokens} tokens, ", few.args.quiet)
-    with sparsified(few, Choices()) as run, shown as show:
+    steps = 2 * each + 1  # the full ones, one that chooses the blocks, the sparse ones
+    config = replace(args.config, skip=(each + 1) / steps)
+    sparsed = sparsify(
+        model, config, steps=steps, gen_length=sampler.gen_length, backend=args.backend, rule=watched(Choices())
+    )
+    with sparsed as run, bar(steps, f"{prompt_tokens} tokens, ", args.quiet) as show:
         denoiser = Denoiser(model, None, prompt_tokens - 1, len(rows))
         clock = StepClock(device, run, show)
         clock.start()
-        for index in range(few.args.steps):
+        for index in range(steps):
             denoiser(canvas, rows)
             clock.tick(Step(index, ran=True))
         denoiser.check()
@@ -134,24 +139,8 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
         return StepTimes(prompt_tokens, seconds[each - 1], seconds[each], seconds[-1], run.density, run.backend)
 
 
-def _with_steps(job: Job, full: int, sparse: int) -> Job:
-    """The job with so many steps of each kind; the last full one chooses the blocks."""
-    steps = full + sparse
-    return _changed(job, steps=steps, config=replace(job.args.config, skip=full / steps))
-
-
-def _changed(job: Job, **values: Any) -> Job:
-    """The job with other arguments."""
-    return replace(job, args=argparse.Namespace(**{**vars(job.args), **values}))
-
-
-def steps_that_run(job: Job) -> list[bool]:
-    """Which steps of a whole run call the model: at temperature 0, those that commit nothing do not."""
-    return [not idle for idle in job.family.settings(job.args).idle]
-
-
 def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, float]:
-    """Seconds of whole runs, full attention's and SparseD's, whose first `n_full` steps are full.
+    """Seconds of a whole run with full attention, and of one with SparseD that begins with `n_full` full steps.
 
     Args:
         ran: which of the steps call the model; the one that chooses the blocks always does.
@@ -165,8 +154,8 @@ def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, f
 def break_even(shorter: tuple[int, float], longer: tuple[int, float]) -> float | None:
     """The length beyond which a run saves time, from the seconds saved at two lengths; None if there is none.
 
-    What sparse attention saves grows with the length's square, what it costs beside with the length: seconds saved =
-    a * length + b * length ** 2.
+    Sparse attention saves in proportion to the square of the length, and costs in proportion to the length: seconds
+    saved = a * length + b * length ** 2.
     """
     (one, saved_one), (other, saved_other) = shorter, longer
     square = (saved_other / other - saved_one / one) / (other - one)
@@ -176,7 +165,7 @@ def break_even(shorter: tuple[int, float], longer: tuple[int, float]) -> float |
 
 
 def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list[str]:
-    """The advice, for people."""
+    """The advice as it is printed."""
     own = next(found for found in advice["steps"] if found["prompt_tokens"] == prompt_tokens)
     origin, sparsed, pays_from = advice["origin_seconds"], advice["sparsed_seconds"], advice["pays_from"]
     short, long = advice["fitted_prompt_tokens"]
@@ -198,9 +187,8 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     if pays_from is None:
         lines.append("nothing shows that SparseD would pay with these settings, however long the prompt")
     else:
-        least = (
-            f"{pays_from} prompt tokens on or fewer" if pays_from <= short else f"about {pays_from} prompt tokens on"
-        )
+        about, fewer = ("", " or fewer") if pays_from <= short else ("about ", "")
+        least = f"{about}{pays_from} prompt tokens on{fewer}"
         lines.append(f"with these settings SparseD pays from {least}, as steps at {short} and {long} tokens tell")
     others = advice["dense_answer"]
     for other in others:
@@ -216,17 +204,20 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     return lines
 
 
-def command_of(args: argparse.Namespace, *, origin: bool) -> str:
-    """The command that runs what `args` of `parse` describe, with full attention or SparseD; defaults are left out.
+def command_of(args: Call, *, origin: bool, **changes: Any) -> str:
+    """The command that runs the call with full attention or SparseD; flags with their default value are left out.
 
     Flags that only say what becomes of the output are left out too, and those of SparseD with full attention.
+
+    Args:
+        changes: flags to be given another value.
     """
-    values = {**vars(args), "advise": False, "json": None, "quiet": False, "origin": origin}
+    parser = args.parser
+    values = {**args.flags, **changes, "advise": False, "json": None, "quiet": False, "origin": origin}
     if origin:
-        values |= {name: args.parser.get_default(name) for name in SPARSED}
-    script = args.parser.prog
-    words = ["python", script] if script.endswith(".py") else [script]
-    for action in args.parser._actions:
+        values |= {name: parser.get_default(name) for name in SPARSED}
+    words = ["python", parser.prog] if parser.prog.endswith(".py") else [parser.prog]
+    for action in parser._actions:
         value = values.get(action.dest, action.default)
         if value != action.default:
             words += action.option_strings if value is True else [action.option_strings[0], str(value)]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..console.endings import unbroken
 from ..report.view import Token, View, drawn
 from ..sampling.common import Step
-from .history import Speller
+from .recording import Speller
 
 if TYPE_CHECKING:  # rich is optional
     from rich.console import Console
@@ -97,21 +97,15 @@ class Answer:
         self.newest = set(new) or self.newest
 
     def tokens(self) -> list[Token | None]:
-        """Of every position, None where it is masked."""
-        tokens: list[Token | None] = []
+        """Of every position, None where it is masked; committed neighbours are spelt together."""
+        tokens: list[Token | None] = [None] * self._length
         for committed, group in groupby(range(self._length), self._committed.__contains__):
-            positions = list(group)
-            tokens += self._spelt(positions) if committed else [None] * len(positions)
+            positions = list(group) if committed else []
+            pieces = self._speller.pieces([self._committed[position][0] for position in positions])
+            for position, piece in zip(positions, pieces, strict=True):
+                token, probability = self._committed[position]
+                tokens[position] = Token(None if token in self._stops else piece, probability)
         return tokens
-
-    def _spelt(self, positions: list[int]) -> list[Token]:
-        """The tokens of committed positions side by side."""
-        ids, probabilities = zip(*map(self._committed.__getitem__, positions), strict=True)
-        pieces = self._speller.pieces(list(ids))
-        return [
-            Token(None if token in self._stops else piece, probability)
-            for token, piece, probability in zip(ids, pieces, probabilities, strict=True)
-        ]
 
 
 class Screen:

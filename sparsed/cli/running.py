@@ -1,8 +1,7 @@
 """Running one mode (full attention or SparseD) once, timed, while a bar or the answer itself shows the progress."""
 
-import argparse
-import contextlib
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +12,23 @@ from torch import Tensor
 from .. import sampling
 from ..chat import stop_ids
 from ..models.common import DiffusionLM
-from ..patch import sparsify
 from ..report.summary import LABELS, selection_seconds, typical
 from ..run import FULL, Run, synchronize
-from ..sampling.common import Step
+from ..sampling.common import Step, attention_of
 from ..watching import watched
-from .choices import Choices
-from .families import Family
-from .history import Speller, history
+from .arguments import Call
 from .progress import Answer, Show, bar, screen, terminal
+from .recording import Choices, Speller, history
 
 
 @dataclass(frozen=True)
 class Job:
     """What every run of one call of a script shares."""
 
-    family: Family
     model: DiffusionLM
     tokenizer: Any
     input_ids: list[int]
-    args: argparse.Namespace
+    args: Call
 
 
 class StepClock:
@@ -70,26 +66,19 @@ class StepClock:
 
 @torch.no_grad()
 def first_forward(job: Job) -> float:
-    """Seconds of one untimed forward, so that the first timed run does not pay for the libraries' start."""
+    """Seconds of one forward, so that no timed run pays for the libraries' start."""
     started = time.perf_counter()
     ids = torch.tensor([job.input_ids], device=job.model.device)
-    ids = F.pad(ids, (0, job.args.seq_len), value=job.model.config.mask_token_id)
+    ids = F.pad(ids, (0, job.args.sampler.gen_length), value=job.model.config.mask_token_id)
     job.model(ids, first_row=ids.shape[1] - 1)
     synchronize(ids.device)
     return time.perf_counter() - started
 
 
 def run_mode(job: Job, mode: str) -> dict[str, Any]:
-    """The warm-up runs of one mode, then those that are timed, of which the one of median time counts.
+    """Do the warm-up runs and the timed runs of one mode: "origin" (full attention) or "sparsed".
 
-    Args:
-        mode: "origin" (full attention) or "sparsed".
-
-    Returns:
-        The run's part of the record, but for what needs the tokenizer.
-
-    Raises:
-        ValueError: a setting that the model or the device cannot do.
+    Returns the median run's part of the record, without what needs the tokenizer.
     """
     args = job.args
     warmups = [run_once(job, mode, f"warm-up {number}/{args.warmup}, ") for number in range(1, args.warmup + 1)]
@@ -101,17 +90,21 @@ def run_mode(job: Job, mode: str) -> dict[str, Any]:
 
 
 def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
-    """Generate once, seeded anew; seconds are without compilation, and cover forwards and sampling alone."""
+    """Generate once from the call's seed; seconds are of forwards and sampling only, without compilation."""
     args, device = job.args, job.model.device
-    n_full = args.steps if mode == "origin" else args.config.n_full(args.steps)
-    choices = Choices()
-    with contextlib.ExitStack() as stack:
-        run = stack.enter_context(sparsified(job, choices)) if mode == "sparsed" else None
-        clock = StepClock(device, run, stack.enter_context(_progress(job, mode, label)))
-        _reset_peak_memory(device)
+    steps, gen_length, choices = args.sampler.steps, args.sampler.gen_length, Choices()
+    config = args.config if mode == "sparsed" else None
+    attention = attention_of(job.model, config, steps, gen_length, backend=args.backend, rule=watched(choices))
+    # all if the model is on one, for it may be spread; elsewhere nothing counts what PyTorch holds
+    gpus = range(torch.cuda.device_count() if device.type == "cuda" else 0)
+    with attention as run, _progress(job, mode, label) as show:
+        clock = StepClock(device, run, show)
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
         clock.start()
         output = generate(job, clock)
         token_ids = output[0, len(job.input_ids) :].tolist()
+        n_full = steps if config is None else config.n_full(steps)
         chose = run is not None and run.backend != FULL
         return {
             "mode": mode,
@@ -126,49 +119,25 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
             "layers": choices.layers(),
             "pattern": choices.pattern(),
             "history": history(clock.steps, token_ids, len(job.input_ids)),
-            "peak_memory_bytes": _peak_memory(device),
+            "peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
             "backend": None if run is None else run.backend,
             "backend_reason": None if run is None else run.backend_reason,
         }
 
 
 def generate(job: Job, clock: StepClock) -> Tensor:
-    """One call of the family's sampler with the script's settings; returns [1, prompt + generated] ids."""
-    args, device = job.args, job.model.device
+    """One call of the sampler as the script's flags say; returns [1, prompt + generated] ids."""
+    device = job.model.device
     input_ids = torch.tensor([job.input_ids], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    settings = job.family.settings(args)
-    return sampling.generate(job.model, input_ids, settings, generator=generator, on_step=clock.tick)
+    generator = torch.Generator(device).manual_seed(job.args.seed)
+    return sampling.generate(job.model, input_ids, job.args.sampler, generator=generator, on_step=clock.tick)
 
 
-def sparsified(job: Job, choices: Choices) -> contextlib.AbstractContextManager[Run]:
-    """SparseD inside the job's model; `choices` note what every layer chooses."""
-    args = job.args
-    shared = {"steps": args.steps, "gen_length": args.seq_len, "backend": args.backend}
-    return sparsify(job.model, args.config, rule=watched(choices), **shared)
-
-
-def _progress(job: Job, mode: str, label: str) -> contextlib.AbstractContextManager[Show]:
-    args, config = job.args, job.model.config
-    console = terminal() if args.show else None
+def _progress(job: Job, mode: str, label: str) -> AbstractContextManager[Show]:
+    sampler, config = job.args.sampler, job.model.config
+    console = terminal() if job.args.show else None
     if console is None:
-        return bar(args.steps, label, args.quiet)
+        return bar(sampler.steps, label, job.args.quiet)
     stops = stop_ids(config, job.tokenizer)
-    answer = Answer(args.seq_len, len(job.input_ids), config.mask_token_id, stops, Speller(job.tokenizer))
-    return screen(console, label + LABELS[mode], args.steps, answer)
-
-
-def _gpus(device: torch.device) -> range:
-    """All GPUs if the model is on one, for it may be spread over several."""
-    return range(torch.cuda.device_count() if device.type == "cuda" else 0)
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    for index in _gpus(device):
-        torch.cuda.reset_peak_memory_stats(index)
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Bytes that PyTorch held at most on the GPUs during the run; None elsewhere, where nobody counts them."""
-    peaks = [torch.cuda.max_memory_allocated(index) for index in _gpus(device)]
-    return sum(peaks) if peaks else None
+    answer = Answer(sampler.gen_length, len(job.input_ids), config.mask_token_id, stops, Speller(job.tokenizer))
+    return screen(console, label + LABELS[mode], sampler.steps, answer)

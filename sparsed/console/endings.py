@@ -9,6 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import huggingface_hub
 import torch
@@ -37,14 +38,16 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     if ending and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        with _quiet_libraries():
+        _quiet_libraries()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             work()
     except SystemExit as stop:  # argparse's way to end
         return int(stop.code or 0)
     except StdoutLost as lost:
-        if isinstance(lost.fault, BrokenPipeError):  # the reader has left, as `head` does
+        if isinstance(lost.__cause__, BrokenPipeError):  # the reader has left, as `head` does
             return EXIT_BROKEN_PIPE
-        tell(f"{program}: error: cannot write to stdout: {lost.fault.strerror}")
+        tell(f"{program}: error: cannot write to stdout: {lost}")
         return EXIT_WRONG
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -58,11 +61,16 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     return 0
 
 
+class Parsed(Protocol):
+    """The values of a command line's flags, with the parser that words its errors."""
+
+    @property
+    def parser(self) -> argparse.ArgumentParser: ...
+
+
 @contextlib.contextmanager
-def blame(
-    args: argparse.Namespace, option: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)
-) -> Iterator[None]:
-    """Turn these errors of the library into a wrong-call line about `option`."""
+def blame(args: Parsed, option: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+    """Turn these errors of the library into a line about `option`, and exit code 2."""
     try:
         yield
     except errors as error:
@@ -88,15 +96,11 @@ def unbroken() -> Iterator[None]:
             signal.raise_signal(came)
 
 
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No advice and no warnings from the libraries: what the user should know, this module says."""
+def _quiet_libraries() -> None:
+    """No advice from the libraries: what the user should know, the commands say."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _estimate(error: BaseException) -> str:

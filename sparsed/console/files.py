@@ -10,7 +10,7 @@ from typing import Any
 
 from .readers import shown
 
-# bytes, far above a record or a file of tasks
+# bytes, far more than a record or a file of tasks has
 LARGEST_FILE = 2**28
 
 
@@ -46,15 +46,8 @@ def check_apart(
 
 
 def text_of(name: str, *, encoding: str = "utf-8", most: int = LARGEST_FILE, streams: tuple[str, ...] = ()) -> str:
-    """The text of an ordinary file that the user named.
-
-    Args:
-        encoding: UTF-8, with a byte order mark or without.
-        most, streams: as for `bytes_of`.
-
-    Raises:
-        ValueError: in one line, why there is none.
-    """
+    """The text of a file that the user named; `encoding` is UTF-8 with or without a byte order mark, the rest as for
+    `bytes_of`."""
     try:
         return bytes_of(name, most=most, streams=streams).decode(encoding)
     except UnicodeDecodeError as error:
@@ -66,7 +59,7 @@ def bytes_of(name: str, *, most: int = LARGEST_FILE, streams: tuple[str, ...] = 
 
     Args:
         most: bytes that it may have.
-        streams: what the names of other files that are read too begin with.
+        streams: beginnings of names that are read although they are no ordinary files.
 
     Raises:
         ValueError: in one line, why there is none.
@@ -93,20 +86,12 @@ def temporary_beside(path: Path) -> Path:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write the record, whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Write the record, as `write_text` does."""
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Write a file whole or not at all; raises OSError where the folder cannot be written to."""
     with replacing(path) as temporary:
         # a file name that is not UTF-8 holds lone surrogates; with a backslash they are JSON's own escapes
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -114,11 +99,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file so that it is there whole or not at all: it gets its name at the end.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Where to write a file so that it is there whole or not at all: it gets its name at the end."""
     temporary = temporary_beside(path)
     try:
         yield temporary

@@ -10,7 +10,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 class Manual(argparse.RawDescriptionHelpFormatter):
-    """Help in which a text of one line is wrapped, and one that has lines already is left as it is."""
+    """Help that wraps a text of one line, and leaves one that has lines already as it is."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text.strip():
@@ -45,3 +45,8 @@ class PrintCompletion(argparse.Action):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
         Stdout().say(shtab.complete(parser, shell=shell))
         parser.exit(0)
+
+
+def add_value(group: Any, name: str, text: str, default: object, **more: Any) -> None:
+    """Add a flag with a value to a parser or a group of it; its help is the text and the default."""
+    group.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **more)

@@ -21,10 +21,9 @@ def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
 
     def read(word: str) -> int:
         number = _convert(int, word)
-        if number < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, got {shown(word)}")
-        if number > high:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at most {high}, got {shown(word)}")
+        if not low <= number <= high:
+            bound = f"at least {low}" if number < low else f"at most {high}"
+            raise _wrong(word, f"a whole number of {bound}")
         return number
 
     return read
@@ -38,7 +37,7 @@ def number_in(low: float, high: float, above: bool = False) -> Callable[[str], f
         if not math.isfinite(number) or number < low or number > high or (above and number == low):
             lower = f"above {low}" if above else f"at least {low}"
             upper = "" if math.isinf(high) else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be a number {lower}{upper}, got {shown(word)}")
+            raise _wrong(word, f"a number {lower}{upper}")
         return number
 
     return read
@@ -68,7 +67,7 @@ def some_of(allowed: Iterable[str]) -> Callable[[str], list[str]]:
 
     def name(word: str) -> str:
         if word not in allowed:
-            raise argparse.ArgumentTypeError(f"must be some of {', '.join(allowed)}, got {shown(word)}")
+            raise _wrong(word, f"some of {', '.join(allowed)}")
         return word
 
     return list_of(name)
@@ -78,8 +77,11 @@ def _convert(kind: Callable[[str], Number], word: str) -> Number:
     try:
         return kind(word)
     except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {what}, got {shown(word)}") from None
+        raise _wrong(word, "a whole number" if kind is int else "a number") from None
+
+
+def _wrong(word: str, right: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"must be {right}, got {shown(word)}")
 
 
 def shown(word: str) -> str:
@@ -105,7 +107,7 @@ def path(word: str) -> Path:
 def device(word: str) -> str:
     """A reader of devices that this machine has."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", word):
-        raise argparse.ArgumentTypeError(f"must be auto, cuda, cuda:N, cpu or mps, got {shown(word)}")
+        raise _wrong(word, "auto, cuda, cuda:N, cpu or mps")
     try:
         resolve_device(word)
     except ValueError as error:

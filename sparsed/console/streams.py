@@ -10,11 +10,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class StdoutLost(Exception):
-    """Stdout did not take what was printed; `fault` is the system's error."""
-
-    def __init__(self, fault: OSError):
-        super().__init__(fault.strerror)
-        self.fault = fault
+    """Stdout did not take what was printed; the cause is the system's error."""
 
 
 def printable(text: str) -> str:
@@ -29,7 +25,7 @@ def one_line(text: str) -> str:
 
 
 def tell(text: str) -> None:
-    """Print to stderr, `printable`; a stderr that cannot be written to takes nothing, as a closed one does."""
+    """Print to stderr, `printable`; if stderr is closed or cannot be written to, print nothing."""
     try:
         _say(printable(text), sys.stderr)
     except OSError:
@@ -40,7 +36,7 @@ class Stdout:
     """Prints to stdout: to a terminal `printable`, elsewhere what is given.
 
     Args:
-        keep_going: let an error wait for `finish`, for there is more to do than to print.
+        keep_going: an error waits for `finish`, because there is more to do than to print.
     """
 
     def __init__(self, keep_going: bool = False):
@@ -60,11 +56,11 @@ class Stdout:
     def finish(self) -> None:
         """Raise `StdoutLost` if stdout did not take everything."""
         if self.fault is not None:
-            raise StdoutLost(self.fault) from self.fault
+            raise StdoutLost(self.fault.strerror) from self.fault
 
 
 def settle() -> None:
-    """Let go of what the streams could not take: at exit Python writes it once more, which must not fail again."""
+    """Drop what the streams could not take, lest Python fails when it writes it once more at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -74,7 +70,7 @@ def settle() -> None:
 
 
 def _say(text: str, stream: TextIO | None) -> None:
-    """Print, with ? for what the stream's encoding does not have; a closed stream is None and takes nothing."""
+    """Print, with ? for what the stream's encoding lacks; a closed stream is None and takes nothing."""
     if stream is None:
         return
     encoding = stream.encoding or "utf-8"

@@ -3,20 +3,19 @@
 import math
 from typing import Any
 
-from .summary import LABELS, phases
+from .summary import LABELS
 
-PHASES = {"full_steps": "full steps", "selection": "selection", "sparse_steps": "sparse steps"}
-# what a step of each phase computes
-COMPUTED = {
-    "full_steps": "full attention",
-    "selection": "full attention and selection",
-    "sparse_steps": "sparse attention",
+# the name of each phase, and what its steps compute
+PHASES = {
+    "full_steps": ("full steps", "full attention"),
+    "selection": ("selection", "full attention and selection"),
+    "sparse_steps": ("sparse steps", "sparse attention"),
 }
 SHORTEST = 1e-6  # seconds that a scale spans at least
 
 
 def duration(seconds: float) -> str:
-    """A time for people, with about three digits."""
+    """A time as it is shown, with about three digits."""
     if seconds < 1:
         return f"{1000 * seconds:.1f} ms" if seconds < 0.01 else f"{1000 * seconds:.0f} ms"
     return f"{seconds:.2f} s" if seconds < 100 else f"{seconds:,.0f} s"
@@ -39,7 +38,7 @@ def step_chart(runs: list[dict[str, Any]]) -> dict[str, Any]:
     marks = ticks(max(SHORTEST, *(max(run["step_seconds"]) for run in runs)))
     rows: list[dict[str, Any]] = [{"label": LABELS[run["mode"]], "bars": _step_bars(run, marks[-1])} for run in runs]
     drawn = {bar["phase"] for row in rows for bar in row["bars"]}
-    legend = [(phase, text) for phase, text in COMPUTED.items() if phase in drawn]
+    legend = [(phase, text) for phase, (_, text) in PHASES.items() if phase in drawn]
     return {"ticks": _tick_marks(marks, duration), "rows": rows, "legend": legend}
 
 
@@ -90,7 +89,7 @@ def time_bars(runs: list[dict[str, Any]], seconds: dict[str, dict[str, float | N
     bars = []
     for run in runs:
         parts, left = [], 0.0
-        for phase, name in PHASES.items():
+        for phase, (name, _) in PHASES.items():
             share = max(0.0, seconds[run["mode"]][phase] or 0.0) / longest
             # of full attention's steps, those that SparseD makes sparse are full too
             kind = "full_steps" if run["mode"] == "origin" else phase
@@ -99,8 +98,3 @@ def time_bars(runs: list[dict[str, Any]], seconds: dict[str, dict[str, float | N
             left += share
         bars.append({"label": LABELS[run["mode"]], "total": duration(run["seconds"]), "parts": parts})
     return bars
-
-
-def times_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Seconds of each phase by mode, for a run without another to compare it with."""
-    return {run["mode"]: {**phases(run), "whole": run["seconds"]} for run in runs}

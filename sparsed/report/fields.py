@@ -2,12 +2,74 @@
 
 import base64
 import math
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-Check = Callable[[Any, str], None]
 LARGEST = 1e15  # of any number: a float holds all whole ones up to it
 ROUNDING = 1e-5  # by which a share, a mean of float32 values, may exceed 1
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a range."""
+
+    low: float = 0
+    high: float = LARGEST
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A value of a type, and what an error line calls it."""
+
+    kind: type
+    what: str
+
+
+@dataclass(frozen=True)
+class OrNull:
+    """Something of that shape, or null."""
+
+    shape: Any
+
+
+WHOLE, SECONDS, SHARE, SIZE = Number(whole=True), Number(), Number(high=1), Number(1, whole=True)
+TEXT, FLAG, MODE = Kind(str, "a text"), Kind(bool, "true or false"), Kind(str, "'origin' or 'sparsed'")
+SIZES = ("block_size", "tokens", "query_blocks", "key_blocks", "rows", "columns", "layers", "heads")
+RUN = {
+    "mode": MODE,
+    "token_ids": [WHOLE],
+    "prompt_tokens": WHOLE,
+    "text": TEXT,
+    "expected": OrNull(TEXT),
+    "answer_found": OrNull(FLAG),
+    "seconds": SECONDS,
+    "step_seconds": [SECONDS],
+    "full_steps": WHOLE,
+    "selection_seconds": OrNull(Number(-LARGEST)),
+    "compile_seconds": SECONDS,
+    "warmup_seconds": [SECONDS],
+    "warmup_compile_seconds": SECONDS,
+    "density": OrNull(SHARE),
+    "backend": OrNull(TEXT),
+    "backend_reason": OrNull(TEXT),
+    # what earlier versions did not record
+    "repeats?": {"seconds": [SECONDS], "same_tokens": FLAG},
+    "history?": [[(WHOLE, WHOLE, OrNull(SHARE))]],
+    "pieces?": [TEXT],
+    "answer_tokens?": WHOLE,
+    "layers?": OrNull([{"density": SHARE, "recall": SHARE}]),
+    "pattern?": OrNull({**dict.fromkeys(SIZES, SIZE), "prompt_tokens": WHOLE, "cells": TEXT}),
+}
+RECORD = {
+    "runs": [RUN],
+    "trained_length": WHOLE,
+    "beyond_trained_length": FLAG,
+    "load_seconds": SECONDS,
+    "first_forward_seconds": SECONDS,
+    "environment": {},
+    "arguments": {},
+}
 
 
 def check_record(record: Any) -> None:
@@ -18,7 +80,7 @@ def check_record(record: Any) -> None:
     """
     if isinstance(record, dict) and "advice" in record:
         raise ValueError("this is the record of --advise, which makes no answer; the page needs a run's")
-    RECORD(record, "")
+    _check(record, RECORD, "")
     modes = [run["mode"] for run in record["runs"]]
     if modes not in (["origin"], ["sparsed"], ["origin", "sparsed"]):
         raise ValueError("runs must be one of mode 'origin' or 'sparsed', or both in this order")
@@ -26,128 +88,52 @@ def check_record(record: Any) -> None:
         _check_lengths(run, record["runs"][0], f"runs[{index}]")
 
 
-def _fail(where: str, what: str) -> None:
+def _check(value: Any, shape: Any, where: str) -> None:
+    """Refuse a value that is not of the shape.
+
+    Args:
+        shape: `Number`, `Kind` or `OrNull`; [shape] for a list of any length, (shape, ...) for one of that length; for
+            an object a dict of what it holds, in which a name with ? may be missing.
+        where: the field, for the error line.
+    """
+    match shape:
+        case OrNull() if value is not None:
+            _check(value, shape.shape, where)
+        case Number(low, high, whole):
+            kind = int if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high + ROUNDING:
+                range_ = f"of at least {low:g}" if high == LARGEST else f"from {low} to {high}"
+                _fail(where, f"a {'whole ' if whole else ''}number {range_}")
+        case Kind(kind, what) if not isinstance(value, kind):
+            _fail(where, what)
+        case list() | tuple():
+            exact = len(shape) if isinstance(shape, tuple) else None
+            if not isinstance(value, list) or exact not in (None, len(value)):
+                _fail(where, "a list" if exact is None else f"a list of {exact}")
+            for index, item in enumerate(value):
+                _check(item, shape[index if exact else 0], f"{where}[{index}]")
+        case dict():
+            if not isinstance(value, dict):
+                _fail(where, "an object")
+            for key, inner in shape.items():
+                name = key.removesuffix("?")
+                path = f"{where}.{name}" if where else name
+                if name in value:
+                    _check(value[name], inner, path)
+                elif name == key:
+                    raise ValueError(f"{path} is missing")
+
+
+def _fail(where: str, what: str) -> NoReturn:
     raise ValueError(f"{where or 'the record'} must be {what}")
-
-
-def _is(kind: type | tuple[type, ...], what: str) -> Check:
-    def check(value: Any, where: str) -> None:
-        if not isinstance(value, kind):
-            _fail(where, what)
-
-    return check
-
-
-def _number(low: float, high: float = LARGEST, whole: bool = False) -> Check:
-    kind, what = (int, "a whole number") if whole else ((int, float), "a number")
-    what += f" of at least {low:g}" if high == LARGEST else f" from {low} to {high}"
-
-    def check(value: Any, where: str) -> None:
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high + ROUNDING:
-            _fail(where, what)
-
-    return check
-
-
-def _or_null(check: Check) -> Check:
-    return lambda value, where: None if value is None else check(value, where)
-
-
-def _list_of(check: Check) -> Check:
-    def check_list(value: Any, where: str) -> None:
-        if not isinstance(value, list):
-            _fail(where, "a list")
-        for index, item in enumerate(value):
-            check(item, f"{where}[{index}]")
-
-    return check_list
-
-
-def _row_of(*checks: Check) -> Check:
-    def check_row(value: Any, where: str) -> None:
-        if not isinstance(value, list) or len(value) != len(checks):
-            _fail(where, f"a list of {len(checks)}")
-        for index, check in enumerate(checks):
-            check(value[index], f"{where}[{index}]")
-
-    return check_row
-
-
-def _object(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
-    def check_object(value: Any, where: str) -> None:
-        if not isinstance(value, dict):
-            _fail(where, "an object")
-        for name, check in {**required, **(optional or {})}.items():
-            path = f"{where}.{name}" if where else name
-            if name in value:
-                check(value[name], path)
-            elif name in required:
-                raise ValueError(f"{path} is missing")
-
-    return check_object
-
-
-WHOLE, SECONDS, SHARE = _number(0, whole=True), _number(0), _number(0, 1)
-TEXT, FLAG, MODE = _is(str, "a text"), _is(bool, "true or false"), _is(str, "'origin' or 'sparsed'")
-SIZE = _number(1, whole=True)
-PATTERN = _object(
-    {
-        **dict.fromkeys(("block_size", "tokens", "query_blocks", "key_blocks"), SIZE),
-        **dict.fromkeys(("rows", "columns", "layers", "heads"), SIZE),
-        "prompt_tokens": WHOLE,
-        "cells": TEXT,
-    }
-)
-RUN = _object(
-    {
-        "mode": MODE,
-        "token_ids": _list_of(WHOLE),
-        "prompt_tokens": WHOLE,
-        "text": TEXT,
-        "expected": _or_null(TEXT),
-        "answer_found": _or_null(FLAG),
-        "seconds": SECONDS,
-        "step_seconds": _list_of(SECONDS),
-        "full_steps": WHOLE,
-        "selection_seconds": _or_null(_number(-LARGEST)),
-        "compile_seconds": SECONDS,
-        "warmup_seconds": _list_of(SECONDS),
-        "warmup_compile_seconds": SECONDS,
-        "density": _or_null(SHARE),
-        "backend": _or_null(TEXT),
-        "backend_reason": _or_null(TEXT),
-    },
-    # what earlier versions did not record
-    {
-        "repeats": _object({"seconds": _list_of(SECONDS), "same_tokens": FLAG}),
-        "history": _list_of(_list_of(_row_of(WHOLE, WHOLE, _or_null(SHARE)))),
-        "pieces": _list_of(TEXT),
-        "answer_tokens": WHOLE,
-        "layers": _or_null(_list_of(_object({"density": SHARE, "recall": SHARE}))),
-        "pattern": _or_null(PATTERN),
-    },
-)
-TABLE = _object({})
-RECORD = _object(
-    {
-        "runs": _list_of(RUN),
-        "trained_length": WHOLE,
-        "beyond_trained_length": FLAG,
-        "load_seconds": SECONDS,
-        "first_forward_seconds": SECONDS,
-        "environment": TABLE,
-        "arguments": TABLE,
-    }
-)
 
 
 def _check_lengths(run: dict[str, Any], first: dict[str, Any], where: str) -> None:
     """Refuse fields of one run that do not fit each other, or the other run."""
+    for name in ("token_ids", "step_seconds"):
+        if not run[name] or len(run[name]) != len(first[name]):
+            _fail(f"{where}.{name}", "as long as the other run's, and not empty")
     tokens, steps = len(run["token_ids"]), len(run["step_seconds"])
-    if not tokens or tokens != len(first["token_ids"]):
-        _fail(f"{where}.token_ids", "as long as the other run's, and not empty")
-    if not steps or steps != len(first["step_seconds"]):
-        _fail(f"{where}.step_seconds", "as long as the other run's, and not empty")
     if run["full_steps"] > steps:
         _fail(f"{where}.full_steps", f"at most the number of steps, {steps}")
     if "repeats" in run and not run["repeats"]["seconds"]:
@@ -156,19 +142,15 @@ def _check_lengths(run: dict[str, Any], first: dict[str, Any], where: str) -> No
     if written & run.keys():
         if not written <= run.keys():
             raise ValueError(f"{where} must hold all of history, pieces and answer_tokens, or none of them")
-        _check_history(run, tokens, steps, where)
+        if len(run["pieces"]) != tokens:
+            _fail(f"{where}.pieces", f"one text for each of the {tokens} tokens")
+        if run["answer_tokens"] > tokens:
+            _fail(f"{where}.answer_tokens", f"at most {tokens}")
+        positions = sorted(position for step in run["history"] for position, _, _ in step)
+        if len(run["history"]) != steps or positions != list(range(tokens)):
+            _fail(f"{where}.history", f"one list for each of the {steps} steps, with every position once")
     if run.get("pattern"):
         _check_pattern(run["pattern"], f"{where}.pattern")
-
-
-def _check_history(run: dict[str, Any], tokens: int, steps: int, where: str) -> None:
-    if len(run["pieces"]) != tokens:
-        _fail(f"{where}.pieces", f"one text for each of the {tokens} tokens")
-    if run["answer_tokens"] > tokens:
-        _fail(f"{where}.answer_tokens", f"at most {tokens}")
-    positions = sorted(position for step in run["history"] for position, _, _ in step)
-    if len(run["history"]) != steps or positions != list(range(tokens)):
-        _fail(f"{where}.history", f"one list for each of the {steps} steps, with every position once")
 
 
 def _check_pattern(pattern: dict[str, Any], where: str) -> None:

@@ -6,12 +6,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .charts import PHASES, duration, layer_chart, step_chart, time_bars, times_of
+from .charts import PHASES, duration, layer_chart, step_chart, time_bars
 from .fields import check_record
-from .summary import LABELS, compare_times, compare_tokens, repeats_line, stretches, verdict
+from .summary import LABELS, compare_times, compare_tokens, repeats_line, single_times, stretches, verdict
 
 FOLDER = Path(__file__).parent
-EARLIER = "This record is of an earlier version, which did not keep "
 
 
 def page(record: dict[str, Any]) -> str:
@@ -24,45 +23,45 @@ def page(record: dict[str, Any]) -> str:
         ValueError: it is something else; names the field.
     """
     check_record(record)
-    loader = FileSystemLoader(FOLDER)
     templates = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    templates.filters["duration"] = duration
+    templates.filters |= {"duration": duration, "repeats_line": repeats_line}
     return templates.get_template("page.html").render(
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
-        **_view(record),
+        record=record,
+        **_view(record["runs"], record),
     )
 
 
-def _view(record: dict[str, Any]) -> dict[str, Any]:
-    """All that the template shows."""
-    runs = record["runs"]
-    tokens = compare_tokens(*runs) if len(runs) == 2 and _has_history(runs) else None
-    times: dict[str, Any] = compare_times(*runs) if len(runs) == 2 else {"seconds": times_of(runs), "speedup": {}}
+def _view(runs: list[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:
+    """All that the template shows beside the record itself."""
+    first, last = runs[0], runs[-1]
+    compared = len(runs) == 2
+    has_history = all("history" in run for run in runs)
+    tokens = compare_tokens(*runs) if compared and has_history else None
+    times = compare_times(*runs) if compared else single_times(first)
+    lines = [] if tokens is None else verdict(tokens, first["expected"], [run["answer_found"] for run in runs])
+    different = [] if tokens is None else tokens["different_positions"]
     return {
         "title": _title(record),
-        "subtitle": _subtitle(record),
-        "warning": _warning(record),
-        "facts": _facts(runs, tokens, times["speedup"]),
-        "verdict": [] if tokens is None else _verdict(runs, tokens),
-        "answers": [_answer(run, [] if tokens is None else tokens["different_positions"]) for run in runs],
+        "tokens": tokens,
+        "speedup": times["speedup"],
+        "verdict": [f"{line[0].upper()}{line[1:]}." for line in lines],
+        "answers": [stretches(run, different) if "pieces" in run else [(False, run["text"])] for run in runs],
         "labels": [LABELS[run["mode"]] for run in runs],
         "steps": step_chart(runs),
         "times": {"bars": time_bars(runs, times["seconds"]), "rows": _time_rows(record, times)},
-        "layers": layer_chart(runs[-1]["layers"]) if runs[-1].get("layers") else None,
-        "layer_rows": runs[-1].get("layers") or [],
-        "replay": _replay(runs) if _has_history(runs) else None,
-        "pattern": _pattern(runs[-1]),
-        "dense_answer": record["arguments"].get("dense_answer") is True,
-        "without": _without(runs),
-        "tables": {"Arguments": record["arguments"], "Environment": record["environment"]},
+        "layers": layer_chart(last["layers"]) if last.get("layers") else None,
+        "layer_rows": last.get("layers") or [],
+        "replay": [_replay(run) for run in runs] if has_history else None,
+        "pattern": _pattern(last),
     }
-
-
-def _has_history(runs: list[dict[str, Any]]) -> bool:
-    return all("history" in run for run in runs)
 
 
 def _title(record: dict[str, Any]) -> str:
@@ -72,72 +71,26 @@ def _title(record: dict[str, Any]) -> str:
     return f"{model}: {' and '.join(LABELS[run['mode']] for run in record['runs'])}"
 
 
-def _subtitle(record: dict[str, Any]) -> str:
-    run, environment = record["runs"][0], record["environment"]
-    on = ", ".join(str(environment[name]) for name in ("device_name", "dtype") if environment.get(name))
-    sizes = f"{run['prompt_tokens']:,} prompt tokens, {len(run['token_ids']):,} new tokens"
-    return f"{sizes}, {len(run['step_seconds']):,} denoising steps" + (f"; {on}" if on else "")
-
-
-def _warning(record: dict[str, Any]) -> str | None:
-    if not record["beyond_trained_length"]:
-        return None
-    return f"The prompt is longer than the {record['trained_length']:,} tokens that this model was trained on."
-
-
-def _facts(
-    runs: list[dict[str, Any]], tokens: dict[str, Any] | None, speedup: dict[str, float | None]
-) -> list[tuple[str, str]]:
-    """The few numbers that one looks for first: (name, value)."""
-    facts = [(f"seconds with {LABELS[run['mode']]}", f"{run['seconds']:.2f}") for run in runs]
-    for phase, name in (("whole", "whole run"), ("sparse_steps", "sparse steps")):
-        if speedup.get(phase) is not None:
-            facts.append((f"speed-up, {name}", f"{speedup[phase]:.2f}×"))
-    if tokens is not None:
-        facts.append(("of the tokens are the same", f"{tokens['tokens_equal'] / tokens['tokens']:.1%}"))
-    density = runs[-1]["density"]
-    if density is not None:
-        facts.append(("of the (query, key) pairs read in a sparse step", f"{density:.1%}"))
-    return facts
-
-
-def _verdict(runs: list[dict[str, Any]], tokens: dict[str, Any]) -> list[str]:
-    lines = verdict(tokens, runs[0]["expected"], [run["answer_found"] for run in runs])
-    return [f"{line[0].upper()}{line[1:]}." for line in lines]
-
-
-def _answer(run: dict[str, Any], different: list[int]) -> dict[str, Any]:
-    parts = stretches(run, different) if "pieces" in run else [(False, run["text"])]
-    return {
-        "label": LABELS[run["mode"]],
-        "parts": parts,
-        "expected": run["expected"],
-        "found": run["answer_found"],
-        "repeats": repeats_line(run["repeats"]) if len(run.get("repeats", {"seconds": []})["seconds"]) > 1 else None,
-    }
-
-
 def _time_rows(record: dict[str, Any], times: dict[str, Any]) -> list[tuple[str, list[float | None], float | None]]:
     """Name, seconds of each run, speed-up; first the timed phases, then what is not counted."""
-    runs = record["runs"]
-    names = {**PHASES, "whole": "whole run"}
+    runs, names = record["runs"], {phase: name for phase, (name, _) in PHASES.items()} | {"whole": "whole run"}
     rows = [
         (name, [times["seconds"][run["mode"]][phase] for run in runs], times["speedup"].get(phase))
         for phase, name in names.items()
     ]
-    apart = {
+    uncounted = {
         "compile, not counted": [run["compile_seconds"] + run["warmup_compile_seconds"] or None for run in runs],
         "warm-up runs, not counted": [sum(run["warmup_seconds"]) or None for run in runs],
         "loading, once": [record["load_seconds"]],
         "first forward pass, once": [record["first_forward_seconds"]],
     }
-    return rows + [(name, seconds, None) for name, seconds in apart.items()]
+    return rows + [(name, seconds, None) for name, seconds in uncounted.items()]
 
 
-def _replay(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the page's script needs of each run to replay it."""
+def _replay(run: dict[str, Any]) -> dict[str, Any]:
+    """What the page's script needs of a run to replay it."""
     wanted = ("history", "pieces", "answer_tokens", "step_seconds", "full_steps")
-    return [{name: run[name] for name in wanted} | {"chose": run["density"] is not None} for run in runs]
+    return {name: run[name] for name in wanted} | {"chose": run["density"] is not None}
 
 
 def _pattern(run: dict[str, Any]) -> dict[str, Any] | None:
@@ -147,15 +100,3 @@ def _pattern(run: dict[str, Any]) -> dict[str, Any] | None:
         return None
     border = min(-(-pattern["prompt_tokens"] // pattern["block_size"]), pattern["key_blocks"] - 1)
     return {**pattern, "border": border / pattern["key_blocks"]}
-
-
-def _without(runs: list[dict[str, Any]]) -> dict[str, str]:
-    """Why a part of the page is not there, for each that can be missing."""
-    last = runs[-1]
-    if "pattern" not in last:
-        pattern = f"{EARLIER}the kept blocks."
-    elif last["mode"] == "origin":
-        pattern = "Full attention reads every block in every step: there is no pattern to show."
-    else:
-        pattern = "No pattern was chosen: every step of this run used full attention."
-    return {"replay": f"{EARLIER}what each step committed.", "pattern": pattern}

@@ -1,4 +1,4 @@
-"""What a record says: the phases of a run, its repeats, how two runs differ, and lines about all of it for people."""
+"""What a record says: the phases of a run, its repeats, how two runs differ, and the lines that say so."""
 
 from itertools import groupby
 from statistics import median
@@ -10,8 +10,8 @@ LABELS = {"origin": "full attention", "sparsed": "SparseD"}
 def phases(run: dict[str, Any]) -> dict[str, float | None]:
     """Seconds of a run's full steps (without the selection), of the selection, and of its sparse steps.
 
-    The selection is None where no pattern was chosen, or where a lone full step leaves nothing to compare it with; its
-    time then counts among the full steps.
+    The selection is None where no pattern was chosen, or where there is no other full step to compare with; its time
+    then counts as that of a full step.
     """
     steps, n_full = run["step_seconds"], run["full_steps"]
     selection = run["selection_seconds"]
@@ -25,7 +25,7 @@ def phases(run: dict[str, Any]) -> dict[str, float | None]:
 
 
 def selection_seconds(step_seconds: list[float], n_full: int) -> float | None:
-    """How much longer the step that selects took than the median of the other full steps; None if there is no such."""
+    """How much longer the selecting step took than the median of the other full steps; None if there are none."""
     others = [seconds for seconds in step_seconds[: n_full - 1] if seconds > 0]  # a step that ran no model took 0.0
     if not others or n_full == len(step_seconds):
         return None
@@ -33,7 +33,7 @@ def selection_seconds(step_seconds: list[float], n_full: int) -> float | None:
 
 
 def typical(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of median time (of an even number, the faster of the middle two), with all of them as `repeats`.
+    """The median run by time (of an even number, the faster of the two middle ones), with all of them as `repeats`.
 
     `repeats` holds the `seconds` of each in the order they were run, their `median` (the chosen run's), their `spread`
     (slowest less fastest), and `same_tokens`: whether all made the same tokens. `compile_seconds` are those of all.
@@ -51,11 +51,7 @@ def typical(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, Any]:
     """How two runs on the same prompt differ, in tokens and in time."""
-    return {
-        **compare_tokens(origin, sparsed),
-        "density": sparsed["density"],
-        **compare_times(origin, sparsed),
-    }
+    return {**compare_tokens(origin, sparsed), "density": sparsed["density"], **compare_times(origin, sparsed)}
 
 
 def compare_tokens(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, Any]:
@@ -87,18 +83,16 @@ def compare_times(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, 
     """
     n_full = sparsed["full_steps"]
     before = origin["step_seconds"]
-    seconds = {
-        "origin": {"full_steps": sum(before[:n_full]), "selection": None, "sparse_steps": sum(before[n_full:]) or None},
-        "sparsed": phases(sparsed),
-    }
-    for run in (origin, sparsed):
-        seconds[run["mode"]]["whole"] = run["seconds"]
-    speedup = {phase: _ratio(seconds["origin"][phase], seconds["sparsed"][phase]) for phase in seconds["origin"]}
-    return {"seconds": seconds, "speedup": speedup}
+    same = {"full_steps": sum(before[:n_full]), "selection": None, "sparse_steps": sum(before[n_full:]) or None}
+    one, other = same | {"whole": origin["seconds"]}, phases(sparsed) | {"whole": sparsed["seconds"]}
+    pairs = [(phase, one[phase], other[phase]) for phase in one]
+    speedup = {phase: long / short if long is not None and short else None for phase, long, short in pairs}
+    return {"seconds": {"origin": one, "sparsed": other}, "speedup": speedup}
 
 
-def _ratio(one: float | None, other: float | None) -> float | None:
-    return one / other if one is not None and other else None
+def single_times(run: dict[str, Any]) -> dict[str, Any]:
+    """The same of a run that there is no other to compare with."""
+    return {"seconds": {run["mode"]: {**phases(run), "whole": run["seconds"]}}, "speedup": {}}
 
 
 def stretches(run: dict[str, Any], different: list[int]) -> list[tuple[bool, str]]:
@@ -110,7 +104,7 @@ def stretches(run: dict[str, Any], different: list[int]) -> list[tuple[bool, str
 
 
 def run_lines(run: dict[str, Any]) -> list[str]:
-    """One run, for people."""
+    """One run's times, density and backend, as they are printed."""
     seconds, steps = phases(run), len(run["step_seconds"])
     parts = [f"{_counted(run['full_steps'], 'full step')} {seconds['full_steps']:.2f} s"]
     if seconds["selection"] is not None:
@@ -134,7 +128,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def expected_line(run: dict[str, Any]) -> str:
-    """Whether a run's answer holds the expected one, for people."""
+    """Whether a run's answer holds the expected one, as it is printed."""
     return f"  expected answer {run['expected']!r}: {'found' if run['answer_found'] else 'not found'}"
 
 
@@ -170,22 +164,19 @@ def verdict(comparison: dict[str, Any], expected: str | None, found: list[bool |
 
 
 def comparison_lines(origin: dict[str, Any], sparsed: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
-    """The comparison of two runs, for people: the answers with what differs between [[ and ]], and the times."""
+    """The comparison of two runs as it is printed: the answers with what differs between [[ and ]], and the times."""
     lines = verdict(comparison, origin["expected"], [origin["answer_found"], sparsed["answer_found"]])
     if comparison["different_positions"]:
         for run in (origin, sparsed):
             parts = stretches(run, comparison["different_positions"])
             text = "".join(f"[[{text}]]" if differs else text for differs, text in parts)
             lines.append(f"  {LABELS[run['mode']]}: {' '.join(text.split())}")
-    return lines + _speed_table(comparison)
-
-
-def _speed_table(comparison: dict[str, Any]) -> list[str]:
-    def cell(value: float | None, unit: str) -> str:
-        return "-" if value is None else f"{value:.2f}{unit}"
-
-    lines = [f"{'':14}{'full attention':>16}{'SparseD':>12}{'speed-up':>10}"]
+    lines.append(f"{'':14}{'full attention':>16}{'SparseD':>12}{'speed-up':>10}")
     for phase, speedup in comparison["speedup"].items():
-        one, other = (cell(comparison["seconds"][mode][phase], " s") for mode in LABELS)
-        lines.append(f"{phase.replace('_', ' '):14}{one:>16}{other:>12}{cell(speedup, 'x'):>10}")
+        one, other = (_cell(comparison["seconds"][mode][phase], " s") for mode in LABELS)
+        lines.append(f"{phase.replace('_', ' '):14}{one:>16}{other:>12}{_cell(speedup, 'x'):>10}")
     return lines
+
+
+def _cell(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.2f}{unit}"

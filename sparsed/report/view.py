@@ -22,12 +22,7 @@ Part = tuple[str, str]
 
 @dataclass(frozen=True)
 class Token:
-    """A committed token.
-
-    Args:
-        piece: its text; None for an end token, of which there can be many.
-        probability: which the model gave it.
-    """
+    """A committed token: its text, None for an end token, and the probability that the model gave it."""
 
     piece: str | None
     probability: float
@@ -38,7 +33,6 @@ class View:
     """A moment of a run.
 
     Args:
-        title: which run it is.
         phase: what the step under way computes.
         step, steps: the step under way, counted from 1, and how many there are.
         seconds: that the steps before it took.
@@ -102,13 +96,11 @@ def _answer(view: View) -> list[Part]:
 
 
 def _appearance(token: Token | None) -> Part:
-    """What stands for a position."""
     if token is None:
         return MASK, "dim"
     if token.piece is None:
         return END, "dim"
-    colour = next((colour for colour, least in BANDS.items() if token.probability >= least), BELOW)
-    return legible(token.piece), colour
+    return legible(token.piece), next((colour for colour, least in BANDS.items() if token.probability >= least), BELOW)
 
 
 def _heading(view: View) -> list[Part]:

@@ -1,10 +1,61 @@
-"""How an answer came about, for the record: which token was committed in which step, and what each looks like."""
+"""What the record keeps of a run beside its times: what the layers chose, and how the answer came about."""
 
+import base64
+import functools
 import math
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..blocks import BlockGrid, Pattern
 from ..chat import REPLACEMENT, decode
 from ..sampling.common import Step
+from ..watching import pooled, recall
+
+# cells of a side of the recorded pattern, at most
+MOST_CELLS = 128
+
+
+class Choices:
+    """Shown every layer's choice (`watching.watched`), notes what the record says of it; waits for no device."""
+
+    def __init__(self) -> None:
+        self._grid: BlockGrid | None = None
+        self._shares: list[tuple[Tensor, Tensor]] = []
+        self._cells: list[Tensor] = []
+
+    def __call__(self, scores: Tensor, pattern: Pattern) -> None:
+        self._grid = pattern.grid
+        self._shares.append((pattern.density, recall(scores, pattern).mean()))
+        self._cells.append(pooled(pattern, MOST_CELLS))
+
+    def layers(self) -> list[dict[str, float]] | None:
+        """Density and recall of every layer in turn, mean over heads and batch rows; None if nothing was chosen."""
+        return [{"density": density.item(), "recall": recall.item()} for density, recall in self._shares] or None
+
+    def pattern(self) -> dict[str, Any] | None:
+        """The first batch row's kept blocks; None if nothing was chosen.
+
+        `cells` are bits [layers, heads, rows, columns] in C order, the most significant of a byte first, in base64.
+        """
+        if self._grid is None:
+            return None
+        cells = torch.stack([layer.cpu() for layer in self._cells])
+        layers, heads, rows, columns = cells.shape
+        return {
+            "block_size": self._grid.block_size,
+            "prompt_tokens": self._grid.prompt_len,
+            "tokens": self._grid.length,
+            "query_blocks": self._grid.n_blocks,
+            "key_blocks": self._grid.n_blocks,
+            "rows": rows,
+            "columns": columns,
+            "layers": layers,
+            "heads": heads,
+            "cells": base64.b64encode(np.packbits(cells.numpy()).tobytes()).decode("ascii"),
+        }
 
 
 def history(steps: list[Step], token_ids: list[int], prompt_tokens: int) -> list[list[list]]:
@@ -33,7 +84,7 @@ class Speller:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._alone: dict[int, str] = {}
+        self._alone = functools.cache(lambda token: decode(tokenizer, [token], special=True))
 
     def pieces(self, token_ids: list[int]) -> list[str]:
         """One text for each token; joined, they are the text of all.
@@ -59,9 +110,4 @@ class Speller:
         return pieces
 
     def _text(self, token_ids: list[int]) -> str:
-        if len(token_ids) > 1:
-            return decode(self._tokenizer, token_ids, special=True)
-        (token,) = token_ids
-        if token not in self._alone:
-            self._alone[token] = decode(self._tokenizer, token_ids, special=True)
-        return self._alone[token]
+        return self._alone(*token_ids) if len(token_ids) == 1 else decode(self._tokenizer, token_ids, special=True)
