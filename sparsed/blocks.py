@@ -161,10 +161,15 @@ class Pattern:
         Compile with `dynamic=True`: over a fixed length that is a multiple of 128 but not of the block size, the kernel
         of PyTorch 2.11 reads past the end.
         """
-        return self.flex_lists().block_mask(self.grid.block_size, (self.grid.length, self.grid.length))
+        lists = self.flex_lists(0, self.grid.n_blocks)
+        return lists.block_mask(self.grid.block_size, (self.grid.length, self.grid.length))
 
-    def flex_lists(self, first: int = 0) -> "FlexLists":
-        """What FlexAttention reads, for the queries from block `first` on."""
+    def flex_lists(self, first: int, width: int) -> "FlexLists":
+        """What FlexAttention reads, for the queries from block `first` on.
+
+        Args:
+            width: of the lists; no query block reads more blocks. BlockMask's own methods want all of the sequence's.
+        """
         grid, device = self.grid, self.indices.device
         kept, batch, start = self.as_mask()[:, :, first:], len(self.indices), first * grid.block_size
         valid = torch.ones(1, grid.length, dtype=torch.bool) if grid.key_valid is None else grid.key_valid
@@ -179,7 +184,7 @@ class Pattern:
         whole = (kept | all_dense[:, None, :, None]) & unpadded[:, None, None, :]
         part = self.read_mask()[:, :, first:] & ~whole
         part_counts, whole_counts = (blocks.sum(-1, dtype=torch.int32) for blocks in (part, whole))
-        part_list, whole_list = (true_places(blocks, grid.n_blocks) for blocks in (part, whole))
+        part_list, whole_list = (true_places(blocks, width) for blocks in (part, whole))
         return FlexLists(part_counts, whole_counts, part_list, whole_list, kept, dense, valid)
 
 
@@ -188,7 +193,7 @@ class FlexLists(NamedTuple):
 
     Args:
         part_counts, whole_counts: int32 [B, Hq, nQ], blocks in the lists of partial and of full blocks.
-        part, whole: int32 [B, Hq, nQ, nK], ascending; two tensors, for one in both places does not compile.
+        part, whole: int32 [B, Hq, nQ, width], ascending; two tensors, for one in both places does not compile.
         kept: bool [B, Hq, nQ, nK].
         dense: bool [n], the queries that read every key.
         valid: bool [B, T], the keys that are no padding.

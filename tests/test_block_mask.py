@@ -49,7 +49,8 @@ def test_the_lists_and_the_mask_mod_are_the_twin_s(shape, dense, first):
     if start >= length:
         pytest.skip("the sequence has one block")
     *_, valid, allowed, pattern = masks(shape, dense)
-    mask = pattern.flex_lists(first).block_mask(size, (length - start, length)) if first else pattern.block_mask()
+    lists = pattern.flex_lists(first, pattern.grid.n_blocks)
+    mask = lists.block_mask(size, (length - start, length)) if first else pattern.block_mask()
     wanted = (allowed & valid[:, None, None])[:, :, start:]
     assert mask.seq_lengths == (length - start, length) and mask.BLOCK_SIZE == (size, size)
     assert mask.kv_indices.data_ptr() != mask.full_kv_indices.data_ptr(), "one tensor for both lists does not compile"

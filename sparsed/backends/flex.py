@@ -26,7 +26,7 @@ def flex_attention(pattern: Pattern) -> SparseAttention:
     # the queries that read every key are not the backend's, so no block is partial but for padding
     kept = replace(pattern, grid=replace(grid, dense_answer=False))
     # one layer's forwards have all queries, or those from one block on
-    lists_from = functools.lru_cache(maxsize=2)(kept.flex_lists)
+    lists_from = functools.lru_cache(maxsize=2)(functools.partial(kept.flex_lists, width=pattern.indices.shape[-1]))
     options = kernel_options(grid.block_size)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

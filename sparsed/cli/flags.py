@@ -117,8 +117,8 @@ def _add_sparsed(group) -> None:
         "nearer to full attention, at next to no cost; not part of the paper's method",
     )
     kernel = (
-        "kernel of the sparse steps: flash and triton need a GPU, gather runs anywhere; auto takes the fastest that "
-        "works here"
+        "kernel of the sparse steps: flash, triton and flex need a GPU, gather runs anywhere; auto takes the fastest "
+        "that works here"
     )
     add_value(group, "--backend", kernel, "auto", choices=("auto", *BACKENDS))
 
