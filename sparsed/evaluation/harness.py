@@ -41,11 +41,6 @@ except ModuleNotFoundError as error:
         sys.exit(2)
     raise ModuleNotFoundError(lacking) from error
 
-# what a task or --gen_kwargs may set beside length, steps, stops and temperature
-SAMPLING = {
-    "dream": ("alg", "alg_temp", "top_p", "top_k", "eps"),
-    "llada": ("cfg_scale", "remasking", "logits_eos_inf", "confidence_eos_eot_inf"),
-}
 # the harness passes these on to every model; code of a checkpoint never runs, whatever they say
 IGNORED = ("max_batch_size", "trust_remote_code")
 
@@ -136,6 +131,11 @@ class Options:
         if self.origin:
             return None
         return SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """How a model attends, as arguments of the sampler and of the likelihoods."""
+        return {"config": self.config, "backend": self.backend}
 
 
 @register_model("sparsed")
@@ -256,17 +256,16 @@ class SparseDLM(TemplateLM):
     def _generate(self, context: list[int], length: int, settings: dict[str, Any]) -> list[int]:
         """At least `length` new ids of the family's sampler."""
         family, options = self.model.family, self.options
+        own = sampling.own_options(family)
         for name in settings:
-            if name not in ("temperature", "steps", *SAMPLING[family]):
-                raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(SAMPLING[family])}")
-        if family == "llada":  # whose blocks must be filled
-            length += -length % min(options.block_length, length)
+            if name not in ("temperature", "steps", *own):
+                raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(own)}")
+        length = sampling.FAMILIES[family].filled(length, options.block_length)
         steps = settings.pop("steps", None) or options.steps or length
         lengths = {"gen_length": length, "steps": steps, "block_length": options.block_length}
         sampler = sampling.settings_for(family, **lengths, **settings)
         ids = torch.tensor([context or [self.prefix_token_id]])
-        attention: dict[str, Any] = {"config": options.config, "backend": options.backend}
-        out = sampling.generate(self.model, ids, sampler, generator=self.generator, **attention)
+        out = sampling.generate(self.model, ids, sampler, generator=self.generator, **options.attention)
         return out[0, ids.shape[1] :].tolist()
 
     def _loglikelihood_tokens(
@@ -274,14 +273,13 @@ class SparseDLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether it is greedy) of each ((context, target), context ids, target ids)."""
         options, answers = self.options, []
-        attention: dict[str, Any] = {"config": options.config, "backend": options.backend}
         for texts, context, target in self._progress(requests, "Scoring", disable_tqdm):
             # the same draws for all targets of one length: their differences are not those of the draws
             generator = torch.Generator().manual_seed(options.seed)
             score = log_likelihood(
-                self.model, context, target, samples=options.mc_num, generator=generator, **attention
+                self.model, context, target, samples=options.mc_num, generator=generator, **options.attention
             )
-            greedy = options.check_greedy and is_greedy(self.model, context, target, **attention)
+            greedy = options.check_greedy and is_greedy(self.model, context, target, **options.attention)
             answers.append((score, greedy))
             self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers

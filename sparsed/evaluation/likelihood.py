@@ -1,9 +1,9 @@
 """How likely a masked diffusion model finds a target after a prompt, by Monte Carlo, with full attention or SparseD.
 
-The estimate is the one of LLaDA (arXiv 2502.09992, appendix B.5, and `eval_llada.py` of its repository): hide l of the
-target's L tokens, l uniform on 1 ... L, and take the hidden tokens' cross-entropy times L / l; its mean over many draws
-bounds the negative log-likelihood from above. Dream's harness estimates the same expectation with tokens hidden
-independently of each other, which varies more; what it adds is the shift: row t - 1 of the logits predicts token t.
+The estimate is LLaDA's (arXiv 2502.09992, appendix B.5, and `eval_llada.py` of its repository): hide l of the target's
+L tokens, l uniform on 1 ... L, and take the hidden tokens' cross-entropy times L / l. The mean over many draws bounds
+the negative log-likelihood from above. Dream's harness estimates the same expectation with tokens hidden independently
+of each other, which varies more.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import SparseDConfig, check_numbers
 from ..models.common import DiffusionLM
 from ..run import SPARSE
+from ..sampling import FAMILIES
 from ..sampling.canvas import check_prompt
 from ..sampling.common import attention_of
 from ..sampling.denoiser import Denoiser
@@ -49,8 +50,8 @@ def log_likelihood(
     """Monte Carlo estimate of log p(target | prompt), in nats.
 
     The draws are SparseD's steps, in the order of a generation: those that hide most come first, with full attention,
-    and choose the blocks. A draw that comes again with the same attention is not computed again, so a target of one
-    token takes one forward with full attention, and its estimate is exact.
+    and choose the blocks. A draw that repeats with the same attention is computed once, so a target of one token takes
+    one forward with full attention, and its estimate is exact.
 
     Args:
         model: a DreamModel or LLaDAModel.
@@ -75,8 +76,7 @@ def log_likelihood(
             draw = (run is not None and run.phase == SPARSE, *mask.tolist())
             if draw not in losses or not denoiser.skip(ids):
                 hidden = len(prompt) + mask.nonzero().squeeze(-1).to(ids.device)
-                logits = denoiser(_masked(model, ids, hidden), hidden - _shift(model)).float()
-                loss = F.cross_entropy(logits, ids[0, hidden], reduction="sum").item()
+                loss = F.cross_entropy(_logits(denoiser, ids, hidden), ids[0, hidden], reduction="sum").item()
                 losses[draw] = loss * len(target) / len(hidden)
             total += losses[draw]
         denoiser.check()
@@ -101,8 +101,7 @@ def is_greedy(
     with attention_of(model, config, len(target), len(target), backend=backend):
         denoiser = _denoiser(model, prompt, target)
         while len(hidden):
-            logits = denoiser(_masked(model, ids, hidden), hidden - _shift(model)).float()
-            confidence, tokens = logits.softmax(-1).max(-1)
+            confidence, tokens = _logits(denoiser, ids, hidden).softmax(-1).max(-1)
             best = confidence.argmax()
             if tokens[best] != ids[0, hidden[best]]:
                 return False
@@ -120,16 +119,13 @@ def _sequence(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) 
     return ids
 
 
-def _shift(model: DiffusionLM) -> int:
-    """How far before a token the row of the logits stands that predicts it."""
-    return int(model.family == "dream")
-
-
 def _denoiser(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) -> Denoiser:
-    return Denoiser(model, None, len(prompt) - _shift(model), len(target))
+    first_row = FAMILIES[model.family].sources(torch.tensor(len(prompt)), len(prompt) + len(target))
+    return Denoiser(model, None, int(first_row), len(target))
 
 
-def _masked(model: DiffusionLM, ids: Tensor, hidden: Tensor) -> Tensor:
-    masked = ids.clone()
+def _logits(denoiser: Denoiser, ids: Tensor, hidden: Tensor) -> Tensor:
+    """float32 logits [n, V] of the places [n] of ids [1, T], whose tokens are hidden from the model."""
+    model, masked = denoiser.model, ids.clone()
     masked[0, hidden] = model.config.mask_token_id
-    return masked
+    return denoiser(masked, FAMILIES[model.family].sources(hidden, ids.shape[1])).float()
