@@ -26,7 +26,7 @@ from ..config import SparseDConfig, check_numbers
 from ..console.streams import tell
 from ..models import load_model, load_tokenizer
 from .likelihood import is_greedy, log_likelihood
-from .running import leave_group
+from .team import leave_group
 
 try:
     from lm_eval.__main__ import cli_evaluate
