@@ -26,26 +26,26 @@ class Answerer:
     """What answers all samples of a run.
 
     Args:
+        settings: the sampler's, by the number of new tokens.
         backend: the kernel of the sparse steps.
     """
 
     model: DiffusionLM
     tokenizer: Any
+    settings: dict[int, Settings]
     backend: str
 
-    def answer(
-        self, samples: tuple[Sample, ...], variant: Variant, settings: Settings, on_step: OnStep
-    ) -> list[Record]:
+    def answer(self, samples: list[Sample], variant: Variant, new_tokens: int, on_step: OnStep) -> list[Record]:
         """A line of results for each of the samples, which are of one length and make one batch.
 
         Args:
-            settings: the sampler's.
             on_step: called after each step.
 
         Raises:
             BackendError: the named backend cannot run.
             FloatingPointError: the model's logits were not finite.
         """
+        settings = self.settings[new_tokens]
         ids = torch.tensor([sample.input_ids for sample in samples], device=self.model.device)
         layers: list[tuple[Tensor, Tensor]] = []  # density, and recall [B], of each layer's pattern
         rule = watched(
@@ -76,7 +76,7 @@ class Answerer:
                     "text": text,
                     "answers": list(sample.answers),
                     "prompt_tokens": len(sample.input_ids),
-                    "new_tokens": settings.gen_length,
+                    "new_tokens": new_tokens,
                     "steps": settings.steps,
                     "density": density,
                     "recall": [shares[row].item() for _, shares in layers] or None,

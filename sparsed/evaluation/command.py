@@ -20,7 +20,6 @@ from ..models.common import DiffusionLM
 from ..models.files import checkpoint_folder
 from ..models.tokenizer import TOKENIZER_FILES
 from ..prompts import demo_path
-from ..sampling import Settings
 from ..sampling.common import Step
 from . import plots
 from .answering import Answerer
@@ -60,7 +59,7 @@ def evaluate(args: Arguments) -> None:
     folder = Folder(args.out, team.index)
     with args.blame("--out", (OtherRun, OSError)), team.first():
         folder.claim(_settings(args, path, model), _call(model))
-    _run(args, Answerer(model, tokenizer, args.backend), settings, folder, batches[team.index :: team.count], told)
+    _run(args, Answerer(model, tokenizer, settings, args.backend), folder, batches[team.index :: team.count], told)
     team.wait()
     if team.index == 0:
         with args.blame("--out", (OSError,)):
@@ -93,14 +92,7 @@ def _call(model: DiffusionLM) -> Record:
     }
 
 
-def _run(
-    args: Arguments,
-    answerer: Answerer,
-    settings: dict[int, Settings],
-    folder: Folder,
-    batches: list[Batch],
-    told: bool,
-) -> None:
+def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batch], told: bool) -> None:
     """Answer what the folder lacks of these batches; every finished batch is a few lines in it."""
     with args.blame("--out", (OSError,)):
         finished = folder.finished()
@@ -111,16 +103,17 @@ def _run(
             tell(f"{args.out}: {len(finished)} samples are there already")
         tell("if this is interrupted, the same command goes on from there")
     made, samples = None, list[Sample]()
-    with Progress(sum(settings[batch.new_tokens].steps for batch, _ in todo), hidden=not told) as bar:
+    steps = sum(answerer.settings[batch.new_tokens].steps for batch, _ in todo)
+    with Progress(steps, hidden=not told) as bar:
         for number, (batch, variant) in enumerate(todo, 1):
             if batch is not made:
                 with args.blame("--lengths"):
                     made, samples = batch, batch.samples()
             bar.set_description(f"{samples[0].task} {variant.method} {number}/{len(todo)}", refresh=False)
             missing = batch.missing(variant, finished)
-            asked = tuple(sample for sample in samples if sample.id in missing)
+            asked = [sample for sample in samples if sample.id in missing]
             with args.blame("--backend", (BackendError,)), args.blame("--dtype", (FloatingPointError,)):
-                lines = answerer.answer(asked, variant, settings[batch.new_tokens], bar.step)
+                lines = answerer.answer(asked, variant, batch.new_tokens, bar.step)
             with args.blame("--out", (OSError,)):
                 folder.append(lines)
 

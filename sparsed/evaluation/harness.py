@@ -2,10 +2,10 @@
 
     python -m sparsed.evaluation.harness run --model sparsed --model_args pretrained=PATH,select=0.3 --tasks gsm8k
 
-The harness has no plug-ins for models, so this module registers the class and hands over to the harness' own command
-line. `torchrun --nproc_per_node 4 -m sparsed.evaluation.harness ...`, or `accelerate launch`, spreads the requests over
-processes, each with a model of its own. A process runs one request at a time: SparseD's gain is in long prompts, which
-fill a GPU by themselves.
+The harness has no plug-ins for models, so this module runs its own command line with an additional model. `torchrun
+--nproc_per_node 4 -m sparsed.evaluation.harness ...`, or `accelerate launch`, spreads the requests over processes, each
+with a model of its own. A process runs one request at a time: SparseD pays with long prompts, and one of them fills a
+GPU.
 """
 
 import logging
@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
         sys.exit(2)
     raise ModuleNotFoundError(lacking) from error
 
-# the harness passes these on to every model; code of a checkpoint never runs, whatever they say
+# the harness passes these on to every model; a checkpoint's code never runs, whatever they say
 IGNORED = ("max_batch_size", "trust_remote_code")
 
 
@@ -60,13 +60,13 @@ class Options:
         backend: kernel of the sparse steps.
         steps: denoising steps of one answer whose task does not say; None takes as many as it has tokens.
         max_gen_toks: tokens of an answer whose task does not say.
-        block_length: LLaDA's block, at most the answer's length; an answer that does not fill its last is cut.
-        mc_num: draws of one log-likelihood.
-        check_greedy: find out whether the target is what the model would write, which few metrics ask for, in as
-            many forwards as it has tokens; else the answer is always no.
+        block_length: LLaDA's block, at most the answer's length; what its last block has too many is cut off.
+        mc_num: draws per log-likelihood.
+        check_greedy: whether to find out if the model would write exactly the target, which few metrics ask for and
+            takes as many forwards as it has tokens; else the answer is always no.
         add_bos_token: put the tokenizer's bos_token before every context that does not have it.
         device, dtype: as for `load_model`.
-        seed: of the draws, those of every log-likelihood anew, and of sampling above temperature 0.
+        seed: of the draws, which are the same for every log-likelihood, and of sampling above temperature 0.
         batch_size: 1.
 
     Raises:
@@ -128,9 +128,7 @@ class Options:
     @property
     def config(self) -> SparseDConfig | None:
         """SparseD's settings; None for full attention."""
-        if self.origin:
-            return None
-        return SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
+        return None if self.origin else SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -224,8 +222,8 @@ class SparseDLM(TemplateLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context and of its continuation, to which the context's last spaces move.
 
-        The harness moves line breaks, too. With a chat template that would hide the template's own last ones, which
-        the models have never seen masked, and cost many nats.
+        Unlike the harness, it leaves line breaks where they are: masking those at the end of a chat template, which
+        the models have never seen masked, would cost many nats.
         """
         spaces = len(context) - len(context.rstrip(" "))
         head = self.tok_encode(context[: len(context) - spaces])
@@ -239,12 +237,12 @@ class SparseDLM(TemplateLM):
         """
         answers = []
         for request in self._progress(requests, "Generating", disable_tqdm):
-            context, settings = request.args
-            answers.append(self._answer(context, normalize_gen_kwargs(settings, self.options.max_gen_toks)))
+            answers.append(self._answer(*request.args))
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 
     def _answer(self, context: str, settings: dict[str, Any]) -> str:
+        settings = normalize_gen_kwargs(settings, self.options.max_gen_toks)
         length, until = settings.pop("max_gen_toks"), [stop for stop in settings.pop("until") if stop]
         settings.pop("do_sample")  # its temperature is 0 where there is none
         token_ids = self._generate(self.tok_encode(context), length, settings)[:length]
@@ -261,9 +259,8 @@ class SparseDLM(TemplateLM):
             if name not in ("temperature", "steps", *own):
                 raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(own)}")
         length = sampling.FAMILIES[family].filled(length, options.block_length)
-        steps = settings.pop("steps", None) or options.steps or length
-        lengths = {"gen_length": length, "steps": steps, "block_length": options.block_length}
-        sampler = sampling.settings_for(family, **lengths, **settings)
+        settings["steps"] = settings.get("steps") or options.steps or length
+        sampler = sampling.settings_for(family, gen_length=length, block_length=options.block_length, **settings)
         ids = torch.tensor([context or [self.prefix_token_id]])
         out = sampling.generate(self.model, ids, sampler, generator=self.generator, **options.attention)
         return out[0, ids.shape[1] :].tolist()
@@ -274,7 +271,7 @@ class SparseDLM(TemplateLM):
         """(log-likelihood in nats, whether it is greedy) of each ((context, target), context ids, target ids)."""
         options, answers = self.options, []
         for texts, context, target in self._progress(requests, "Scoring", disable_tqdm):
-            # the same draws for all targets of one length: their differences are not those of the draws
+            # the same draws for all targets of one length, so that they do not add to the differences
             generator = torch.Generator().manual_seed(options.seed)
             score = log_likelihood(
                 self.model, context, target, samples=options.mc_num, generator=generator, **options.attention

@@ -20,11 +20,13 @@ from ..sampling.canvas import check_prompt
 from ..sampling.common import attention_of
 from ..sampling.denoiser import Denoiser
 
+Ids = Sequence[int]
+
 
 def draw_masks(samples: int, length: int, generator: torch.Generator) -> Tensor:
     """Which of `length` tokens each of `samples` draws hides: bool [samples, length], those that hide most first.
 
-    The numbers of hidden tokens are uniform on 1 ... length and stratified: evenly spaced from a random start on.
+    The numbers of hidden tokens are uniform on 1 ... length and stratified: evenly spaced from a random start.
 
     Args:
         generator: source of randomness, on the CPU, so that every device sees the same draws.
@@ -39,8 +41,8 @@ def draw_masks(samples: int, length: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def log_likelihood(
     model: DiffusionLM,
-    prompt: Sequence[int],
-    target: Sequence[int],
+    prompt: Ids,
+    target: Ids,
     *,
     samples: int,
     generator: torch.Generator,
@@ -85,14 +87,9 @@ def log_likelihood(
 
 @torch.no_grad()
 def is_greedy(
-    model: DiffusionLM,
-    prompt: Sequence[int],
-    target: Sequence[int],
-    *,
-    config: SparseDConfig | None = None,
-    backend: str = "auto",
+    model: DiffusionLM, prompt: Ids, target: Ids, *, config: SparseDConfig | None = None, backend: str = "auto"
 ) -> bool:
-    """Whether the model writes exactly the target if it commits its most confident token, one in each step.
+    """Whether the model writes exactly the target if every step commits its most confident token.
 
     Ends at the first token that differs; arguments and errors are those of `log_likelihood`.
     """
@@ -110,7 +107,7 @@ def is_greedy(
     return True
 
 
-def _sequence(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) -> Tensor:
+def _sequence(model: DiffusionLM, prompt: Ids, target: Ids) -> Tensor:
     """Prompt and target on the model's device, int64 [1, n]."""
     if not prompt or not target:
         raise ValueError("a likelihood needs at least one token of prompt and one of target")
@@ -119,7 +116,7 @@ def _sequence(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) 
     return ids
 
 
-def _denoiser(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) -> Denoiser:
+def _denoiser(model: DiffusionLM, prompt: Ids, target: Ids) -> Denoiser:
     first_row = FAMILIES[model.family].sources(torch.tensor(len(prompt)), len(prompt) + len(target))
     return Denoiser(model, None, int(first_row), len(target))
 
