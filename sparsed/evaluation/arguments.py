@@ -135,8 +135,8 @@ def _add_measured(group) -> None:
         help='tasks of your own, a line each: {"prompt": "...", "answers": ["...", ...]}; all answers must be in the '
         'text, or one of them with "match": "part"',
     )
-    methods, several = some_of(METHODS), "some methods (default: %(default)s)"
-    group.add_argument("--methods", type=methods, default=COMPARED, metavar="NAMES", help=several)
+    about = "some methods (default: %(default)s)"
+    group.add_argument("--methods", type=some_of(METHODS), default=COMPARED, metavar="NAMES", help=about)
     group.add_argument(
         "--lengths",
         type=list_of(length),
@@ -147,16 +147,16 @@ def _add_measured(group) -> None:
     group.add_argument(
         "--limit", type=whole(1), default=200, metavar="N", help="samples a cell and seed (default: %(default)s)"
     )
-    seeds, several = list_of(whole(0)), "of the samples, some with commas between (default: 0)"
-    group.add_argument("--seed", type=seeds, default=[0], metavar="NUMBERS", help=several)
+    about = "of the samples, some with commas between (default: 0)"
+    group.add_argument("--seed", type=list_of(whole(0)), default=[0], metavar="NUMBERS", help=about)
     group.add_argument("--out", type=path, required=True, metavar="DIR", help="folder of the results")
 
 
 def _add_sparsed(group) -> None:
     for name, kind in (("skip", float), ("select", float), ("block_size", int)):
         values, default = list_of(config_field(name, kind)), getattr(SparseDConfig, name)
-        same = f"as the scripts' (default: {default})"
-        group.add_argument(f"--{name}", type=values, default=[default], metavar="VALUES", help=same)
+        about = f"as the scripts' (default: {default})"
+        group.add_argument(f"--{name}", type=values, default=[default], metavar="VALUES", help=about)
     group.add_argument(
         "--dense_answer",
         choices=DENSE_ANSWER,

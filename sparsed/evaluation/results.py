@@ -55,22 +55,16 @@ class Folder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / RUN
-        calls: list[Record] = []
-        if file.is_file():
-            before = about(file)
-            changed = [
-                name for name in settings | before["settings"] if settings.get(name) != before["settings"].get(name)
-            ]
-            if changed and self.finished():
-                name = changed[0]
-                raise OtherRun(
-                    f"{self.path} holds results of another configuration ({name} {before['settings'].get(name)!r}, "
-                    f"now {settings.get(name)!r}): choose another folder"
-                )
-            calls = [] if changed else before["calls"]
-        elif any(self.path.iterdir()):
+        if not file.is_file() and any(self.path.iterdir()):
             raise OtherRun(f"{self.path} is not empty and holds no evaluation: choose another folder")
+        known: Record = about(file) if file.is_file() else {"settings": settings, "calls": []}
+        before = known["settings"]
+        changed = [name for name in settings | before if settings.get(name) != before.get(name)]
+        if changed and self.finished():
+            difference = f"{changed[0]} {before.get(changed[0])!r}, now {settings.get(changed[0])!r}"
+            raise OtherRun(f"{self.path} holds results of another configuration ({difference}): choose another folder")
         if self.process == 0:
+            calls = [] if changed else known["calls"]
             write_json(file, {"settings": settings, "calls": [*calls, call]})
 
     def finished(self) -> dict[tuple, Record]:
@@ -205,7 +199,7 @@ def _accuracy(tasks: list[list[Record]], known: dict[tuple, float]) -> Record:
     records = [record for task in tasks for record in task]
     return {
         "n": len(records),
-        **_named("accuracy", "", mean_of([proportion([record["score"] for record in task]) for task in tasks])),
+        **_named("accuracy", mean_of([proportion([record["score"] for record in task]) for task in tasks])),
         **_difference("difference", tasks, known, dict.fromkeys(VARIANT) | {"method": "origin"}),
         **_difference("gain", tasks, known, {"dense_answer": None}),
         "density": float(np.mean([record["density"] for record in records])),
@@ -221,16 +215,21 @@ def _difference(name: str, tasks: list[list[Record]], known: dict[tuple, float],
     first = tasks[0][0]
     same = variant_of({**first, **other}) == variant_of(first)
     if same or any(key({**record, **other}) not in known for task in tasks for record in task):
-        return _named(name, f"{name}_", (None, None, None))
+        return _named(name, (None, None, None))
     scores = [[record["score"] for record in task] for task in tasks]
     others = [[known[key({**record, **other})] for record in task] for task in tasks]
-    return _named(name, f"{name}_", mean_of(list(map(paired_difference, scores, others))))
+    return _named(name, mean_of(list(map(paired_difference, scores, others))))
 
 
-def _named(name: str, prefix: str, interval: Iterable[float | None]) -> Record:
+def _named(name: str, interval: Iterable[float | None]) -> Record:
     """A value and its interval in percent, under their names in a row."""
     percent = [None if value is None else 100 * value for value in interval]
-    return dict(zip((name, f"{prefix}low", f"{prefix}high"), percent, strict=True))
+    return dict(zip(_columns(name), percent, strict=True))
+
+
+def _columns(name: str) -> tuple[str, str, str]:
+    prefix = "" if name == "accuracy" else f"{name}_"
+    return name, f"{prefix}low", f"{prefix}high"
 
 
 def table(summary: dict[str, list[Record]]) -> str:
@@ -251,9 +250,9 @@ def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
     columns = ["method", "density", *tasks, "average", *differences.values()]
     lines = [columns, ["---"] * len(columns)]
     for average in averages:
-        cells = {row["task"]: _interval(row) for row in rows if variant_of(row) == variant_of(average)}
+        cells = {row["task"]: _figure(row, "accuracy") for row in rows if variant_of(row) == variant_of(average)}
         line = [title_of(average), f"{average['density']:.2f}", *(cells.get(task, "-") for task in tasks)]
-        lines.append([*line, _interval(average), *(_change(average, name) for name in differences)])
+        lines.append([*line, _figure(average, "accuracy"), *(_figure(average, name) for name in differences)])
     text = f"### {title}\n\nAccuracy in %, 95 % intervals, {samples} samples a cell.\n\n"
     return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -265,11 +264,10 @@ def title_of(row: Record) -> str:
     return ", ".join([METHODS[row["method"]].title, *dense, *numbers])
 
 
-def _interval(row: Record) -> str:
-    return f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
-
-
-def _change(row: Record, name: str) -> str:
+def _figure(row: Record, name: str) -> str:
+    """A value with its interval; a difference has its sign."""
     if row[name] is None:
         return "-"
-    return f"{row[name]:+.1f} ({row[f'{name}_low']:+.1f} to {row[f'{name}_high']:+.1f})"
+    sign = "" if name == "accuracy" else "+"
+    value, low, high = (f"{row[column]:{sign}.1f}" for column in _columns(name))
+    return f"{value} ({low} to {high})"
