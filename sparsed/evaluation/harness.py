@@ -25,7 +25,7 @@ from ..chat import answer_length, decode, stop_ids
 from ..config import SparseDConfig, check_numbers
 from ..console.streams import tell
 from ..models import load_model, load_tokenizer
-from .likelihood import is_greedy, log_likelihood
+from ..sampling.likelihood import is_greedy, log_likelihood
 from .team import leave_group
 
 try:

@@ -15,10 +15,10 @@ from torch import Tensor
 from ..config import SparseDConfig, check_numbers
 from ..models.common import DiffusionLM
 from ..run import SPARSE
-from ..sampling import FAMILIES
-from ..sampling.canvas import check_prompt
-from ..sampling.common import attention_of
-from ..sampling.denoiser import Denoiser
+from .canvas import check_prompt
+from .common import attention_of
+from .denoiser import Denoiser
+from .settings import FAMILIES
 
 Ids = Sequence[int]
 
