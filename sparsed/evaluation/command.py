@@ -119,7 +119,7 @@ def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batc
 
 
 class Progress(tqdm):
-    """Denoising steps and the time that is left: a bar in a terminal, elsewhere a line now and then."""
+    """Denoising steps and the time that is left: a bar in a terminal, elsewhere an occasional line."""
 
     def __init__(self, steps: int, hidden: bool):
         self.terminal = sys.stderr is not None and sys.stderr.isatty()

@@ -166,7 +166,7 @@ class SparseDLM(TemplateLM):
     ) -> "SparseDLM":
         """The model of the harness' command line: --model_args win over its own flags."""
         flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        if flags.get("device") == "cuda:0":  # also if nobody said so, and without a GPU
+        if flags.get("device") == "cuda:0":  # the harness' default, even without a GPU
             del flags["device"]
         return cls(**(flags | arg_dict))
 

@@ -38,8 +38,7 @@ def window(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: floa
         start = start.clamp(first + fixed, grid.n_blocks - wide)
         kept = start[:, None] + torch.arange(wide)
         sink = (first + torch.arange(fixed)).expand(grid.n_blocks, fixed)
-        kept = torch.cat((sink, kept), dim=1)
-        rows.append(torch.cat((kept, kept[:, -1:].expand(-1, max(counts) - count)), dim=1))
+        rows.append(torch.cat((sink, kept, kept[:, -1:].expand(-1, max(counts) - count)), dim=1))
     indices = torch.stack(rows).to(q.device, torch.int32)[:, None].expand(-1, q.shape[1], -1, -1)
     return Pattern(indices.contiguous(), counts, grid)
 

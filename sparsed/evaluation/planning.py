@@ -40,7 +40,7 @@ class Batch:
         return {name for name, known in zip(self.ids, self.keys(variant), strict=True) if known not in finished}
 
     def samples(self) -> list[Sample]:
-        """The samples, made anew by every call."""
+        """The samples; every call makes them again."""
         return list(map(self.make, self.indices))
 
 

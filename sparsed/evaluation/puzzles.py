@@ -112,7 +112,7 @@ def tracking(rng: random.Random, size: int, *, held_out: bool, chains: int = 1, 
     values = numbers(rng, chains, digits=5)
     while number_held_out(int(values[0])) != held_out:
         values = numbers(rng, chains, digits=5)
-    # a chain's sentences keep their order, whatever stands between them
+    # a chain's sentences keep their order, with others between them
     turns = [chain for chain in range(chains) for _ in range(hops + 1)]
     rng.shuffle(turns)
     latest, sentences, asked = list(values), [], []

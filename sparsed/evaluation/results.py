@@ -86,7 +86,7 @@ class Folder:
             file.write(_lines(records).encode())
 
     def mend(self) -> None:
-        """End a line that a crash has cut off, so that the next sample starts a line of its own."""
+        """End a line that a crash has cut off, so that the next sample starts a new line."""
         file = self._part(self.process)
         if file.is_file() and (text := file.read_bytes()) and not text.endswith(b"\n"):
             with open(file, "ab") as end:
@@ -233,7 +233,7 @@ def _columns(name: str) -> tuple[str, str, str]:
 
 
 def table(summary: dict[str, list[Record]]) -> str:
-    """Markdown in the form of the paper's Table 1: a table for each length, a line for each method, a column a task."""
+    """Markdown in the form of the paper's Table 1: one table per length, one line per method, one column per task."""
     lengths = list(dict.fromkeys(row["length"] for row in summary["rows"]))
     return "\n".join(_length_table(length, summary) for length in lengths)
 
