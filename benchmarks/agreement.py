@@ -47,8 +47,8 @@ def watch(model: DiffusionLM, input_ids: Tensor) -> dict[int, Layers]:
     seen: Layers = []
     found: dict[int, Layers] = {}
     rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
-    # every step is the first of a run of two, which chooses, and never gets to the second
     settings = settings_for(model.family, gen_length=NEW_TOKENS, steps=STEPS, block_length=BLOCK_LENGTH)
+    # every step is the first of a run of two, which chooses, and never gets to the second
     with sparsify(model, replace(CONFIG, skip=0), steps=2, gen_length=NEW_TOKENS, rule=rule) as run:
 
         def begin_anew(step: Step) -> None:
