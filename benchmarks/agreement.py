@@ -19,10 +19,11 @@ from torch import Tensor
 from sparsed import SparseDConfig, load_model, load_tokenizer, sparsify
 from sparsed.blocks import Pattern
 from sparsed.console.readers import whole
-from sparsed.evaluation.running import Sampler
 from sparsed.evaluation.tasks import TASKS, make_sample
+from sparsed.models.common import DiffusionLM
 from sparsed.pictures import common
 from sparsed.prompts import demo_path
+from sparsed.sampling import generate, settings_for
 from sparsed.sampling.common import Step
 from sparsed.watching import recall, watched
 
@@ -41,13 +42,14 @@ Layers = list[tuple[Tensor, Pattern]]  # block scores [1, Hq, nQ, nK] and kept b
 
 
 @torch.no_grad()
-def watch(sampler: Sampler, input_ids: Tensor) -> dict[int, Layers]:
+def watch(model: DiffusionLM, input_ids: Tensor) -> dict[int, Layers]:
     """What each of the steps that count would see and choose in a generation with full attention; input_ids [1, T]."""
     seen: Layers = []
     found: dict[int, Layers] = {}
     rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
+    settings = settings_for(model.family, gen_length=NEW_TOKENS, steps=STEPS, block_length=BLOCK_LENGTH)
     # every step is the first of a run of two, which chooses, and never gets to the second
-    with sparsify(sampler.model, replace(CONFIG, skip=0), steps=2, gen_length=NEW_TOKENS, rule=rule) as run:
+    with sparsify(model, replace(CONFIG, skip=0), steps=2, gen_length=NEW_TOKENS, rule=rule) as run:
 
         def begin_anew(step: Step) -> None:
             if step.index in (EARLY, LATE, *LATER):
@@ -55,7 +57,7 @@ def watch(sampler: Sampler, input_ids: Tensor) -> dict[int, Layers]:
             seen.clear()
             run.reset()
 
-        sampler.generate(input_ids, gen_length=NEW_TOKENS, steps=STEPS, on_step=begin_anew)
+        generate(model, input_ids, settings, on_step=begin_anew)
     return found
 
 
@@ -81,13 +83,13 @@ def compare(found: dict[int, Layers]) -> dict[str, Any]:
     return record
 
 
-def measure(sampler: Sampler, count: int) -> dict[str, Any]:
+def measure(model: DiffusionLM, tokenizer: Any, count: int) -> dict[str, Any]:
     """The samples of every task, and their means."""
     samples = []
     for task in SOLVED:
         for index in range(count):
-            sample = make_sample(TASKS[task], sampler.tokenizer, PROMPT, 0, index)
-            found = watch(sampler, torch.tensor([sample.input_ids], device=sampler.model.device))
+            sample = make_sample(TASKS[task], tokenizer, PROMPT, 0, index)
+            found = watch(model, torch.tensor([sample.input_ids], device=model.device))
             samples.append({"id": sample.id, **compare(found)})
         print(f"{task}: done", flush=True)
     density = found[LATE][0][1].density.item()  # of any: it depends on the length alone
@@ -101,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(parser, argv)
     folder = str(demo_path(args.family))
     model = load_model(folder, dtype="float32")
-    sampler = Sampler(model, load_tokenizer(folder), BLOCK_LENGTH, "auto")
-    record = new_record(parser, args, model.device, model.dtype) | measure(sampler, args.samples)
+    record = new_record(parser, args, model.device, model.dtype)
+    record |= measure(model, load_tokenizer(folder), args.samples)
     save(args.out, record)
     print(args.family, *(f"{name} {value:.3f}" for name, value in record["means"].items()))
 

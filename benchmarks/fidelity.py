@@ -35,6 +35,7 @@ from sparsed.evaluation.methods import METHODS
 from sparsed.evaluation.results import title_of
 from sparsed.kernels import block_scores, full_attention
 from sparsed.models.common import DiffusionLM
+from sparsed.sampling import FAMILIES
 
 from .common import build_parser, markdown, new_record, parse_arguments, save
 
@@ -183,7 +184,7 @@ def measure(model: DiffusionLM, window: Window, wanted: list[Setting], mask_id: 
     new_tokens = len(window.order)
     canvas = window.canvas(0.5, mask_id).to(model.device)
     places = (canvas[0] == mask_id).nonzero()[:, 0]
-    rows = places - int(model.family == "dream")
+    rows = FAMILIES[model.family].sources(places, canvas.shape[1])
     truth = window.tokens.to(model.device)[places]
     full = model(canvas, logit_rows=rows).log_softmax(-1)
     sums = [_sums(full, full, truth)]

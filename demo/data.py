@@ -46,7 +46,7 @@ class Builder:
         """Exactly `length` ids: a document, then `questions` turns, or one padded to gen_length if that is given.
 
         Args:
-            density: share of the text that is facts which nobody asks for.
+            density: share of distractor facts in the text.
         """
         persons = iter(self.language.persons(self.rng, held_out=False))
         drawn = (self._asked(next(persons)) for _ in range(questions if gen_length is None else 1))
@@ -134,7 +134,7 @@ class Builder:
         return part, slots, [("names", part, slot, part, name) for slot in slots]
 
     def _others(self, persons, told: list[Told], count: int) -> list[Told]:
-        """Facts that nobody asks for, a quarter of them another kind's about somebody of whom one is told."""
+        """Distractor facts; a quarter are a second fact about a person already mentioned."""
         rng, kinds, others = self.rng, list(self.language.kinds), []
         once = [one.about for one in told]
         for _ in range(count):

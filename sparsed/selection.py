@@ -20,7 +20,16 @@ def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
     Args:
         scores: [B, Hq, nQ, nK] block scores.
     """
-    budgets = grid.budgets(select)
+    return top_k(scores, grid, grid.parts, grid.budgets(select))
+
+
+def top_k(scores: Tensor, grid: BlockGrid, parts: tuple[slice, ...], budgets: list[tuple[int, ...]]) -> Pattern:
+    """Keep the highest-scoring key blocks of each of these parts; else as `isolated_top_k`.
+
+    Args:
+        parts: of the key blocks, one or two, next to each other.
+        budgets: how many of each part for each batch row; one row stands for all.
+    """
     if len(budgets) == 1:
         budgets = budgets * len(scores)
     if grid.key_valid is not None:
@@ -29,7 +38,7 @@ def isolated_top_k(scores: Tensor, grid: BlockGrid, select: float) -> Pattern:
     counts = tuple(map(sum, budgets))
     indices = scores.new_empty(*scores.shape[:3], max(counts), dtype=torch.int32)
     for row, budget, kept in zip(scores, budgets, indices, strict=True):
-        highest_places(row, grid.parts, budget, kept)
+        highest_places(row, parts, budget, kept)
     return Pattern(indices, counts, grid)
 
 

@@ -19,7 +19,6 @@ from benchmarks.common import LENGTHS, summary
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
 from sparsed.backends import BACKENDS
 from sparsed.blocks import BlockGrid, Pattern
-from sparsed.evaluation.running import Sampler
 from sparsed.kernels import block_scores_torch
 from sparsed.watching import watched
 
@@ -491,7 +490,7 @@ def test_agreement_is_held_against_the_later_steps():
 def test_the_late_choice_is_that_of_a_sparse_run(make):
     model, real = make(), []
     prompt = torch.randint(0, model.config.mask_token_id, (1, 400))
-    found = agreement.watch(Sampler(model, None, agreement.BLOCK_LENGTH, "auto"), prompt)
+    found = agreement.watch(model, prompt)
     assert set(found) == {0, 12, *agreement.LATER}
     rule = watched(lambda scores, pattern: real.append((scores, pattern)))
     options = {"gen_length": 64, "steps": 64, **({"block_length": 32} if model.family == "llada" else {})}

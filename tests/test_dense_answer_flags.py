@@ -8,7 +8,7 @@ from tiny_folders import tiny_folder
 from sparsed import SparseDConfig
 from sparsed.cli import main_dream, main_llada
 from sparsed.evaluation.arguments import parse
-from sparsed.evaluation.running import Variant
+from sparsed.evaluation.methods import Variant
 
 MAIN = {"dream": main_dream, "llada": main_llada}
 

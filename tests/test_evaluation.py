@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsed.evaluation import cli, identity, results, running, wilson
+from sparsed.evaluation import answering, command, identity, results, wilson
 from sparsed.evaluation.results import Folder, OtherRun, summarize, table
 from sparsed.prompts import demo_path
 
@@ -111,8 +111,8 @@ def test_lines_of_earlier_versions_are_those_without_dense_answer_rows(tmp_path)
 
 
 def test_a_folder_belongs_to_one_configuration(tmp_path):
-    for command in "xy":
-        Folder(tmp_path / "new" / "run").claim({"seed": 0}, {"command": command})
+    for name in "xy":
+        Folder(tmp_path / "new" / "run").claim({"seed": 0}, {"command": name})
     assert results.about(tmp_path / "new" / "run" / results.RUN)["calls"] == [{"command": "x"}, {"command": "y"}]
     Folder(tmp_path / "new" / "run").append([line("s0", "origin", 1.0)])
     with pytest.raises(OtherRun, match="seed 0, now 1"):
@@ -182,7 +182,7 @@ def lines_of(folder):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation") / "run"
-    assert cli.main([*CALL, "--out", str(folder)]) == 0
+    assert command.main([*CALL, "--out", str(folder)]) == 0
     return folder
 
 
@@ -209,13 +209,13 @@ def test_the_results(done, capsys):
 
 def test_a_second_call_measures_nothing_again(done, monkeypatch):
     before = (done / results.SAMPLES).read_bytes()
-    monkeypatch.setattr(running.Sampler, "answer", lambda *_: pytest.fail("measured again"))
-    assert cli.main([*CALL, "--out", str(done)]) == 0
+    monkeypatch.setattr(answering.Answerer, "answer", lambda *_: pytest.fail("measured again"))
+    assert command.main([*CALL, "--out", str(done)]) == 0
     assert (done / results.SAMPLES).read_bytes() == before
 
 
 def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
-    answer, answered = running.Sampler.answer, []
+    answer, answered = answering.Answerer.answer, []
 
     def counted(self, samples, variant, *rest):
         if len(answered) == 5:
@@ -224,11 +224,11 @@ def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
         answered.append((samples[0].id, variant.method))
         return answer(self, samples, variant, *rest)
 
-    monkeypatch.setattr(running.Sampler, "answer", counted)
+    monkeypatch.setattr(answering.Answerer, "answer", counted)
     with pytest.raises(KeyboardInterrupt):
-        cli.main([*CALL, "--out", str(tmp_path / "run")])
+        command.main([*CALL, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run" / results.SUMMARY).exists()
-    assert cli.main([*CALL, "--out", str(tmp_path / "run")]) == 0
+    assert command.main([*CALL, "--out", str(tmp_path / "run")]) == 0
     answered.remove(None)
     assert len(answered) == len(set(answered)) == 12
     assert lines_of(tmp_path / "run") == lines_of(done)
@@ -237,8 +237,8 @@ def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
 def test_a_larger_limit_adds_to_what_is_there_and_batches_change_nothing(done, tmp_path):
     folder = tmp_path / "run"
     first = [word if word != "3" else "1" for word in CALL]
-    assert cli.main([*first, "--out", str(folder)]) == 0
-    assert cli.main([*CALL, "--batch_size", "2", "--out", str(folder)]) == 0
+    assert command.main([*first, "--out", str(folder)]) == 0
+    assert command.main([*CALL, "--batch_size", "2", "--out", str(folder)]) == 0
     for found, expected in zip(lines_of(folder), lines_of(done), strict=True):
         assert found.pop("recall") == pytest.approx(expected.pop("recall") or None, abs=1e-5)
         assert found == expected
@@ -247,7 +247,7 @@ def test_a_larger_limit_adds_to_what_is_there_and_batches_change_nothing(done, t
 def test_sweeps_run_every_combination_once(tmp_path):
     sweep = ["--select", "0.2,0.5", "--skip", "0.0,0.5", "--methods", "origin,sparsed,window,no_skip"]
     words = [*SMALL, "--tasks", "qa_1", *sweep, "--limit", "1", "--out", str(tmp_path / "run")]
-    assert cli.main(words) == 0
+    assert command.main(words) == 0
     found = [(r["method"], r["select"], r["skip"]) for r in lines_of(tmp_path / "run")]
     expected = [("origin", None, None)]
     expected += [("sparsed", select, skip) for skip in (0.0, 0.5) for select in (0.2, 0.5)]
@@ -276,8 +276,8 @@ def test_two_processes_leave_what_one_does(done, tmp_path):
 
 def test_more_seeds_add_to_a_cell(tmp_path):
     words = [*SMALL, "--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "run")]
-    assert cli.main(words) == 0
-    assert cli.main([*words, "--seed", "0,5"]) == 0
+    assert command.main(words) == 0
+    assert command.main([*words, "--seed", "0,5"]) == 0
     assert [r["seed"] for r in lines_of(tmp_path / "run")] == [0, 5]
     (row,) = json.loads((tmp_path / "run" / results.SUMMARY).read_text())["rows"]
     assert (row["n"], row["seeds"]) == (2, [0, 5])
@@ -285,7 +285,7 @@ def test_more_seeds_add_to_a_cell(tmp_path):
 
 def test_where_no_step_is_sparse(tmp_path):
     words = [*SMALL, "--tasks", "qa_1", "--methods", "sparsed,window", "--skip", "0.5,1", "--limit", "1"]
-    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert command.main([*words, "--out", str(tmp_path / "run")]) == 0
     found = {(r["method"], r["skip"]): r["density"] for r in lines_of(tmp_path / "run")}
     # as many blocks, but a window's are seldom the short last one
     assert found["sparsed", 1.0] == 1.0 and found["sparsed", 0.5] < found["window", None] < 0.4
@@ -296,7 +296,7 @@ def test_a_file_is_no_folder_of_results(tmp_path, capsys, inside):
     file = tmp_path / "notes.txt"
     file.write_text("mine")
     with pytest.raises(SystemExit, match="2"):
-        cli.parse([*SMALL, "--out", str(file / inside)])
+        command.parse([*SMALL, "--out", str(file / inside)])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"argument --out: {file} is a file; name a folder" in error
 
@@ -311,7 +311,7 @@ def test_a_changed_checkpoint_is_another_configuration(tmp_path, capsys, name, s
     shutil.copytree(demo_path("llada"), checkpoint)
     words = [word for word in SMALL if word not in ("--demo", "llada")]
     words += ["--model_path", str(checkpoint), "--tasks", "qa_1", "--methods", "origin", "--limit", "1"]
-    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert command.main([*words, "--out", str(tmp_path / "run")]) == 0
     if name is None:
         weights = checkpoint / "model.safetensors"
         tensors = load_file(weights)
@@ -321,7 +321,7 @@ def test_a_changed_checkpoint_is_another_configuration(tmp_path, capsys, name, s
     else:
         with open(checkpoint / name, "a") as file:
             file.write(" ")
-    assert cli.main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert command.main([*words, "--out", str(tmp_path / "run")]) == 2
     assert f"another configuration ({setting} " in capsys.readouterr().err
 
 
@@ -341,7 +341,7 @@ def test_a_changed_file_is_another_configuration(tmp_path, capsys, monkeypatch):
     file, words = tmp_path / "mine.jsonl", [*SMALL, "--methods", "origin", "--out", "~/run"]
     for answers, code in (("a", 0), ("a", 0), ("b", 2)):
         file.write_text(json.dumps({"prompt": "What is a boat?", "answers": [answers]}))
-        assert cli.main([*words, "--tasks_file", "~/mine.jsonl"]) == code
+        assert command.main([*words, "--tasks_file", "~/mine.jsonl"]) == code
     assert "another configuration (tasks_file" in capsys.readouterr().err
     assert lines_of(tmp_path / "run")
 
@@ -349,14 +349,14 @@ def test_a_changed_file_is_another_configuration(tmp_path, capsys, monkeypatch):
 def test_a_folder_without_a_sample_is_free(tmp_path):
     """A backend that cannot run here is found out once the folder is claimed."""
     words = [*SMALL, "--tasks", "qa_1", "--methods", "sparsed", "--limit", "1", "--out", str(tmp_path / "run")]
-    assert cli.main([*words, "--backend", "flash"]) == 2
-    assert cli.main(words) == 0
+    assert command.main([*words, "--backend", "flash"]) == 2
+    assert command.main(words) == 0
     run = json.loads((tmp_path / "run" / results.RUN).read_text())
     assert run["settings"]["backend"] == "auto" and len(run["calls"]) == 1
 
 
 def test_another_dtype_is_named_as_such(done, capsys):
-    assert cli.main([*CALL, "--dtype", "bfloat16", "--out", str(done)]) == 2
+    assert command.main([*CALL, "--dtype", "bfloat16", "--out", str(done)]) == 2
     assert "(dtype 'float32', now 'bfloat16')" in capsys.readouterr().err
 
 
@@ -377,11 +377,10 @@ def test_a_damaged_line_does_not_count(tmp_path, changes):
 
 
 def test_a_log_gets_lines_with_the_time_left(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "EVERY", 0.0)
+    monkeypatch.setattr(command, "EVERY", 0.0)
     words = [word for word in SMALL if word != "--quiet"]
-    assert (
-        cli.main([*words, "--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "r")]) == 0
-    )
+    words += ["--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "r")]
+    assert command.main(words) == 0
     told = capsys.readouterr().err.splitlines()
     assert sum("the same command goes on from there" in text for text in told) == 1
     lines = [text for text in told if "step" in text]
@@ -394,16 +393,16 @@ def test_tasks_of_a_users_own(tmp_path, capsys):
         '{"prompt": "What is a boat?", "answers": ["ship"]}\n{"prompt": "And now?", "answers": ["x", "y"]}\n'
     )
     words = [*SMALL, "--tasks_file", str(file), "--methods", "origin", "--out", str(tmp_path / "run")]
-    assert cli.main(words) == 0
+    assert command.main(words) == 0
     assert [r["task"] for r in lines_of(tmp_path / "run")] == ["mine", "mine"]
     assert "prompts of your own" in capsys.readouterr().out
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
-    found = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    found = command.importlib.util.find_spec
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
     words = [*SMALL, "--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "run")]
-    assert cli.main(words) == 0
+    assert command.main(words) == 0
     assert capsys.readouterr().err.count("matplotlib") == 1
 
 
@@ -453,7 +452,7 @@ def test_a_wrong_call_is_one_line(tmp_path, capsys, changes, option, says):
         str(tmp_path / "run"),
         *changes,
     ]
-    assert cli.main(words) == 2
+    assert command.main(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"argument {option}: " in error and says in error
     assert not (tmp_path / "run" / results.SUMMARY).exists()
@@ -462,14 +461,14 @@ def test_a_wrong_call_is_one_line(tmp_path, capsys, changes, option, says):
 def test_a_line_without_its_fields_is_named(tmp_path, capsys):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "a", "answers": ["b"]}\n{"prompt": "a"}\n')
-    assert cli.main([*SMALL, "--tasks_file", str(file), "--out", str(tmp_path / "run")]) == 2
+    assert command.main([*SMALL, "--tasks_file", str(file), "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "line 2" in error and "answers" in error
 
 
 def test_results_of_another_configuration_stay(done, capsys):
     before = {path.name: path.read_bytes() for path in done.iterdir()}
-    assert cli.main([*CALL, "--steps", "4", "--out", str(done)]) == 2
+    assert command.main([*CALL, "--steps", "4", "--out", str(done)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "argument --out: " in error and "steps 2, now 4" in error
     assert {path.name: path.read_bytes() for path in done.iterdir()} == before

@@ -10,7 +10,7 @@ from standins import tiny_dream, tiny_llada
 from sparsed import SparseDConfig, sparsify
 from sparsed.blocks import BlockGrid
 from sparsed.evaluation.methods import METHODS, joint_top_k, streaming, window
-from sparsed.evaluation.running import leave_group
+from sparsed.evaluation.team import leave_group
 from sparsed.selection import isolated_top_k
 from sparsed.watching import recall, watched
 

@@ -27,8 +27,8 @@ ALLOWED = {
     "cli": {"console", "report", "sampling", "patch", "run", "watching", "backends", "models", "chat", "prompts"}
     | {"blocks"},
     "pictures": {"console", "sampling", "patch", "watching", "blocks", "models", "prompts"},
-    "evaluation": {"console", "sampling", "patch", "run", "watching", "backends", "models", "chat", "prompts"}
-    | {"selection", "blocks"},
+    "evaluation": {"console", "sampling", "run", "watching", "backends", "models", "chat", "prompts", "selection"}
+    | {"blocks"},
     "__init__": {"sampling", "patch", "selection", "models"},
 }
 LEAVES = {"config", "models", "chat", "prompts"}  # not even config

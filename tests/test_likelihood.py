@@ -9,7 +9,7 @@ from sampling_cases import GENERATE, inputs_of
 from standins import EOS, MASK, VOCAB
 
 from sparsed import SparseDConfig
-from sparsed.evaluation.likelihood import draw_masks, is_greedy, log_likelihood
+from sparsed.sampling.likelihood import draw_masks, is_greedy, log_likelihood
 
 PROMPT, TARGET = list(range(5, 45)), [3, 1, 4, 15, 9, 2, 6]
 

@@ -1,4 +1,4 @@
-"""Does it keep the quality? Long-context tasks, SparseD beside other methods: `python -m sparsed.evaluation --help`."""
+"""Does it keep the quality? SparseD and other methods on long-context tasks: `python -m sparsed.evaluation --help`."""
 
 from .scoring import score, wilson
 from .tasks import TASKS, Sample, Task, make_sample, read_samples

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from ..config import SparseDConfig
 from ..console.parser import Parser
 from ..console.readers import config_field, device, list_of, non_empty, path, shown, some_of, whole
 from ..models.loading import DTYPES
-from .methods import METHODS
-from .running import Variant, variants
+from .methods import METHODS, Variant, variants
 from .tasks import TASKS
 
 SHORTEST, LONGEST = 256, 128 * 1024  # tokens of a prompt
+COMPARED = "origin,sparsed,window,streaming"
 DENSE_ANSWER = {"no": (False,), "yes": (True,), "both": (False, True)}
 EXAMPLES = """\
 tasks (RULER's, over this package's own texts):
@@ -35,30 +36,53 @@ The same command goes on where an interrupted one stopped. Exit codes: 0 done, 2
 """
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read and check the flags.
+@dataclass(frozen=True)
+class Arguments:
+    """What the flags of the same names ask for.
 
-    Returns:
-        The values, with two more: `variants` and `parser` (for later errors).
+    Args:
+        variants: the methods, each with every combination of SparseD's settings.
+        parser: for what turns out wrong later.
+    """
+
+    model_path: str | None
+    demo: str | None
+    device: str
+    dtype: str
+    tasks: list[str]
+    tasks_file: Path | None
+    lengths: list[int]
+    limit: int
+    seed: list[int]
+    out: Path
+    seq_len: int | None
+    steps: int | None
+    block_length: int
+    batch_size: int
+    backend: str
+    quiet: bool
+    variants: list[Variant]
+    parser: Parser
+
+
+def parse(argv: list[str] | None) -> Arguments:
+    """Read and check the flags.
 
     Raises:
         SystemExit: code 2 after a wrong call, 0 after --help.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.tasks is None:
-        args.tasks = [] if args.tasks_file else list(TASKS)
-    _check_folder(parser, args.out)
-    args.variants = _variants(args)
-    args.parser = parser
-    return args
-
-
-def _check_folder(parser: Parser, out: Path) -> None:
-    """Refuse a folder of results that is a file, or would lie in one, before the model is loaded."""
-    present = next(place for place in (out.absolute(), *out.absolute().parents) if os.path.lexists(place))
-    if not present.is_dir():
+    given = vars(parser.parse_args(argv))
+    if given["tasks"] is None:
+        given["tasks"] = [] if given["tasks_file"] else list(TASKS)
+    out = given["out"].absolute()
+    present = next(place for place in (out, *out.parents) if os.path.lexists(place))
+    if not present.is_dir():  # said before a model is loaded
         parser.error(f"argument --out: {present} is a file; name a folder for the results")
+    methods, dense = given.pop("methods"), DENSE_ANSWER[given.pop("dense_answer")]
+    sweep = product(*(given.pop(name) for name in ("block_size", "skip", "select")), dense)
+    configs = [SparseDConfig(skip, select, size, dense) for size, skip, select, dense in sweep]
+    return Arguments(**given, variants=variants(methods, configs), parser=parser)
 
 
 def build_parser() -> Parser:
@@ -73,22 +97,25 @@ def build_parser() -> Parser:
             methods="\n".join(f"  {name:<14}{method.title}" for name, method in METHODS.items()),
         ),
     )
-    _add_model(parser.add_argument_group("model"))
-    _add_measured(parser.add_argument_group("what to measure"))
-    _add_sparsed(
-        parser.add_argument_group("SparseD (some values with commas between: each of them, in all combinations)")
-    )
-    _add_generation(parser.add_argument_group("generation, greedy"))
-    _add_running(parser.add_argument_group("running"))
-    return parser
-
-
-def _add_model(group) -> None:
+    group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--model_path", type=non_empty, metavar="PATH", help="hub id, or a folder in the hub's format")
     which.add_argument("--demo", choices=("dream", "llada"), help="a bundled demo checkpoint")
     group.add_argument("--device", type=device, default="auto", help="auto, cuda, cuda:N, cpu or mps (default: auto)")
     group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: auto)")
+    _add_measured(parser.add_argument_group("what to measure"))
+    _add_sparsed(
+        parser.add_argument_group("SparseD (some values with commas between: each of them, in all combinations)")
+    )
+    group = parser.add_argument_group("generation, greedy")
+    group.add_argument("--seq_len", type=whole(1), metavar="N", help="new tokens (default: as RULER has it, by task)")
+    group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: as many as new tokens)")
+    group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help="LLaDA (default: %(default)s)")
+    group = parser.add_argument_group("running")
+    group.add_argument("--batch_size", type=whole(1), default=1, metavar="N", help="samples at once (default: 1)")
+    group.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
 
 
 def _add_measured(group) -> None:
@@ -100,13 +127,8 @@ def _add_measured(group) -> None:
         help='tasks of your own, a line each: {"prompt": "...", "answers": ["...", ...]}; all answers must be in the '
         'text, or one of them with "match": "part"',
     )
-    group.add_argument(
-        "--methods",
-        type=some_of(METHODS),
-        default="origin,sparsed,window,streaming",
-        metavar="NAMES",
-        help="some methods (default: %(default)s)",
-    )
+    about = "some methods (default: %(default)s)"
+    group.add_argument("--methods", type=some_of(METHODS), default=COMPARED, metavar="NAMES", help=about)
     group.add_argument(
         "--lengths",
         type=list_of(length),
@@ -117,27 +139,16 @@ def _add_measured(group) -> None:
     group.add_argument(
         "--limit", type=whole(1), default=200, metavar="N", help="samples a cell and seed (default: %(default)s)"
     )
-    group.add_argument(
-        "--seed",
-        type=list_of(whole(0)),
-        default=[0],
-        metavar="NUMBERS",
-        help="of the samples, some with commas between (default: 0)",
-    )
+    about = "of the samples, some with commas between (default: 0)"
+    group.add_argument("--seed", type=list_of(whole(0)), default=[0], metavar="NUMBERS", help=about)
     group.add_argument("--out", type=path, required=True, metavar="DIR", help="folder of the results")
 
 
 def _add_sparsed(group) -> None:
     for name, kind in (("skip", float), ("select", float), ("block_size", int)):
-        default = getattr(SparseDConfig, name)
-        group.add_argument(
-            f"--{name}",
-            type=list_of(config_field(name, kind)),
-            default=[default],
-            metavar="VALUES",
-            help=f"as the scripts' (default: {default})",
-        )
-
+        values, default = list_of(config_field(name, kind)), getattr(SparseDConfig, name)
+        about = f"as the scripts' (default: {default})"
+        group.add_argument(f"--{name}", type=values, default=[default], metavar="VALUES", help=about)
     group.add_argument(
         "--dense_answer",
         choices=DENSE_ANSWER,
@@ -147,24 +158,6 @@ def _add_sparsed(group) -> None:
         help="whether the answer's queries read every key in the sparse steps, under any method (default: %(default)s; "
         "without a value: yes)",
     )
-
-
-def _add_generation(group) -> None:
-    group.add_argument("--seq_len", type=whole(1), metavar="N", help="new tokens (default: as RULER has it, by task)")
-    group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: as many as new tokens)")
-    group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help="LLaDA (default: %(default)s)")
-
-
-def _add_running(group) -> None:
-    group.add_argument("--batch_size", type=whole(1), default=1, metavar="N", help="samples at once (default: 1)")
-    group.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
-    group.add_argument("--quiet", action="store_true", help="no progress")
-
-
-def _variants(args: argparse.Namespace) -> list[Variant]:
-    combinations = product(args.block_size, args.skip, args.select, DENSE_ANSWER[args.dense_answer])
-    configs = [SparseDConfig(skip, select, size, dense) for size, skip, select, dense in combinations]
-    return variants(args.methods, configs)
 
 
 def length(word: str) -> int:

@@ -2,10 +2,10 @@
 
     python -m sparsed.evaluation.harness run --model sparsed --model_args pretrained=PATH,select=0.3 --tasks gsm8k
 
-The harness has no plug-ins for models, so this module registers the class and hands over to the harness' own command
-line. `torchrun --nproc_per_node 4 -m sparsed.evaluation.harness ...`, or `accelerate launch`, spreads the requests over
-processes, each with a model of its own. A process runs one request at a time: SparseD's gain is in long prompts, which
-fill a GPU by themselves.
+The harness has no plug-ins for models, so this module runs its own command line with an additional model. `torchrun
+--nproc_per_node 4 -m sparsed.evaluation.harness ...`, or `accelerate launch`, spreads the requests over processes, each
+with a model of its own. A process runs one request at a time: SparseD pays with long prompts, and one of them fills a
+GPU.
 """
 
 import logging
@@ -25,8 +25,8 @@ from ..chat import answer_length, decode, stop_ids
 from ..config import SparseDConfig, check_numbers
 from ..console.streams import tell
 from ..models import load_model, load_tokenizer
-from .likelihood import is_greedy, log_likelihood
-from .running import leave_group
+from ..sampling.likelihood import is_greedy, log_likelihood
+from .team import leave_group
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -41,12 +41,7 @@ except ModuleNotFoundError as error:
         sys.exit(2)
     raise ModuleNotFoundError(lacking) from error
 
-# what a task or --gen_kwargs may set beside length, steps, stops and temperature
-SAMPLING = {
-    "dream": ("alg", "alg_temp", "top_p", "top_k", "eps"),
-    "llada": ("cfg_scale", "remasking", "logits_eos_inf", "confidence_eos_eot_inf"),
-}
-# the harness passes these on to every model; code of a checkpoint never runs, whatever they say
+# the harness passes these on to every model; a checkpoint's code never runs, whatever they say
 IGNORED = ("max_batch_size", "trust_remote_code")
 
 
@@ -65,13 +60,13 @@ class Options:
         backend: kernel of the sparse steps.
         steps: denoising steps of one answer whose task does not say; None takes as many as it has tokens.
         max_gen_toks: tokens of an answer whose task does not say.
-        block_length: LLaDA's block, at most the answer's length; an answer that does not fill its last is cut.
-        mc_num: draws of one log-likelihood.
-        check_greedy: find out whether the target is what the model would write, which few metrics ask for, in as
-            many forwards as it has tokens; else the answer is always no.
+        block_length: LLaDA's block, at most the answer's length; what its last block has too many is cut off.
+        mc_num: draws per log-likelihood.
+        check_greedy: whether to find out if the model would write exactly the target, which few metrics ask for and
+            takes as many forwards as it has tokens; else the answer is always no.
         add_bos_token: put the tokenizer's bos_token before every context that does not have it.
         device, dtype: as for `load_model`.
-        seed: of the draws, those of every log-likelihood anew, and of sampling above temperature 0.
+        seed: of the draws, which are the same for every log-likelihood, and of sampling above temperature 0.
         batch_size: 1.
 
     Raises:
@@ -133,9 +128,12 @@ class Options:
     @property
     def config(self) -> SparseDConfig | None:
         """SparseD's settings; None for full attention."""
-        if self.origin:
-            return None
-        return SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
+        return None if self.origin else SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """How a model attends, as arguments of the sampler and of the likelihoods."""
+        return {"config": self.config, "backend": self.backend}
 
 
 @register_model("sparsed")
@@ -168,7 +166,7 @@ class SparseDLM(TemplateLM):
     ) -> "SparseDLM":
         """The model of the harness' command line: --model_args win over its own flags."""
         flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        if flags.get("device") == "cuda:0":  # also if nobody said so, and without a GPU
+        if flags.get("device") == "cuda:0":  # the harness' default, even without a GPU
             del flags["device"]
         return cls(**(flags | arg_dict))
 
@@ -224,8 +222,8 @@ class SparseDLM(TemplateLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context and of its continuation, to which the context's last spaces move.
 
-        The harness moves line breaks, too. With a chat template that would hide the template's own last ones, which
-        the models have never seen masked, and cost many nats.
+        Unlike the harness, it leaves line breaks where they are: masking those at the end of a chat template, which
+        the models have never seen masked, would cost many nats.
         """
         spaces = len(context) - len(context.rstrip(" "))
         head = self.tok_encode(context[: len(context) - spaces])
@@ -239,12 +237,12 @@ class SparseDLM(TemplateLM):
         """
         answers = []
         for request in self._progress(requests, "Generating", disable_tqdm):
-            context, settings = request.args
-            answers.append(self._answer(context, normalize_gen_kwargs(settings, self.options.max_gen_toks)))
+            answers.append(self._answer(*request.args))
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 
     def _answer(self, context: str, settings: dict[str, Any]) -> str:
+        settings = normalize_gen_kwargs(settings, self.options.max_gen_toks)
         length, until = settings.pop("max_gen_toks"), [stop for stop in settings.pop("until") if stop]
         settings.pop("do_sample")  # its temperature is 0 where there is none
         token_ids = self._generate(self.tok_encode(context), length, settings)[:length]
@@ -256,17 +254,15 @@ class SparseDLM(TemplateLM):
     def _generate(self, context: list[int], length: int, settings: dict[str, Any]) -> list[int]:
         """At least `length` new ids of the family's sampler."""
         family, options = self.model.family, self.options
+        own = sampling.own_options(family)
         for name in settings:
-            if name not in ("temperature", "steps", *SAMPLING[family]):
-                raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(SAMPLING[family])}")
-        if family == "llada":  # whose blocks must be filled
-            length += -length % min(options.block_length, length)
-        steps = settings.pop("steps", None) or options.steps or length
-        lengths = {"gen_length": length, "steps": steps, "block_length": options.block_length}
-        sampler = sampling.settings_for(family, **lengths, **settings)
+            if name not in ("temperature", "steps", *own):
+                raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(own)}")
+        length = sampling.FAMILIES[family].filled(length, options.block_length)
+        settings["steps"] = settings.get("steps") or options.steps or length
+        sampler = sampling.settings_for(family, gen_length=length, block_length=options.block_length, **settings)
         ids = torch.tensor([context or [self.prefix_token_id]])
-        attention: dict[str, Any] = {"config": options.config, "backend": options.backend}
-        out = sampling.generate(self.model, ids, sampler, generator=self.generator, **attention)
+        out = sampling.generate(self.model, ids, sampler, generator=self.generator, **options.attention)
         return out[0, ids.shape[1] :].tolist()
 
     def _loglikelihood_tokens(
@@ -274,14 +270,13 @@ class SparseDLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether it is greedy) of each ((context, target), context ids, target ids)."""
         options, answers = self.options, []
-        attention: dict[str, Any] = {"config": options.config, "backend": options.backend}
         for texts, context, target in self._progress(requests, "Scoring", disable_tqdm):
-            # the same draws for all targets of one length: their differences are not those of the draws
+            # the same draws for all targets of one length, so that they do not add to the differences
             generator = torch.Generator().manual_seed(options.seed)
             score = log_likelihood(
-                self.model, context, target, samples=options.mc_num, generator=generator, **attention
+                self.model, context, target, samples=options.mc_num, generator=generator, **options.attention
             )
-            greedy = options.check_greedy and is_greedy(self.model, context, target, **attention)
+            greedy = options.check_greedy and is_greedy(self.model, context, target, **options.attention)
             answers.append((score, greedy))
             self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-# a parameter's elements that are summed at once, each of 8 bytes then
+# elements of a parameter that are summed at once, in 8 bytes each
 SUMMED = 1 << 24
 SHOWN = 16  # hexadecimal digits of a digest
 WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -16,20 +16,16 @@ WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def weights_digest(model: nn.Module) -> str:
     """Digest of every parameter's name, shape and bits, the same on every device.
 
-    The bits count as sums of whole numbers, each times its place: a pass over the memory, where a digest of the files
-    would take a minute for 16 GB.
+    The bits count as sums of whole numbers, each times its place. That is one pass over the memory; a digest of the
+    files would take a minute for 16 GB.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         bits = parameter.detach().flatten().view(WHOLE_NUMBERS[parameter.element_size()])
-        sums = [int((part * places(part)).sum()) for part in bits.split(SUMMED)]
+        # times 1, 2, 3, ...
+        sums = [int((part * torch.arange(1, len(part) + 1, device=part.device)).sum()) for part in bits.split(SUMMED)]
         digest.update(f"{name} {list(parameter.shape)} {sums}\n".encode())
     return digest.hexdigest()[:SHOWN]
-
-
-def places(part: Tensor) -> Tensor:
-    """1, 2, 3, ... as many as a vector has elements."""
-    return torch.arange(1, len(part) + 1, device=part.device)
 
 
 def files_digest(files: Iterable[Path]) -> str:

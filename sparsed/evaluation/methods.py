@@ -5,7 +5,7 @@ a query block keeps as many key blocks under each of them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,30 +13,18 @@ from torch import Tensor
 
 from ..blocks import BlockGrid, Pattern
 from ..config import SparseDConfig
-from ..selection import SPARSED, Rule, isolated_top_k
-
-
-@dataclass(frozen=True)
-class JointGrid(BlockGrid):
-    """A grid whose blocks are one part, which keeps as many as prompt and generated region together would."""
-
-    @property
-    def parts(self) -> tuple[slice, ...]:
-        return (slice(0, self.n_blocks),)
-
-    def budgets(self, select: float) -> list[tuple[int, ...]]:
-        return [(sum(row),) for row in BlockGrid(**_fields(self)).budgets(select)]
+from ..selection import SPARSED, Rule, top_k
 
 
 def joint_top_k(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float) -> Pattern:
     """The highest scores of all blocks, without isolated selection: a part can take the other's room."""
-    joint = JointGrid(**_fields(grid))
-    return replace(isolated_top_k(score(), joint, select), grid=grid)
+    return top_k(score(), grid, (slice(0, grid.n_blocks),), [(sum(row),) for row in grid.budgets(select)])
 
 
 def window(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float, sinks: int = 0) -> Pattern:
-    """The blocks around the query's own, on both sides, and the first `sinks` of the sequence's; blocks of padding
-    count as none. At the ends the window is shifted inward, so that every query block keeps as many.
+    """A window of key blocks centred on the query's own, plus the sequence's first `sinks` blocks.
+
+    Padding blocks are not counted. At the ends the window is shifted inward, so that every query block keeps as many.
     """
     tokens = grid.block_tokens.expand(q.shape[0], -1)
     counts = tuple(sum(row) for row in grid.budgets(select))
@@ -50,8 +38,7 @@ def window(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: floa
         start = start.clamp(first + fixed, grid.n_blocks - wide)
         kept = start[:, None] + torch.arange(wide)
         sink = (first + torch.arange(fixed)).expand(grid.n_blocks, fixed)
-        kept = torch.cat((sink, kept), dim=1)
-        rows.append(torch.cat((kept, kept[:, -1:].expand(-1, max(counts) - count)), dim=1))
+        rows.append(torch.cat((sink, kept, kept[:, -1:].expand(-1, max(counts) - count)), dim=1))
     indices = torch.stack(rows).to(q.device, torch.int32)[:, None].expand(-1, q.shape[1], -1, -1)
     return Pattern(indices.contiguous(), counts, grid)
 
@@ -59,10 +46,6 @@ def window(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: floa
 def streaming(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float) -> Pattern:
     """StreamingLLM (arXiv 2309.17453) without its causal mask: the block of the attention sink, and a window."""
     return window(q, score, grid, select, sinks=1)
-
-
-def _fields(grid: BlockGrid) -> dict[str, Any]:
-    return {field.name: getattr(grid, field.name) for field in fields(grid)}
 
 
 @dataclass(frozen=True)
@@ -80,8 +63,7 @@ class Method:
     skips: bool = True
 
     def config(self, config: SparseDConfig) -> SparseDConfig | None:
-        """The numbers of `config` that it uses, those that mean nothing to it at their neutral value; None for full
-        attention."""
+        """The settings that it runs with: `skip` is 0 if it never skips; None for full attention."""
         if self.rule is None:
             return None
         return config if self.skips else replace(config, skip=0.0)
@@ -95,3 +77,28 @@ METHODS = {
     "window": Method("sliding window", Rule(window, blind=True), skips=False),
     "streaming": Method("StreamingLLM", Rule(streaming, blind=True), skips=False),
 }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its settings, None for full attention."""
+
+    method: str
+    config: SparseDConfig | None
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """How lines of results name it: None for a setting that means nothing to the method, or was not asked for."""
+        config, skips = self.config, METHODS[self.method].skips
+        return {
+            "method": self.method,
+            "select": config and config.select,
+            "skip": config.skip if config and skips else None,
+            "block_size": config and config.block_size,
+            "dense_answer": (config and config.dense_answer) or None,
+        }
+
+
+def variants(methods: list[str], configs: list[SparseDConfig]) -> list[Variant]:
+    """Every method with all the settings that mean something to it, each once, the methods in their order."""
+    return list(dict.fromkeys(Variant(name, METHODS[name].config(config)) for name in methods for config in configs))

@@ -1,17 +1,17 @@
-"""Which samples are answered, in which order and with how many steps."""
+"""Which samples are answered, in which order, and how the sampler is set for them."""
 
-import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import groupby, islice, product
 from typing import Any
 
 from ..console.endings import blame
-from ..sampling import settings_for
+from ..sampling import Settings, settings_for
 from ..sampling.unmasking import BlocksError
+from .arguments import Arguments
+from .methods import Variant
 from .results import key
-from .running import Variant, of_one_length
 from .tasks import TASKS, Sample, make_sample, read_samples, sample_id
 
 OWN_NEW_TOKENS = 128  # for tasks of the user's own
@@ -23,21 +23,29 @@ class Batch:
 
     Args:
         ids: the samples' names.
-        make: the samples.
-        gen_length, steps: new tokens, and denoising steps.
+        make, indices: gives a sample by its index, and the samples' indices.
+        new_tokens: of each answer.
     """
 
     ids: tuple[str, ...]
-    make: Callable[[], tuple[Sample, ...]]
-    gen_length: int
-    steps: int
+    make: Callable[[int], Sample]
+    indices: Sequence[int]
+    new_tokens: int
 
     def keys(self, variant: Variant) -> list[tuple]:
         """What the samples' lines of results are known by."""
         return [key({"id": name, **variant.names}) for name in self.ids]
 
+    def missing(self, variant: Variant, finished: Container[tuple]) -> set[str]:
+        """The names of those of the samples that this variant has not answered."""
+        return {name for name, known in zip(self.ids, self.keys(variant), strict=True) if known not in finished}
 
-def plan(args: argparse.Namespace, tokenizer: Any) -> list[Batch]:
+    def samples(self) -> list[Sample]:
+        """The samples; every call makes them again."""
+        return list(map(self.make, self.indices))
+
+
+def plan(args: Arguments, tokenizer: Any) -> list[Batch]:
     """All batches in the order of the results: by task, length, seed, sample."""
     batches = []
     for name, tokens, seed in product(args.tasks, args.lengths, args.seed):
@@ -48,39 +56,33 @@ def plan(args: argparse.Namespace, tokenizer: Any) -> list[Batch]:
         for start in range(0, args.limit, args.batch_size):
             indices = range(start, min(start + args.batch_size, args.limit))
             ids = tuple(sample_id(task, tokens, seed, index) for index in indices)
-            batches.append(_batch(args, ids, partial(_made, make, indices), task.gen_length))
+            batches.append(Batch(ids, make, indices, args.seq_len or task.gen_length))
     if args.tasks_file is not None:
+        known = {name for batch in batches for name in batch.ids}
         with blame(args, "--tasks_file"):
             own = read_samples(args.tasks_file, tokenizer)[: args.limit]
         for samples in of_one_length(own, args.batch_size):
             ids = tuple(sample.id for sample in samples)
-            batches.append(_batch(args, ids, partial(tuple, samples), OWN_NEW_TOKENS))
-    _check_names(args, batches)
+            if taken := next(filter(known.__contains__, ids), None):
+                args.parser.error(f"argument --tasks_file: the id {taken!r} is that of a sample of --tasks")
+            batches.append(Batch(ids, samples.__getitem__, range(len(samples)), args.seq_len or OWN_NEW_TOKENS))
     return batches
 
 
-def _check_names(args: argparse.Namespace, batches: list[Batch]) -> None:
-    """A user's own sample may not have the name of another."""
-    seen: set[str] = set()
-    for name in (name for batch in batches for name in batch.ids):
-        if name in seen:
-            args.parser.error(f"argument --tasks_file: the id {name!r} is that of a sample of --tasks")
-        seen.add(name)
+def of_one_length(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
+    """The samples in their order, at most `size` at once, and only those of one prompt length together."""
+    for _, group in groupby(samples, key=lambda sample: len(sample.input_ids)):
+        while batch := list(islice(group, size)):
+            yield batch
 
 
-def _made(make: Callable[[int], Sample], indices: Iterable[int]) -> tuple[Sample, ...]:
-    return tuple(map(make, indices))
-
-
-def _batch(args: argparse.Namespace, ids: tuple[str, ...], make: Callable[[], tuple[Sample, ...]], new: int) -> Batch:
-    gen_length = args.seq_len or new
-    return Batch(ids, make, gen_length, args.steps or gen_length)
-
-
-def check_steps(args: argparse.Namespace, family: str, batches: list[Batch]) -> None:
-    """LLaDA's blocks divide the new tokens, and the steps are shared out among them evenly."""
-    for batch in batches:
+def samplers(args: Arguments, family: str, batches: list[Batch]) -> dict[int, Settings]:
+    """How the family's sampler is set, by the number of new tokens."""
+    found = {}
+    for new_tokens in dict.fromkeys(batch.new_tokens for batch in batches):
+        steps = args.steps or new_tokens
         try:
-            settings_for(family, gen_length=batch.gen_length, steps=batch.steps, block_length=args.block_length)
+            found[new_tokens] = settings_for(family, gen_length=new_tokens, steps=steps, block_length=args.block_length)
         except BlocksError as error:
             args.parser.error(f"argument --{error.argument}: {error.must}")
+    return found

@@ -1,7 +1,7 @@
 """The kinds of RULER's tasks (arXiv 2404.06654), in the language of `prompts/`: a text, a question, its answers.
 
-A builder takes `size`, the number of sentences (or list items) of the text, so that `make_sample` can find the
-size that fills a prompt, and so that training can draw puzzles of any size with an rng of its own.
+A builder takes `size`, the number of sentences (or list items) of the text: `make_sample` finds the size that fills a
+prompt, and training draws puzzles of any size with an rng of its own.
 """
 
 import math
@@ -49,6 +49,14 @@ class Puzzle:
         return join_message(self.opening, self.sentences, ending, self.question, self.paragraph)
 
 
+def _puzzle(
+    kind: str, sentences: list[str], places: Sequence[int], question: str, answers: Sequence[str], **more: int
+) -> Puzzle:
+    """A puzzle with its kind's opening, whose answers make the reply."""
+    opening = language().tasks["intro"][kind]
+    return Puzzle(opening, sentences, tuple(places), question, tuple(answers), reply(answers), **more)
+
+
 def needles(
     rng: random.Random,
     size: int,
@@ -61,17 +69,17 @@ def needles(
     asked: int = 1,
     values: int = 1,
 ) -> Puzzle:
-    """Needle in a haystack: sentences that tell the codes of keys; the codes of some of the keys are asked.
+    """Needle in a haystack: sentences tell the codes of keys, and the question asks for those of some of the keys.
 
     Args:
         size: sentences of hay.
         hay: "noise", "essay", or "needles" for codes of other keys.
         key, value: "words" or "uuid", "number" or "uuid".
-        told, asked: keys whose codes are told, beside hay, and how many of them are asked.
-        values: codes of each key; if several, they are answered in the text's order.
+        told, asked: keys whose codes the text tells, not counting hay, and how many of them are asked.
+        values: codes per key; if several, they are answered in the text's order.
 
     Raises:
-        ValueError: there are not enough keys for so much hay of needles.
+        ValueError: there are not enough keys for this much hay of needles.
     """
     others = size if hay == "needles" else told - asked
     if key == "uuid":
@@ -88,14 +96,8 @@ def needles(
         straw = noise(size) if hay == "noise" else essay(rng, size, held_out=held_out)
     text, places = scatter(rng, straw, sentences, in_order=values > 1)
     answers = codes[: asked * values]
-    return Puzzle(
-        opening=tasks["intro"]["niah"],
-        sentences=text,
-        places=places[: len(answers)],
-        question=tasks["question"][mode].format(keys=listed(names[:asked])),
-        answers=tuple(answers),
-        reply=reply(answers),
-    )
+    question = tasks["question"][mode].format(keys=listed(names[:asked]))
+    return _puzzle("niah", text, places[: len(answers)], question, answers)
 
 
 def tracking(rng: random.Random, size: int, *, held_out: bool, chains: int = 1, hops: int = 4) -> Puzzle:
@@ -110,7 +112,7 @@ def tracking(rng: random.Random, size: int, *, held_out: bool, chains: int = 1, 
     values = numbers(rng, chains, digits=5)
     while number_held_out(int(values[0])) != held_out:
         values = numbers(rng, chains, digits=5)
-    # a chain's sentences keep their order, whatever stands between them
+    # a chain's sentences keep their order, with others between them
     turns = [chain for chain in range(chains) for _ in range(hops + 1)]
     rng.shuffle(turns)
     latest, sentences, asked = list(values), [], []
@@ -121,27 +123,20 @@ def tracking(rng: random.Random, size: int, *, held_out: bool, chains: int = 1, 
         if chain == 0:
             asked.append(name)
     text, places = scatter(rng, noise(size), sentences, in_order=True)
-    return Puzzle(
-        opening=tasks["intro"]["vt"],
-        sentences=text,
-        places=tuple(place for place, chain in zip(places, turns, strict=True) if chain == 0),
-        question=tasks["question"]["vt"].format(value=values[0]),
-        answers=tuple(asked),
-        reply=reply(asked),
-    )
+    read = [place for place, chain in zip(places, turns, strict=True) if chain == 0]
+    return _puzzle("vt", text, read, tasks["question"]["vt"].format(value=values[0]), asked)
 
 
 def common_words(rng: random.Random, size: int, *, held_out: bool) -> Puzzle:
     """A numbered list in which ten keys stand more often than all others; answered in the order of the list.
 
-    The ten stand in it 30 times each and the others 3 times, in a list of less than `LONG_LIST` items 6 times and once,
-    but for the last of the others, which stands in the rest.
+    The ten stand in it 30 times each and the others 3 times; 6 times and once in a list of less than `LONG_LIST` items.
+    The last of the others fills up the list.
     """
     often, seldom = LONG_COUNTS if size >= LONG_LIST else SHORT_COUNTS
     rest = size - COMMON * often
     common = take(keys(rng, held_out=held_out), COMMON)
-    seldom_ones = (key for key in keys(rng, held_out=beside(held_out)) if key not in common)
-    others = take(seldom_ones, math.ceil(rest / seldom))
+    others = take((key for key in keys(rng, held_out=beside(held_out)) if key not in common), math.ceil(rest / seldom))
     items = [" ".join(key) for key in common * often + [others[index // seldom] for index in range(rest)]]
     rng.shuffle(items)
     asked = {" ".join(key) for key in common}
@@ -152,7 +147,7 @@ def common_words(rng: random.Random, size: int, *, held_out: bool) -> Puzzle:
 def frequent_words(rng: random.Random, size: int, *, held_out: bool) -> Puzzle:
     """Code names whose counts follow Zipf's law, the first rank blanks; which three are the most frequent?
 
-    `held_out` changes nothing: which names are frequent is drawn anew each time, and the question is always the same.
+    `held_out` changes nothing: each puzzle draws its own frequent names, and the question is always the same.
     """
     names = rng.sample(language().words["last"], len(language().words["last"]))
     items = [name for rank, name in enumerate(names, 2) for _ in range(int(size / ZIPF_SUM / rank**2))]
@@ -163,22 +158,20 @@ def frequent_words(rng: random.Random, size: int, *, held_out: bool) -> Puzzle:
 
 def _list(task: str, items: list[str], asked: list[str]) -> Puzzle:
     """A puzzle of one paragraph."""
-    tasks = language().tasks
     items[-1] += "."
-    intro, question = tasks["intro"][task], tasks["question"][task]
-    return Puzzle(intro, items, (), question, tuple(asked), reply(asked), paragraph=len(items))
+    return _puzzle(task, items, (), language().tasks["question"][task], asked, paragraph=len(items))
 
 
 def questions(rng: random.Random, size: int, *, held_out: bool, hops: int) -> Puzzle:
-    """A fact about a person is asked; with two hops, of a person known only by another fact.
+    """A fact about a person is asked; with two hops, the question describes the person by another fact.
 
-    Both facts are told, whatever is asked, and nobody else has this person's last name or the values of either.
+    The text always tells both facts, and no other person in it has this last name or the values of either fact.
     """
     words = language()
     person = next(iter(words.persons(rng, held_out=held_out)))
     asked, clue = (words.fact(rng, person, kind) for kind in rng.sample(list(words.kinds), 2))
     kind = words.kinds[asked.kind]
-    # in the words of the answer, for other models may repeat the text's
+    # in the words of the answer, because other models may repeat the text's
     told = rng.choice([text for text in kind["facts"] if answer_key(kind) in text])
     sentences = [asked.fill(told), clue.fill(rng.choice(words.kinds[clue.kind]["facts"]))]
     text, places = scatter(rng, essay(rng, size, held_out=held_out, without=(asked, clue)), sentences)

@@ -1,9 +1,10 @@
-"""What an evaluation leaves: a line for every sample, and from these lines alone the summary and the table."""
+"""What an evaluation leaves: a line for every sample, and a summary and a table made only of these lines."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,13 @@ SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "tab
 # what tells one way to run from another; None where it means nothing to the method or was not asked for
 NUMBERS = ("select", "skip", "block_size")
 VARIANT = ("method", *NUMBERS, "dense_answer")
+# what the summary reads of a line, and of which kinds it may be
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "task"), (str,)),
+    **dict.fromkeys(("length", "seed"), (int, NoneType)),
+    **dict.fromkeys(("score", "density", "seconds"), (int, float)),
+    **dict.fromkeys(NUMBERS, (int, float, NoneType)),
+}
 
 Record = dict[str, Any]
 
@@ -28,8 +36,8 @@ class OtherRun(ValueError):
 class Folder:
     """The folder of one evaluation, which several processes may write to.
 
-    Every process appends the samples that it has finished to a file of its own; in the end they become one, in the
-    order of the plan, so that the result does not depend on their number.
+    Each process appends its finished samples to a file of its own. In the end these become one file in the order of the
+    plan, so the result does not depend on their number.
     """
 
     path: Path
@@ -47,27 +55,20 @@ class Folder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / RUN
-        calls: list[Record] = []
-        if file.is_file():
-            before = about(file)
-            changed = [
-                name for name in settings | before["settings"] if settings.get(name) != before["settings"].get(name)
-            ]
-            if changed and self.finished():
-                name = changed[0]
-                raise OtherRun(
-                    f"{self.path} holds results of another configuration ({name} {before['settings'].get(name)!r}, "
-                    f"now {settings.get(name)!r}): choose another folder"
-                )
-            calls = [] if changed else before["calls"]
-        elif any(self.path.iterdir()):
+        if not file.is_file() and any(self.path.iterdir()):
             raise OtherRun(f"{self.path} is not empty and holds no evaluation: choose another folder")
+        known: Record = about(file) if file.is_file() else {"settings": settings, "calls": []}
+        before = known["settings"]
+        changed = [name for name in settings | before if settings.get(name) != before.get(name)]
+        if changed and self.finished():
+            difference = f"{changed[0]} {before.get(changed[0])!r}, now {settings.get(changed[0])!r}"
+            raise OtherRun(f"{self.path} holds results of another configuration ({difference}): choose another folder")
         if self.process == 0:
+            calls = [] if changed else known["calls"]
             write_json(file, {"settings": settings, "calls": [*calls, call]})
 
     def finished(self) -> dict[tuple, Record]:
-        """The samples that are there, by `key`; a line that is not whole, as after a crash, or not one of an evaluation
-        does not count."""
+        """The samples that are there, by `key`; lines that a crash cut off, or that are not ours, do not count."""
         found = {}
         for file in (self.path / SAMPLES, *self._parts()):
             for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else ():
@@ -85,14 +86,14 @@ class Folder:
             file.write(_lines(records).encode())
 
     def mend(self) -> None:
-        """End the line that a crash has cut off, so that the next one starts anew."""
+        """End a line that a crash has cut off, so that the next sample starts a new line."""
         file = self._part(self.process)
         if file.is_file() and (text := file.read_bytes()) and not text.endswith(b"\n"):
             with open(file, "ab") as end:
                 end.write(b"\n")
 
     def close(self, records: list[Record]) -> None:
-        """Put all samples into one file, in the order given, and take the processes' own away."""
+        """Put all samples into one file, in the order given, and remove the processes' own."""
         write_text(self.path / SAMPLES, _lines(records))
         for file in self._parts():
             file.unlink()
@@ -124,14 +125,11 @@ def _lines(records: Iterable[Record]) -> str:
 
 def _readable(record: Record) -> bool:
     """Whether the summary can read a line's values."""
-    numbers = [record[name] for name in ("score", "density", "seconds")] + (record["recall"] or [])
     return (
-        all(isinstance(number, (int, float)) for number in numbers)
+        all(isinstance(record[name], kinds) for name, kinds in KINDS.items())
+        and all(isinstance(share, (int, float)) for share in record["recall"] or [])
         and 0 <= record["score"] <= 1
         and record["method"] in METHODS
-        and all(isinstance(record[name], str) for name in ("id", "task"))
-        and all(record[name] is None or isinstance(record[name], int) for name in ("length", "seed"))
-        and all(record[name] is None or isinstance(record[name], (int, float)) for name in NUMBERS)
         and record.get("dense_answer") in (None, True)
     )
 
@@ -143,7 +141,7 @@ def key(record: Record) -> tuple:
 
 def variant_of(record: Record) -> tuple:
     """The way to run of a line, or of a row of the summary."""
-    return tuple(record.get(name) for name in VARIANT)
+    return tuple(_fields(record, *VARIANT).values())
 
 
 def summarize(records: list[Record]) -> dict[str, list[Record]]:
@@ -153,34 +151,41 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
         records: lines of the samples file.
 
     Returns:
-        rows: a cell each: task, length, the variant, seeds, n, accuracy in percent with its Wilson interval (low and
+        rows: one per cell: task, length, the variant, seeds, n, accuracy in percent with its Wilson interval (low and
             high), its difference to full attention on the same samples, and its gain over the same variant without
             dense answer rows (None where there is nothing to compare with), density, recall (mean over layers, None
-            without a pattern), recall_layers, seconds a sample.
-        averages: a length and variant each: the means over tasks of accuracy and difference, with 95 % intervals; the
+            without a pattern), recall_layers, seconds per sample.
+        averages: one per length and variant: the means over tasks of accuracy and difference, with 95 % intervals; the
             methods in the order of `METHODS`, whatever order they were run in.
     """
     records = sorted(records, key=lambda record: (record["length"] is None, record["length"]))
     scores = {key(record): record["score"] for record in records}
-    cells = [_cell(group, scores) for group in _groups(records, "task", "length", *VARIANT)]
-    averages = [_average(group, scores) for group in _groups(records, "length", *VARIANT)]
+    cells = [_cell(group, scores) for group in groups(records, "task", "length", *VARIANT)]
+    averages = []
+    for group in groups(records, "length", *VARIANT):
+        tasks = groups(group, "task")
+        averages.append({**_fields(group[0], "length", *VARIANT), "tasks": len(tasks), **_accuracy(tasks, scores)})
     averages.sort(key=lambda row: list(METHODS).index(row["method"]))
     return {"rows": cells, "averages": averages}
 
 
-def _groups(records: list[Record], *names: str) -> list[list[Record]]:
+def groups(records: list[Record], *names: str) -> list[list[Record]]:
     """Records with the same values of `names`, in the order in which these first occur."""
     found: dict[tuple, list[Record]] = {}
     for record in records:
-        found.setdefault(tuple(record.get(name) for name in names), []).append(record)
+        found.setdefault(tuple(_fields(record, *names).values()), []).append(record)
     return list(found.values())
+
+
+def _fields(record: Record, *names: str) -> Record:
+    return {name: record.get(name) for name in names}
 
 
 def _cell(records: list[Record], known: dict[tuple, float]) -> Record:
     recalls = [record["recall"] for record in records if record["recall"] is not None]
     layers = np.mean(recalls, axis=0).tolist() if recalls else None
     return {
-        **{name: records[0].get(name) for name in ("task", "length", *VARIANT)},
+        **_fields(records[0], "task", "length", *VARIANT),
         "seeds": sorted({record["seed"] for record in records if record["seed"] is not None}),
         **_accuracy([records], known),
         "recall": None if layers is None else float(np.mean(layers)),
@@ -189,19 +194,12 @@ def _cell(records: list[Record], known: dict[tuple, float]) -> Record:
     }
 
 
-def _average(records: list[Record], known: dict[tuple, float]) -> Record:
-    tasks = _groups(records, "task")
-    variant = {name: records[0].get(name) for name in ("length", *VARIANT)}
-    return {**variant, "tasks": len(tasks), **_accuracy(tasks, known)}
-
-
 def _accuracy(tasks: list[list[Record]], known: dict[tuple, float]) -> Record:
     """Accuracy over some tasks, and its differences to other variants' scores, which are known by their `key`."""
     records = [record for task in tasks for record in task]
-    scores = [[record["score"] for record in task] for task in tasks]
     return {
         "n": len(records),
-        **_named("accuracy", "", mean_of([proportion(task) for task in scores])),
+        **_named("accuracy", mean_of([proportion([record["score"] for record in task]) for task in tasks])),
         **_difference("difference", tasks, known, dict.fromkeys(VARIANT) | {"method": "origin"}),
         **_difference("gain", tasks, known, {"dense_answer": None}),
         "density": float(np.mean([record["density"] for record in records])),
@@ -217,27 +215,31 @@ def _difference(name: str, tasks: list[list[Record]], known: dict[tuple, float],
     first = tasks[0][0]
     same = variant_of({**first, **other}) == variant_of(first)
     if same or any(key({**record, **other}) not in known for task in tasks for record in task):
-        return _named(name, f"{name}_", (None, None, None))
+        return _named(name, (None, None, None))
     scores = [[record["score"] for record in task] for task in tasks]
     others = [[known[key({**record, **other})] for record in task] for task in tasks]
-    return _named(name, f"{name}_", mean_of(list(map(paired_difference, scores, others))))
+    return _named(name, mean_of(list(map(paired_difference, scores, others))))
 
 
-def _named(name: str, prefix: str, interval: Iterable[float | None]) -> Record:
+def _named(name: str, interval: Iterable[float | None]) -> Record:
     """A value and its interval in percent, under their names in a row."""
     percent = [None if value is None else 100 * value for value in interval]
-    return dict(zip((name, f"{prefix}low", f"{prefix}high"), percent, strict=True))
+    return dict(zip(_columns(name), percent, strict=True))
+
+
+def _columns(name: str) -> tuple[str, str, str]:
+    prefix = "" if name == "accuracy" else f"{name}_"
+    return name, f"{prefix}low", f"{prefix}high"
 
 
 def table(summary: dict[str, list[Record]]) -> str:
-    """Markdown in the form of the paper's Table 1: a table for each length, a line for each method, a column a task."""
+    """Markdown in the form of the paper's Table 1: one table per length, one line per method, one column per task."""
     lengths = list(dict.fromkeys(row["length"] for row in summary["rows"]))
     return "\n".join(_length_table(length, summary) for length in lengths)
 
 
 def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
-    rows = [row for row in summary["rows"] if row["length"] == length]
-    averages = [row for row in summary["averages"] if row["length"] == length]
+    rows, averages = ([row for row in summary[name] if row["length"] == length] for name in ("rows", "averages"))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     counts = sorted({row["n"] for row in rows})
     samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -246,26 +248,13 @@ def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
     if any(average.get("gain") is not None for average in averages):
         differences["gain"] = "to the same without dense answer rows"
     columns = ["method", "density", *tasks, "average", *differences.values()]
-    lines = [
-        f"### {title}\n",
-        f"Accuracy in %, 95 % intervals, {samples} samples a cell.\n",
-        _line(columns),
-        _line(["---"] * len(columns)),
-    ]
+    lines = [columns, ["---"] * len(columns)]
     for average in averages:
-        cells = {row["task"]: row for row in rows if variant_of(row) == variant_of(average)}
-        lines.append(
-            _line(
-                [
-                    title_of(average),
-                    f"{average['density']:.2f}",
-                    *(_interval(cells[task]) if task in cells else "-" for task in tasks),
-                    _interval(average),
-                    *(_change(average, name) for name in differences),
-                ]
-            )
-        )
-    return "\n".join(lines) + "\n"
+        cells = {row["task"]: _figure(row, "accuracy") for row in rows if variant_of(row) == variant_of(average)}
+        line = [title_of(average), f"{average['density']:.2f}", *(cells.get(task, "-") for task in tasks)]
+        lines.append([*line, _figure(average, "accuracy"), *(_figure(average, name) for name in differences)])
+    text = f"### {title}\n\nAccuracy in %, 95 % intervals, {samples} samples a cell.\n\n"
+    return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def title_of(row: Record) -> str:
@@ -275,15 +264,10 @@ def title_of(row: Record) -> str:
     return ", ".join([METHODS[row["method"]].title, *dense, *numbers])
 
 
-def _interval(row: Record) -> str:
-    return f"{row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
-
-
-def _change(row: Record, name: str) -> str:
+def _figure(row: Record, name: str) -> str:
+    """A value with its interval; a difference has its sign."""
     if row[name] is None:
         return "-"
-    return f"{row[name]:+.1f} ({row[f'{name}_low']:+.1f} to {row[f'{name}_high']:+.1f})"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    sign = "" if name == "accuracy" else "+"
+    value, low, high = (f"{row[column]:{sign}.1f}" for column in _columns(name))
+    return f"{value} ({low} to {high})"

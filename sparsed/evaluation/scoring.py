@@ -8,7 +8,7 @@ MATCHES = ("all", "part")
 
 
 def score(text: str, answers: Sequence[str], match: str) -> float:
-    """How much of the answers a text contains, 0 to 1, as RULER scores (arXiv 2404.06654); upper and lower case agree.
+    """How much of the answers a text contains, 0 to 1, as RULER scores (arXiv 2404.06654), whatever the case.
 
     Args:
         text: what the model wrote.
@@ -30,7 +30,7 @@ def score(text: str, answers: Sequence[str], match: str) -> float:
 def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The score interval of a proportion (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927), within 0 and 1.
 
-    Scores between 0 and 1 vary less than right and wrong with the same mean, so for them the interval is a little wide.
+    For scores between 0 and 1, which vary less than right and wrong with the same mean, it is a little wide.
 
     Args:
         successes: the sum of the scores, 0 to n.
@@ -61,8 +61,8 @@ def proportion(scores: Sequence[float]) -> Interval:
 def paired_difference(scores: Sequence[float], others: Sequence[float]) -> Interval:
     """The mean difference of two scores of the same samples: what is won less what is lost, each with its interval.
 
-    The intervals are put together by the method of variance estimates recovery (G. Y. Zou and A. Donner, Statistics in
-    Medicine 27, 2008), which has a width where nothing differs, too.
+    The intervals are combined by the method of variance estimates recovery (G. Y. Zou and A. Donner, Statistics in
+    Medicine 27, 2008), whose result has a width even where nothing differs.
     """
     changes = [score - other for score, other in zip(scores, others, strict=True)]
     gains, losses = [max(change, 0.0) for change in changes], [max(-change, 0.0) for change in changes]
@@ -80,7 +80,7 @@ def paired_difference(scores: Sequence[float], others: Sequence[float]) -> Inter
 
 
 def mean_of(intervals: Sequence[Interval]) -> Interval:
-    """The mean of independent values, with an interval put together from theirs as in `paired_difference`."""
+    """The mean of independent values, with an interval combined from theirs as in `paired_difference`."""
     value = sum(middle for middle, _, _ in intervals) / len(intervals)
     low = math.hypot(*(middle - low for middle, low, _ in intervals)) / len(intervals)
     high = math.hypot(*(high - middle for middle, _, high in intervals)) / len(intervals)

@@ -21,7 +21,7 @@ class Sample:
     """One question to a model.
 
     Attributes:
-        id: unique within a run, such as 'niah_single_1-4096-0-17': task, tokens, seed, index.
+        id: unique within a run, such as 'niah_single_1-4096-0-17' (task, tokens, seed, index).
         task: the task's name; of a user's file, the file's name without its ending.
         length: tokens of the prompt that were asked for; None for a user's file.
         seed, index: which of the task's samples, the index from 0; no seed in a user's file.
@@ -63,32 +63,25 @@ class Task:
     match: str = "all"
 
 
-def _table() -> dict[str, Task]:
-    essay = partial(needles, hay="essay")
-    distractors = partial(needles, hay="needles")
-    found = {
-        "niah_single_1": partial(needles, hay="noise"),
-        "niah_single_2": essay,
-        "niah_single_3": partial(essay, value="uuid"),
-        "niah_multikey_1": partial(essay, told=4),
-        "niah_multikey_2": distractors,
-        "niah_multikey_3": partial(distractors, key="uuid", value="uuid"),
-        "niah_multivalue": partial(essay, values=4),
-        "niah_multiquery": partial(essay, told=4, asked=4),
-    }
-    tasks = [Task(name, "retrieval", 128, build) for name, build in found.items()]
-    tasks += [
+TASKS = {
+    task.name: task
+    for task in (
+        Task("niah_single_1", "retrieval", 128, partial(needles, hay="noise")),
+        Task("niah_single_2", "retrieval", 128, partial(needles, hay="essay")),
+        Task("niah_single_3", "retrieval", 128, partial(needles, hay="essay", value="uuid")),
+        Task("niah_multikey_1", "retrieval", 128, partial(needles, hay="essay", told=4)),
+        Task("niah_multikey_2", "retrieval", 128, partial(needles, hay="needles")),
+        Task("niah_multikey_3", "retrieval", 128, partial(needles, hay="needles", key="uuid", value="uuid")),
+        Task("niah_multivalue", "retrieval", 128, partial(needles, hay="essay", values=4)),
+        Task("niah_multiquery", "retrieval", 128, partial(needles, hay="essay", told=4, asked=4)),
         Task("vt", "multi-hop tracing", 32, tracking),
-        # so many items that the ten, and the three and the fourth after them, differ in their counts
+        # long enough that the answers' counts differ from the runner-up's
         Task("cwe", "aggregation", 128, common_words, shortest=90),
         Task("fwe", "aggregation", 64, frequent_words, shortest=90),
         Task("qa_1", "question answering", 32, partial(questions, hops=1), match="part"),
         Task("qa_2", "question answering", 32, partial(questions, hops=2), match="part"),
-    ]
-    return {task.name: task for task in tasks}
-
-
-TASKS = _table()
+    )
+}
 
 
 def sample_id(task: Task, length: int, seed: int, index: int) -> str:
@@ -107,19 +100,16 @@ def make_sample(task: Task, tokenizer: Any, length: int, seed: int, index: int) 
     def puzzle(size: int) -> Puzzle:
         return task.build(random.Random(f"{task.name} {length} {seed} {index}"), size, held_out=True)
 
-    def text(size: int, ending: str) -> str:
-        return puzzle(size).text(ending)
-
-    size, ending, ids = fit(tokenizer, length, text, task.shortest, task.name)
-    name = sample_id(task, length, seed, index)
-    return Sample(name, task.name, length, seed, index, text(size, ending), puzzle(size).answers, ids, task.match)
+    size, ending, ids = fit(tokenizer, length, lambda size, ending: puzzle(size).text(ending), task.shortest, task.name)
+    name, made = sample_id(task, length, seed, index), puzzle(size)
+    return Sample(name, task.name, length, seed, index, made.text(ending), made.answers, ids, task.match)
 
 
 def read_samples(path: str | Path, tokenizer: Any) -> list[Sample]:
     """Samples of a user's JSONL file: an object a line, with "prompt" (string) and "answers" (list of strings).
 
-    A line may also have "id" (string, else the file's name and the line's number) and "match" ("all", if left out, or
-    "part"). Empty lines are skipped.
+    A line may also have "id" (string; default: the file's name and the line's number) and "match" ("all", the default,
+    or "part"). Empty lines are skipped.
 
     Raises:
         ValueError: anything else in the file, or a file that cannot be read; the message names the file and the line.

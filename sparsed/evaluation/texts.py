@@ -1,7 +1,7 @@
 """What the tasks' texts are made of: keys, their values, essays about people and noise, drawn from the caller's rng.
 
-`held_out` says everywhere who draws: an evaluation (True) asks about what training never sees, in texts that may hold
-anything; training (False) meets nothing that is held out.
+`held_out` says who draws: an evaluation (True) asks about what training never sees, in texts that may hold anything;
+training (False) meets nothing that is held out.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ..prompts import FACT_SHARE, HELD_OUT_EVERY, Fact, language
 
-# of the facts, those about somebody of whom another kind of fact is told, too
+# share of facts that are a second fact about the same person
 SECOND_FACTS = 0.25
 Key = tuple[str, str]
 Item = TypeVar("Item")
@@ -28,16 +28,10 @@ def key_words() -> tuple[list[str], list[str]]:
     return first, second
 
 
-@functools.cache
-def _places() -> tuple[dict[str, int], dict[str, int]]:
-    first, second = ({word: place for place, word in enumerate(words)} for words in key_words())
-    return first, second
-
-
 def key_held_out(key: Key) -> bool:
     """Whether this pair of words is kept out of training; one in eight is."""
-    first, second = _places()
-    return (first[key[0]] + 3 * second[key[1]]) % HELD_OUT_EVERY == 0
+    first, second = (words.index(word) for words, word in zip(key_words(), key, strict=True))
+    return (first + 3 * second) % HELD_OUT_EVERY == 0
 
 
 def number_held_out(number: int) -> bool:
@@ -46,7 +40,7 @@ def number_held_out(number: int) -> bool:
 
 
 def beside(held_out: bool) -> bool | None:
-    """The `held_out` of what is told beside the asked: an evaluation tells anything, training nothing held out."""
+    """The `held_out` of what the text tells besides: anything in an evaluation, nothing held out in training."""
     return None if held_out else False
 
 
@@ -66,7 +60,7 @@ def take(items: Iterable[Item], count: int) -> list[Item]:
     """The first `count` of the items.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer.
     """
     taken = list(islice(items, count))
     if len(taken) < count:
@@ -82,12 +76,12 @@ def key_names(rng: random.Random, asked: int, others: int, *, held_out: bool) ->
 
 
 def numbers(rng: random.Random, count: int, digits: int = 7) -> list[str]:
-    """Different numbers of so many digits."""
+    """Different numbers of `digits` digits."""
     return [str(number) for number in rng.sample(range(10 ** (digits - 1), 10**digits), count)]
 
 
 def uuids(rng: random.Random, count: int) -> list[str]:
-    """Random UUIDs: of 122 random bits, so that they neither repeat nor need to be held out."""
+    """Random UUIDs, whose 122 random bits neither repeat nor need to be held out."""
     return [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(count)]
 
 
@@ -101,7 +95,7 @@ def essay(rng: random.Random, count: int, *, held_out: bool, without: Collection
     """Sentences of filler and of facts about people, each of whom has at most one fact of a kind.
 
     Args:
-        without: facts whose values stand in no other fact, and whose persons' last names nobody else has.
+        without: no fact has the values of these, and no person the last name of one of theirs.
     """
     words = language()
     kinds = list(words.kinds)

@@ -3,6 +3,6 @@
 from .dream import dream_generate
 from .llada import llada_generate
 from .loop import generate
-from .settings import Settings, settings_for
+from .settings import FAMILIES, Settings, own_options, settings_for
 
-__all__ = ["Settings", "dream_generate", "generate", "llada_generate", "settings_for"]
+__all__ = ["FAMILIES", "Settings", "dream_generate", "generate", "llada_generate", "own_options", "settings_for"]

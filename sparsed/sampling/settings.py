@@ -4,7 +4,7 @@ A settings object is all that the loop knows of a family.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -92,10 +92,16 @@ class DreamSettings:
         fractions = commit_fractions(self.steps, self.eps)
         return time_grid(canvas, fractions, self.idle, by_chance=self.alg == "origin")
 
-    def sources(self, rows: Tensor, length: int) -> Tensor:
+    @staticmethod
+    def sources(rows: Tensor, length: int) -> Tensor:
         """The flat rows whose logits predict the flat positions `rows`: one to the left, but position 0 reads its
         own."""
         return rows - (rows % length != 0).long()
+
+    @staticmethod
+    def filled(length: int, block_length: int) -> int:
+        """How many tokens to generate for an answer of `length`: Dream has no blocks to fill."""
+        return length
 
     def propose(self, logits: Tensor, config: Any, generator: torch.Generator | None) -> Proposal:
         """Proposals from the candidates' logits [n, V]; probabilities are those after temperature and filters."""
@@ -154,9 +160,15 @@ class LLaDASettings:
         """A turn for every step."""
         return even_shares(canvas, self.idle, self.block_length)
 
-    def sources(self, rows: Tensor, length: int) -> Tensor:
+    @staticmethod
+    def sources(rows: Tensor, length: int) -> Tensor:
         """The flat rows whose logits predict the flat positions `rows`: the same."""
         return rows
+
+    @staticmethod
+    def filled(length: int, block_length: int) -> int:
+        """How many tokens to generate for an answer of `length`: up to the end of its last block."""
+        return length + -length % min(block_length, length)
 
     def propose(self, logits: Tensor, config: Any, generator: torch.Generator | None) -> Proposal:
         """Proposals from the candidates' logits [n, V]; probabilities are without temperature.
@@ -182,6 +194,15 @@ class LLaDASettings:
 
 
 Settings = DreamSettings | LLaDASettings
+FAMILIES: dict[str, type[DreamSettings] | type[LLaDASettings]] = {
+    settings.family: settings for settings in (DreamSettings, LLaDASettings)
+}
+
+
+def own_options(family: str) -> tuple[str, ...]:
+    """The names of a family's settings that are neither lengths nor the temperature, which both families have."""
+    shared = ("gen_length", "steps", "block_length", "temperature")
+    return tuple(field.name for field in fields(FAMILIES[family]) if field.name not in shared)
 
 
 def settings_for(family: str, *, gen_length: int, steps: int, block_length: int, **options: Any) -> Settings:

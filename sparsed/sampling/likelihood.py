@@ -1,9 +1,9 @@
 """How likely a masked diffusion model finds a target after a prompt, by Monte Carlo, with full attention or SparseD.
 
-The estimate is the one of LLaDA (arXiv 2502.09992, appendix B.5, and `eval_llada.py` of its repository): hide l of the
-target's L tokens, l uniform on 1 ... L, and take the hidden tokens' cross-entropy times L / l; its mean over many draws
-bounds the negative log-likelihood from above. Dream's harness estimates the same expectation with tokens hidden
-independently of each other, which varies more; what it adds is the shift: row t - 1 of the logits predicts token t.
+The estimate is LLaDA's (arXiv 2502.09992, appendix B.5, and `eval_llada.py` of its repository): hide l of the target's
+L tokens, l uniform on 1 ... L, and take the hidden tokens' cross-entropy times L / l. The mean over many draws bounds
+the negative log-likelihood from above. Dream's harness estimates the same expectation with tokens hidden independently
+of each other, which varies more.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,18 @@ from torch import Tensor
 from ..config import SparseDConfig, check_numbers
 from ..models.common import DiffusionLM
 from ..run import SPARSE
-from ..sampling.canvas import check_prompt
-from ..sampling.common import attention_of
-from ..sampling.denoiser import Denoiser
+from .canvas import check_prompt
+from .common import attention_of
+from .denoiser import Denoiser
+from .settings import FAMILIES
+
+Ids = Sequence[int]
 
 
 def draw_masks(samples: int, length: int, generator: torch.Generator) -> Tensor:
     """Which of `length` tokens each of `samples` draws hides: bool [samples, length], those that hide most first.
 
-    The numbers of hidden tokens are uniform on 1 ... length and stratified: evenly spaced from a random start on.
+    The numbers of hidden tokens are uniform on 1 ... length and stratified: evenly spaced from a random start.
 
     Args:
         generator: source of randomness, on the CPU, so that every device sees the same draws.
@@ -38,8 +41,8 @@ def draw_masks(samples: int, length: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def log_likelihood(
     model: DiffusionLM,
-    prompt: Sequence[int],
-    target: Sequence[int],
+    prompt: Ids,
+    target: Ids,
     *,
     samples: int,
     generator: torch.Generator,
@@ -49,8 +52,8 @@ def log_likelihood(
     """Monte Carlo estimate of log p(target | prompt), in nats.
 
     The draws are SparseD's steps, in the order of a generation: those that hide most come first, with full attention,
-    and choose the blocks. A draw that comes again with the same attention is not computed again, so a target of one
-    token takes one forward with full attention, and its estimate is exact.
+    and choose the blocks. A draw that repeats with the same attention is computed once, so a target of one token takes
+    one forward with full attention, and its estimate is exact.
 
     Args:
         model: a DreamModel or LLaDAModel.
@@ -75,8 +78,7 @@ def log_likelihood(
             draw = (run is not None and run.phase == SPARSE, *mask.tolist())
             if draw not in losses or not denoiser.skip(ids):
                 hidden = len(prompt) + mask.nonzero().squeeze(-1).to(ids.device)
-                logits = denoiser(_masked(model, ids, hidden), hidden - _shift(model)).float()
-                loss = F.cross_entropy(logits, ids[0, hidden], reduction="sum").item()
+                loss = F.cross_entropy(_logits(denoiser, ids, hidden), ids[0, hidden], reduction="sum").item()
                 losses[draw] = loss * len(target) / len(hidden)
             total += losses[draw]
         denoiser.check()
@@ -85,14 +87,9 @@ def log_likelihood(
 
 @torch.no_grad()
 def is_greedy(
-    model: DiffusionLM,
-    prompt: Sequence[int],
-    target: Sequence[int],
-    *,
-    config: SparseDConfig | None = None,
-    backend: str = "auto",
+    model: DiffusionLM, prompt: Ids, target: Ids, *, config: SparseDConfig | None = None, backend: str = "auto"
 ) -> bool:
-    """Whether the model writes exactly the target if it commits its most confident token, one in each step.
+    """Whether the model writes exactly the target if every step commits its most confident token.
 
     Ends at the first token that differs; arguments and errors are those of `log_likelihood`.
     """
@@ -101,8 +98,7 @@ def is_greedy(
     with attention_of(model, config, len(target), len(target), backend=backend):
         denoiser = _denoiser(model, prompt, target)
         while len(hidden):
-            logits = denoiser(_masked(model, ids, hidden), hidden - _shift(model)).float()
-            confidence, tokens = logits.softmax(-1).max(-1)
+            confidence, tokens = _logits(denoiser, ids, hidden).softmax(-1).max(-1)
             best = confidence.argmax()
             if tokens[best] != ids[0, hidden[best]]:
                 return False
@@ -111,7 +107,7 @@ def is_greedy(
     return True
 
 
-def _sequence(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) -> Tensor:
+def _sequence(model: DiffusionLM, prompt: Ids, target: Ids) -> Tensor:
     """Prompt and target on the model's device, int64 [1, n]."""
     if not prompt or not target:
         raise ValueError("a likelihood needs at least one token of prompt and one of target")
@@ -120,16 +116,13 @@ def _sequence(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) 
     return ids
 
 
-def _shift(model: DiffusionLM) -> int:
-    """How far before a token the row of the logits stands that predicts it."""
-    return int(model.family == "dream")
+def _denoiser(model: DiffusionLM, prompt: Ids, target: Ids) -> Denoiser:
+    first_row = FAMILIES[model.family].sources(torch.tensor(len(prompt)), len(prompt) + len(target))
+    return Denoiser(model, None, int(first_row), len(target))
 
 
-def _denoiser(model: DiffusionLM, prompt: Sequence[int], target: Sequence[int]) -> Denoiser:
-    return Denoiser(model, None, len(prompt) - _shift(model), len(target))
-
-
-def _masked(model: DiffusionLM, ids: Tensor, hidden: Tensor) -> Tensor:
-    masked = ids.clone()
+def _logits(denoiser: Denoiser, ids: Tensor, hidden: Tensor) -> Tensor:
+    """float32 logits [n, V] of the places [n] of ids [1, T], whose tokens are hidden from the model."""
+    model, masked = denoiser.model, ids.clone()
     masked[0, hidden] = model.config.mask_token_id
-    return masked
+    return denoiser(masked, FAMILIES[model.family].sources(hidden, ids.shape[1])).float()

@@ -1,16 +1,11 @@
 """`python -m sparsed.evaluation`: from the flags to the table."""
 
-import argparse
 import importlib.util
 import io
-import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 
 from tqdm import tqdm
 
@@ -27,12 +22,13 @@ from ..models.tokenizer import TOKENIZER_FILES
 from ..prompts import demo_path
 from ..sampling.common import Step
 from . import plots
-from .arguments import parse
+from .answering import Answerer
+from .arguments import Arguments, parse
 from .identity import files_digest, weights_digest
-from .planning import Batch, check_steps, plan
+from .planning import Batch, plan, samplers
 from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table
-from .running import Sampler, leave_group
 from .tasks import Sample
+from .team import Team, leave_group
 
 EVERY = 30.0  # seconds between the lines that a log gets
 ADVICE = "try a smaller --batch_size, shorter --lengths, --dtype bfloat16, or a device with more memory"
@@ -43,47 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     return guarded(lambda: evaluate(parse(argv)), "python -m sparsed.evaluation", advice=ADVICE, ending=argv is None)
 
 
-@dataclass(frozen=True)
-class Team:
-    """The processes that `accelerate launch` started, or this one alone."""
-
-    index: int
-    count: int
-    wait: Callable[[], None]
-    device: str | None
-
-    @staticmethod
-    def of(device: str) -> "Team":
-        """This process's place in it; several have a device each.
-
-        Raises:
-            ValueError: one GPU was named for several processes.
-        """
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return Team(0, 1, lambda: None, None)
-        if device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"must be auto, cuda or cpu with several processes, got {device!r}")
-        from accelerate import PartialState  # seconds to import
-
-        # the first to finish waits for the last
-        state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
-        return Team(state.process_index, state.num_processes, state.wait_for_everyone, str(state.device))
-
-    @contextmanager
-    def first(self) -> Iterator[None]:
-        """The first process does the work before the others do it."""
-        if self.index:
-            self.wait()
-        yield
-        if not self.index:
-            self.wait()
-
-
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: Arguments) -> None:
     """Everything between the checked flags and the table."""
     source = "--demo" if args.demo else "--model_path"
     with blame(args, source):
-        path = str(demo_path(args.demo)) if args.demo else args.model_path
+        path = str(demo_path(args.demo)) if args.demo else str(args.model_path)
         tokenizer = load_tokenizer(path)
     with blame(args, source, (ChatTemplateError,)):
         batches = plan(args, tokenizer)
@@ -91,14 +51,15 @@ def evaluate(args: argparse.Namespace) -> None:
         team = Team.of(args.device)
     with blame(args, source):
         model = load_model(path, device=team.device or args.device, dtype=args.dtype)
-    check_steps(args, model.family, batches)
+    settings = samplers(args, model.family, batches)
     longest = max([*args.lengths, 0])
-    if longest > model.config.max_length and team.index == 0 and not args.quiet:
+    told = team.index == 0 and not args.quiet
+    if told and longest > model.config.max_length:
         tell(f"warning: prompts of {longest} tokens; this model was trained on at most {model.config.max_length}")
     folder = Folder(args.out, team.index)
     with blame(args, "--out", (OtherRun, OSError)), team.first():
         folder.claim(_settings(args, path, model), _call(model))
-    _run(args, Sampler(model, tokenizer, args.block_length, args.backend), folder, team, batches)
+    _run(args, Answerer(model, tokenizer, settings, args.backend), folder, batches[team.index :: team.count], told)
     team.wait()
     if team.index == 0:
         with blame(args, "--out", (OSError,)):
@@ -106,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> None:
     leave_group()
 
 
-def _settings(args: argparse.Namespace, path: str, model: DiffusionLM) -> Record:
+def _settings(args: Arguments, path: str, model: DiffusionLM) -> Record:
     """What decides a sample's result, beyond what its line says."""
     names = ["config.json", *TOKENIZER_FILES]
     folder = checkpoint_folder(path, names)
@@ -115,7 +76,10 @@ def _settings(args: argparse.Namespace, path: str, model: DiffusionLM) -> Record
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_digest(model),
         "config_and_tokenizer": files_digest(folder / name for name in names),
-        **{name: getattr(args, name) for name in ("seq_len", "steps", "block_length", "backend")},
+        "seq_len": args.seq_len,
+        "steps": args.steps,
+        "block_length": args.block_length,
+        "backend": args.backend,
         "tasks_file": files_digest([args.tasks_file]) if args.tasks_file else None,
     }
 
@@ -128,72 +92,57 @@ def _call(model: DiffusionLM) -> Record:
     }
 
 
-def _run(args: argparse.Namespace, sampler: Sampler, folder: Folder, team: Team, batches: list[Batch]) -> None:
-    """Answer this process's share of what the folder lacks; every finished batch is a few lines in it."""
+def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batch], told: bool) -> None:
+    """Answer what the folder lacks of these batches; every finished batch is a few lines in it."""
     with blame(args, "--out", (OSError,)):
         finished = folder.finished()
         folder.mend()
-    todo = []
-    for number, batch in enumerate(batches):
-        for variant in args.variants if number % team.count == team.index else ():
-            missing = {
-                name for name, known in zip(batch.ids, batch.keys(variant), strict=True) if known not in finished
-            }
-            if missing:
-                todo.append((batch, variant, missing))
-    if team.index == 0 and not args.quiet:
+    todo = [(batch, variant) for batch in batches for variant in args.variants if batch.missing(variant, finished)]
+    if told:
         if finished:
             tell(f"{args.out}: {len(finished)} samples are there already")
         tell("if this is interrupted, the same command goes on from there")
-    total = sum(batch.steps for batch, _, _ in todo)
-    made: dict[int, tuple[Sample, ...]] = {}
-    with Progress(total, hidden=args.quiet or team.index > 0) as bar:
-        for number, (batch, variant, missing) in enumerate(todo):
-            if id(batch) not in made:
+    made, samples = None, list[Sample]()
+    steps = sum(answerer.settings[batch.new_tokens].steps for batch, _ in todo)
+    with Progress(steps, hidden=not told) as bar:
+        for number, (batch, variant) in enumerate(todo, 1):
+            if batch is not made:
                 with blame(args, "--lengths"):
-                    made = {id(batch): batch.make()}
-            samples = tuple(sample for sample in made[id(batch)] if sample.id in missing)
-            bar.start(f"{samples[0].task} {variant.method} {number + 1}/{len(todo)}")
+                    made, samples = batch, batch.samples()
+            bar.set_description(f"{samples[0].task} {variant.method} {number}/{len(todo)}", refresh=False)
+            missing = batch.missing(variant, finished)
+            asked = [sample for sample in samples if sample.id in missing]
             with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
-                lines = sampler.answer(samples, variant, batch.gen_length, batch.steps, bar.step)
+                lines = answerer.answer(asked, variant, batch.new_tokens, bar.step)
             with blame(args, "--out", (OSError,)):
                 folder.append(lines)
 
 
-class Progress:
-    """Denoising steps and the time that is left: a bar in a terminal, elsewhere a line now and then."""
+class Progress(tqdm):
+    """Denoising steps and the time that is left: a bar in a terminal, elsewhere an occasional line."""
 
     def __init__(self, steps: int, hidden: bool):
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
         stream = sys.stderr if self.terminal else io.StringIO()
-        self.bar = tqdm(total=steps, unit="step", disable=hidden, file=stream, smoothing=0.05, dynamic_ncols=True)
+        super().__init__(total=steps, unit="step", disable=hidden, file=stream, smoothing=0.05, dynamic_ncols=True)
         self.told = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def start(self, what: str) -> None:
-        """Name what is measured now."""
-        self.bar.set_description(what, refresh=False)
 
     def step(self, _: Step) -> None:
         """A step is done."""
-        self.bar.update()
-        if not self.terminal and not self.bar.disable and time.monotonic() - self.told > EVERY:
+        self.update()
+        if not self.terminal and not self.disable and time.monotonic() - self.told > EVERY:
             self.told = time.monotonic()
-            tell(str(self.bar))
+            tell(str(self))
 
 
-def _report(args: argparse.Namespace, folder: Folder, batches: list[Batch]) -> None:
+def _report(args: Arguments, folder: Folder, batches: list[Batch]) -> None:
     """Put the results in order, sum them up, print the table."""
     finished = folder.finished()
     samples = (names for batch in batches for names in zip(*map(batch.keys, args.variants), strict=True))
-    records = [finished.pop(name) for names in samples for name in names]
-    folder.close([*records, *finished.values()])  # an earlier call may have measured more
-    summary = summarize([*records, *finished.values()])
+    # an earlier call may have measured more: that comes last
+    records = [*(finished.pop(name) for names in samples for name in names), *finished.values()]
+    folder.close(records)
+    summary = summarize(records)
     write_json(folder.path / SUMMARY, {**summary, **about(folder.path / RUN)})
     text = table(summary)
     write_text(folder.path / TABLE, text)

@@ -1,0 +1,86 @@
+"""From samples to lines of results: the sampler answers, the answers are scored."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import sampling
+from ..chat import answer_length, decode, stop_ids
+from ..models.common import DiffusionLM
+from ..run import synchronize
+from ..sampling import Settings
+from ..sampling.common import OnStep
+from ..selection import SPARSED
+from ..watching import recall, watched
+from .methods import METHODS, Variant
+from .results import Record
+from .scoring import score
+from .tasks import Sample
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """What answers all samples of a run.
+
+    Args:
+        settings: the sampler's, by the number of new tokens.
+        backend: the kernel of the sparse steps.
+    """
+
+    model: DiffusionLM
+    tokenizer: Any
+    settings: dict[int, Settings]
+    backend: str
+
+    def answer(self, samples: list[Sample], variant: Variant, new_tokens: int, on_step: OnStep) -> list[Record]:
+        """A line of results for each of the samples, which are of one length and make one batch.
+
+        Args:
+            on_step: called after each step.
+
+        Raises:
+            BackendError: the named backend cannot run.
+            FloatingPointError: the model's logits were not finite.
+        """
+        settings = self.settings[new_tokens]
+        ids = torch.tensor([sample.input_ids for sample in samples], device=self.model.device)
+        layers: list[tuple[Tensor, Tensor]] = []  # density, and recall [B], of each layer's pattern
+        rule = watched(
+            lambda scores, pattern: layers.append((pattern.density, recall(scores, pattern))),
+            METHODS[variant.method].rule or SPARSED,
+        )
+        synchronize(self.model.device)
+        start = time.perf_counter()
+        out = sampling.generate(
+            self.model, ids, settings, config=variant.config, backend=self.backend, rule=rule, on_step=on_step
+        )
+        generated = out[:, ids.shape[1] :].tolist()
+        seconds = (time.perf_counter() - start) / len(samples)
+        # without a pattern no step was sparse
+        density = torch.stack([found.cpu() for found, _ in layers]).mean().item() if layers else 1.0
+        stops = stop_ids(self.model.config, self.tokenizer)
+        lines = []
+        for row, (sample, tokens) in enumerate(zip(samples, generated, strict=True)):
+            text = decode(self.tokenizer, tokens[: answer_length(tokens, stops)]).strip()
+            lines.append(
+                {
+                    "id": sample.id,
+                    "task": sample.task,
+                    "length": sample.length,
+                    "seed": sample.seed,
+                    **variant.names,
+                    "score": score(text, sample.answers, sample.match),
+                    "text": text,
+                    "answers": list(sample.answers),
+                    "prompt_tokens": len(sample.input_ids),
+                    "new_tokens": new_tokens,
+                    "steps": settings.steps,
+                    "density": density,
+                    "recall": [shares[row].item() for _, shares in layers] or None,
+                    "seconds": seconds,
+                }
+            )
+        return lines
