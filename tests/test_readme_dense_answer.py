@@ -110,15 +110,20 @@ def test_the_other_lengths():
     assert "at 16k {} and {} instead of {} and {}".format(*short) in TEXT
 
 
+@pytest.mark.parametrize(("folder", "length", "sizes"), [("1k", 1024, (128, 32)), ("dense-128", 4096, (128,))])
 @pytest.mark.parametrize("family", TITLES)
-def test_the_evaluation_at_1k(family):
-    summary = json.loads((ROOT / f"demo/evaluation/{family}-1k/summary.json").read_text())
-    assert {(row["length"], row["n"]) for row in summary["rows"]} == {(1024, 100)} and len(summary["rows"]) == 6 * 9
+def test_the_evaluation(family, folder, length, sizes):
+    summary = json.loads((ROOT / f"demo/evaluation/{family}-{folder}/summary.json").read_text())
+    assert {(row["length"], row["n"]) for row in summary["rows"]} == {(length, 100)}
+    assert len(summary["rows"]) == 6 * (1 + 4 * len(sizes)), "six tasks"
     found = {(row["block_size"], row["select"], row["dense_answer"]): row for row in summary["averages"]}
-    for size in (128, 32):
+    full = found[None, None, None]
+    for size in sizes:
         for select in (0.2, 0.3):
             plain, dense = found[size, select, None], found[size, select, True]
             gain = f"{dense['gain']:+.1f} ({dense['gain_low']:+.1f} to {dense['gain_high']:+.1f})"
-            cells = [f"{row['accuracy']:.1f}" for row in (found[None, None, None], plain, dense)]
+            cells = [f"{row['accuracy']:.1f}" for row in (full, plain, dense)]
             label = f"{TITLES[family]}, blocks of {size}, `--select` {select}"
             assert f"| {' | '.join([label, *cells, gain])} |" in README
+            if folder == "dense-128":
+                assert dense["accuracy"] > full["accuracy"] - 0.4 and "within 0.4 points of full attention" in TEXT
