@@ -21,7 +21,7 @@ from rich.segment import Segment
 from sparsed.console.files import write_text
 from sparsed.report.summary import LABELS
 from sparsed.report.view import Token, View, drawn
-from sparsed.run import FULL, SELECTING, SPARSE
+from sparsed.schedule import FULL, SELECTING, SPARSE
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_name("denoising.svg")

@@ -25,7 +25,7 @@ from sparsed.backends import Problem, choose_backend, sparse_attention
 from sparsed.blocks import BlockGrid
 from sparsed.console.parser import Parser
 from sparsed.console.readers import config_field, list_of, number_in, whole
-from sparsed.run import FULL
+from sparsed.schedule import FULL
 
 from .attention import random_pattern
 from .common import LENGTHS, NEW_TOKENS, build_parser, markdown, new_record, parse_arguments, require_gpu, save, summary

@@ -26,9 +26,10 @@ from sparsed.backends import BACKENDS
 from sparsed.console.parser import Parser
 from sparsed.console.readers import config_field, number_in, some_of, whole
 from sparsed.kernels import full_attention
-from sparsed.run import FULL, synchronize
+from sparsed.run import synchronize
 from sparsed.sampling import generate, settings_for
 from sparsed.sampling.common import OnStep, Step
+from sparsed.schedule import FULL
 
 from . import reference
 from .attention import random_pattern
@@ -112,9 +113,9 @@ def generation(model: torch.nn.Module, prompt: torch.Tensor, schedule: Schedule,
         seconds = step_seconds(model, prompt, schedule.steps)
         if run is None:
             return Generation(seconds, None, 0.0, torch.cuda.max_memory_allocated(), {})
-        seconds[run.n_full - 1] -= run.compile_seconds
+        seconds[schedule.full - 1] -= run.compile_seconds
         kernel = {name: getattr(run, name) for name in ("density", "backend", "backend_reason")}
-        return Generation(seconds, run.n_full, run.compile_seconds, torch.cuda.max_memory_allocated(), kernel)
+        return Generation(seconds, schedule.full, run.compile_seconds, torch.cuda.max_memory_allocated(), kernel)
 
 
 class WrongKernel(RuntimeError):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .backends import check_backend
 from .config import SparseDConfig, check_numbers
-from .run import FULL, Run
+from .run import Run
+from .schedule import FULL, ByStep
 from .selection import SPARSED, Rule
 
 # held while a model is patched, lest two threads both find it unpatched
@@ -36,7 +37,7 @@ def sparsify(
 
     It works on this package's classes and on the hub's remote code, and with any sampler that calls the model once a
     denoising step. After `steps` forwards, or when batch or length changes, the next forward starts a new generation; a
-    sampler that stops before calls `reset()`. What wraps a patched method inside the context stays when it ends, around
+    sampler that stops before calls `reset()`. This package's own samplers say when theirs begins. What wraps a patched method inside the context stays when it ends, around
     the method as it was before.
 
     Args:
@@ -62,10 +63,12 @@ def sparsify(
     seams = [(module, *seam) for module in model.modules() if (seam := _seam(module))]
     if not seams:
         raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
-    run = Run(config, steps, gen_length, backend, rule)
+    # a rule that looks at nothing needs no full step
+    schedule = ByStep(steps, 0 if rule.blind else config.n_full(steps))
+    run = Run(config, schedule, gen_length, backend, rule)
     with ExitStack() as undo:
         with PATCHING:
-            if run_of(model) is not None:
+            if _is_patched(model):
                 raise RuntimeError(
                     "the model is inside another sparsify already: leave it, or generate without config="
                 )
@@ -78,9 +81,14 @@ def sparsify(
 
 
 def run_of(model: nn.Module) -> Run | None:
-    """The run of the `sparsify` that the model, or a part of it, is inside of; None outside."""
-    shadows = (value for module in model.modules() for value in module.__dict__.values() if isinstance(value, _Shadow))
-    return next((shadow.sparsed_run for shadow in shadows if shadow.sparsed_run is not None), None)
+    """The run of the `sparsify` that was given the model, while it is open."""
+    return getattr(model.__dict__.get("forward"), "sparsed_run", None)
+
+
+def _is_patched(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is inside a `sparsify`."""
+    own = (value for module in model.modules() for value in module.__dict__.values())
+    return any(isinstance(value, _Shadow) and value.sparsed_run is not None for value in own)
 
 
 def _replace(undo: ExitStack, module: nn.Module, name: str, function: Callable, run: Run) -> None:

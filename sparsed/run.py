@@ -1,7 +1,7 @@
-"""One generation under SparseD: its steps are counted, its blocks are chosen once, and then attended to.
+"""The kept blocks of one sequence: chosen once in every layer, then what its forwards attend to.
 
-The first `n_full` steps run the model's own full attention; the last of them also chooses every layer's blocks; the
-steps after it attend to those only (arXiv 2509.24014, section 4).
+When they are chosen, a schedule says; the forward that chooses computes full attention itself (arXiv 2509.24014,
+section 4).
 """
 
 import threading
@@ -17,37 +17,34 @@ from .backends import Problem, SparseAttention, choose_backend, sparse_attention
 from .blocks import BlockGrid
 from .config import SparseDConfig
 from .kernels import block_scores, full_attention
+from .masks import only_pads, valid_keys
+from .schedule import FULL, SELECTING, SPARSE, Progress, Schedule
 from .selection import Rule, compile_selection
-
-# what a step computes
-FULL, SELECTING, SPARSE = "full", "selecting", "sparse"
-# an additive mask at or below this hides a key: libraries use -1e4, -1e9, the dtype's lowest number or -inf
-NEVER = -1e4
 
 
 class Run:
     """State of the generations inside one `sparsify`, all of it: nothing stays on the model.
 
     Attributes:
+        schedule: when attention is over kept blocks.
         step: index of the next denoising step (inside a forward: of the current one).
-        n_full: number of leading steps with full attention; 0 under a rule that needs none.
+        committed: share of the generated tokens that are committed, if the sampler tells; no schedule by steps asks.
         backend, backend_reason: the kernel of the sparse steps and why it was taken; None until blocks are chosen.
-        compile_seconds: time spent choosing and compiling kernels, part of step n_full - 1's time.
+        compile_seconds: time spent choosing and compiling kernels, part of the time of the step that chooses.
         phase: what the next step (inside a forward: the current one) computes: FULL, SELECTING or SPARSE.
         pattern_version: changes whenever the chosen blocks do.
     """
 
-    def __init__(self, config: SparseDConfig, steps: int, gen_length: int, backend: str, rule: Rule):
-        self.config, self.steps, self.gen_length, self.rule = config, steps, gen_length, rule
-        self.n_full = 0 if rule.blind else config.n_full(steps)
-        self.backend: str | None = None
-        self.backend_reason: str | None = None
+    def __init__(self, config: SparseDConfig, schedule: Schedule, gen_length: int, backend: str, rule: Rule):
+        self.config, self.schedule, self.gen_length, self.rule = config, schedule, gen_length, rule
         self.compile_seconds = 0.0
+        self.pattern_version = 0
         self._wanted = backend
         self._shape: tuple[int, ...] | None = None
-        self._running = threading.Lock()
         self._keeps_all = False
-        self.pattern_version = 0
+        self._running = threading.Lock()
+        # the sampler has told the sequence; this forward is of another one, or counts for nothing
+        self._told = self._aside = self._uncounted = False
         self.reset()
 
     @property
@@ -57,13 +54,26 @@ class Run:
             return 1.0
         return torch.stack([d.cpu() for d in self._densities]).mean().item() if self._densities else None
 
+    @property
+    def phase(self) -> str:
+        """The first step for which the schedule wants blocks selects; a run that keeps every block stays full."""
+        if self._aside or self._keeps_all or not self._wants_pattern:
+            return FULL
+        return SPARSE if self._complete else SELECTING
+
+    @property
+    def _wants_pattern(self) -> bool:
+        return self.schedule.wants_pattern(Progress(self.step, self.committed))
+
     def reset(self) -> None:
         """Drop the chosen blocks: the next forward is step 0 of a new generation."""
-        self.step = 0
-        self.backend = self.backend_reason = None
+        self.step, self.committed = 0, 0.0
+        self.backend: str | None = None
+        self.backend_reason: str | None = None
         self._forget()
 
     def _forget(self) -> None:
+        self._complete = False
         self._grid: BlockGrid | None = None
         self._sparse: dict[tuple[int, torch.device], SparseAttention] = {}
         self._devices: set[torch.device] = set()
@@ -74,22 +84,30 @@ class Run:
         """Free the chosen blocks and keep what was measured."""
         self._grid, self._sparse = None, {}
 
-    def prepare(self, shape: tuple[int, ...]) -> str:
-        """The phase of the next step, over [batch, length] tokens; a finished run or another shape starts anew."""
+    @contextmanager
+    def sequence(self, shape: tuple[int, ...]) -> Iterator[None]:
+        """A new generation over [batch, length] tokens: as long as the context is open, its forwards are those of that
+        shape, however many. Without it, a new one is taken to begin after the schedule's end, and with another shape.
+
+        Raises:
+            RuntimeError: inside another sequence.
+        """
+        if self._told:
+            raise RuntimeError("sparsify: a generation began inside another one of the same model")
+        self._begin(shape)
+        self._told = True
+        try:
+            yield
+        finally:
+            self._told = False
+
+    def _begin(self, shape: tuple[int, ...]) -> None:
         if shape[1] < self.gen_length:
             raise ValueError(f"sparsify: gen_length {self.gen_length} exceeds the forward's {shape[1]} tokens")
-        if self.step >= self.steps or shape != self._shape:
-            self.reset()
-            grid = BlockGrid(shape[1], shape[1] - self.gen_length, self.config.block_size)
-            self._keeps_all = self._wanted == "auto" and grid.keeps_all(self.config.select)
-            if self._keeps_all and self.n_full < self.steps:
-                self.backend, self.backend_reason = FULL, "every block is kept"
+        self.reset()
         self._shape = shape
-        return self.phase
-
-    def count(self) -> None:
-        """The step that was prepared is done, without a forward of the model: it was replayed, or needed none."""
-        self.step += 1
+        grid = BlockGrid(shape[1], shape[1] - self.gen_length, self.config.block_size)
+        self._keeps_all = self._wanted == "auto" and grid.keeps_all(self.config.select)
 
     @contextmanager
     def forward(self, shape: tuple[int, ...]) -> Iterator[None]:
@@ -97,24 +115,39 @@ class Run:
         if not self._running.acquire(blocking=False):
             raise RuntimeError("sparsify: a forward began inside another one of the same model, or in another thread")
         try:
-            if self.prepare(shape) == SELECTING:
+            self._aside = self._told and shape != self._shape
+            if not self._told and (shape != self._shape or self.schedule.is_over(Progress(self.step, self.committed))):
+                self._begin(shape)
+            selecting = self.phase == SELECTING
+            if selecting:
                 self._forget()  # what an earlier try at this step chose before it failed
             yield
-            self.step += 1
+            self._complete = self._complete or selecting
+            if not self._aside and not self._uncounted:
+                self.count()
         finally:
+            self._aside = False
             self._running.release()
+
+    def count(self) -> None:
+        """The step is done, if without a forward of the model: it was replayed, or needed none."""
+        if self._keeps_all and self._wants_pattern:
+            self.backend, self.backend_reason = FULL, "every block is kept"
+        self.step += 1
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Forwards inside the context are no steps."""
+        self._uncounted = True
+        try:
+            yield
+        finally:
+            self._uncounted = False
 
     def check_idle(self) -> None:
         """RuntimeError if a forward is running, the rest of whose layers would attend to everything."""
         if self._running.locked():
             raise RuntimeError("sparsify: the context ended while another thread was inside a forward of the model")
-
-    @property
-    def phase(self) -> str:
-        """The last full step selects, unless no sparse step follows; a run that keeps every block stays full."""
-        if self._keeps_all or self.n_full == self.steps or self.step < self.n_full - 1:
-            return FULL
-        return SELECTING if self.step == max(0, self.n_full - 1) else SPARSE
 
     def current_phase(self) -> str:
         """The phase of the step whose forward is running; RuntimeError if none is."""
@@ -199,32 +232,3 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device's queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def only_pads(mask: Any, k: Tensor) -> bool:
-    """Whether a mask, in any of the forms of `valid_keys`, cannot tell one query from another."""
-    if mask is None or isinstance(mask, str):
-        return True
-    return mask.dtype == torch.bool and mask.shape == (k.shape[0], k.shape[2])
-
-
-def valid_keys(mask: Any, k: Tensor) -> Tensor | None:
-    """Which keys [B, T] an attention mask lets any query attend to; None if all of them.
-
-    Where a row may attend to nothing, its outputs mean nothing: it is taken to attend to all, so that they are finite.
-
-    Args:
-        mask: None or a string such as "full" (no mask); bool or integer (nonzero = attend) or additive float
-            (-1e4 and below = never attend), broadcastable to [B, H, T, T] or of shape [B, T].
-        k: [B, Hkv, T, D].
-    """
-    if mask is None or isinstance(mask, str):
-        return None
-    batch, length = k.shape[0], k.shape[2]
-    allowed = mask > NEVER if mask.is_floating_point() else mask.bool()
-    if allowed.shape != (batch, length):
-        while allowed.ndim < 4:
-            allowed = allowed[None]
-        allowed = allowed.any(dim=2).any(dim=1).expand(batch, length)
-    allowed = allowed | ~allowed.any(-1, keepdim=True)
-    return None if allowed.all() else allowed.to(k.device)

@@ -163,7 +163,7 @@ def test_two_threads_do_not_share_a_step(any_model, alone):
 
 def test_of_two_threads_one_gets_in(any_model, monkeypatch):
     model, _ = any_model
-    before, look, refused, inside = snapshot(model), patch.run_of, [], threading.Barrier(2)
+    before, look, refused, inside = snapshot(model), patch._is_patched, [], threading.Barrier(2)
 
     def slowly(model):
         found = look(model)
@@ -178,7 +178,7 @@ def test_of_two_threads_one_gets_in(any_model, monkeypatch):
             refused.append(str(error))
             inside.wait(20)
 
-    monkeypatch.setattr(patch, "run_of", slowly)
+    monkeypatch.setattr(patch, "_is_patched", slowly)
     threads = [threading.Thread(target=enter) for _ in range(2)]
     for thread in threads:
         thread.start()

@@ -16,8 +16,7 @@ from sparsed.cli import advice, arguments, main_dream, main_llada, running
 from sparsed.cli.advice import StepTimes, advice_lines, advise, break_even, time_steps, whole_runs
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.cli.running import Job
-from sparsed.patch import run_of
-from sparsed.run import FULL, SELECTING, SPARSE
+from sparsed.schedule import FULL, SELECTING, SPARSE
 
 MAIN = {"dream": main_dream, "llada": main_llada}
 FAMILIES = {"dream": DREAM, "llada": LLADA}
@@ -125,12 +124,13 @@ class FakeDenoiser:
 
     now = 0.0
 
-    def __init__(self, model, mask, first_row, most_rows):
-        self.run = run_of(model)
+    def __init__(self, model, run, mask, first_row, most_rows):
+        self.model, self.run = model, run
 
     def __call__(self, ids, rows):
-        FakeDenoiser.now += {FULL: 4.0, SELECTING: 7.0, SPARSE: 2.0}[self.run.prepare(tuple(ids.shape))]
-        self.run.count()
+        FakeDenoiser.now += {FULL: 4.0, SELECTING: 7.0, SPARSE: 2.0}[self.run.phase]
+        with self.run.forward(tuple(ids.shape)):
+            pass
 
     def check(self):
         pass

@@ -14,6 +14,7 @@ from sparsed import SparseDConfig, sparsify
 from sparsed.sampling import denoiser
 from sparsed.sampling.common import Step
 from sparsed.sampling.denoiser import Denoiser
+from sparsed.watching import watched
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -35,7 +36,7 @@ class FakeGraph:
 
     def __init__(self, denoiser):
         self.denoiser, run = denoiser, denoiser.run
-        self.then = None if run is None else (run._sparse, run.step)
+        self.then = None if run is None else (run._sparse, run.step, run._complete)
         self.logits = torch.empty(denoiser.most_rows, denoiser.model.config.vocab_size)
 
     def pool(self):
@@ -44,11 +45,11 @@ class FakeGraph:
     def replay(self):
         one, run = self.denoiser, self.denoiser.run
         if run is not None:
-            now = run._sparse, run.step
-            run._sparse, run.step = self.then
+            now = run._sparse, run.step, run._complete
+            run._sparse, run.step, run._complete = self.then
         self.logits.copy_(one.model(one.inputs[0], one.mask, logit_rows=one.inputs[1], first_row=one.first_row))
         if run is not None:
-            run._sparse, run.step = now
+            run._sparse, run.step, run._complete = now
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def faked(monkeypatch):
     captures = []
 
     def capture(self, ids):
-        captures.append(self._prepare(ids))
+        captures.append(self._phase())
         if not self.inputs:
             self.inputs = ids.clone(), torch.full((self.most_rows,), self.first_row)
         graph = FakeGraph(self)
@@ -96,22 +97,59 @@ def test_what_is_loaded_and_counted_around_a_replay(monkeypatch, faked, family, 
     assert torch.equal(generate(), replayed)
 
 
-@pytest.mark.parametrize("steps", [9, 12, 13, 17])
-def test_no_replay_over_blocks_that_were_chosen_anew(monkeypatch, faked, steps):
-    """A sparsify of fewer steps than the sampler's begins anew in its midst, also in forwards that it does not see."""
+@pytest.mark.parametrize("every", [9, 12, 13, 17])
+def test_no_replay_over_blocks_that_were_chosen_anew(monkeypatch, faked, every):
+    """The caller resets in the sampler's midst, and calls the model itself."""
     model, prompts, tokens = MODELS["dream"](), torch.randint(0, 90, (1, 61)), []
     for most in (2048, 0):
         monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", most)
-        with sparsify(model, SPARSE, steps=steps, gen_length=48):
-            call = lambda step: model(torch.full((1, 109), 5)) if step.index % 7 == 3 else None  # noqa: E731
+        with sparsify(model, SPARSE, steps=48, gen_length=48) as run:
+
+            def call(step, run=run):
+                if step.index % every == every - 1:
+                    run.reset()
+                if step.index % 7 == 3:
+                    model(torch.full((1, 109), 5))
+
             tokens.append(GENERATE["dream"](model, prompts, gen_length=48, steps=48, on_step=call))
     assert faked and torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("steps", [9, 48])
+def test_a_sampler_s_generation_is_its_own(steps):
+    """Whatever steps `sparsify` was told, and whatever else the model is asked meanwhile: blocks are chosen once, by a
+    sampler that ended early as well."""
+    model, prompts, chosen = MODELS["dream"](), torch.randint(0, 90, (2, 61)), []
+    rule = watched(lambda scores, pattern: chosen.append(pattern))
+    aside = torch.randint(0, 90, (1, 77))
+    with torch.no_grad():
+        expected = model(aside)
+
+    def call(step):
+        torch.testing.assert_close(model(aside), expected, atol=0, rtol=0)
+
+    def stop(step):
+        if step.index == 20:
+            raise KeyboardInterrupt
+
+    with sparsify(model, SPARSE, steps=steps, gen_length=48, rule=rule) as run:
+        with pytest.raises(KeyboardInterrupt):
+            GENERATE["dream"](model, prompts[:1], gen_length=48, steps=48, on_step=stop)
+        first = len(chosen)
+        tokens = GENERATE["dream"](model, prompts[1:], gen_length=48, steps=48, on_step=call)
+        assert run.step == 48 and len(chosen) == 2 * first
+        with pytest.raises(RuntimeError, match="inside another one"), run.sequence((1, 109)):
+            GENERATE["dream"](model, prompts[1:], gen_length=48, steps=48)
+    alone = GENERATE["dream"](
+        model, prompts[1:], gen_length=48, steps=48, config=replace(SPARSE, skip=steps * 0.2 / 48)
+    )
+    assert torch.equal(tokens, alone)
 
 
 def test_a_step_with_more_rows_than_the_graphs_take_runs_as_it_is(faked):
     model = MODELS["llada"]()
     ids = torch.randint(0, 90, (1, 40))
-    one = Denoiser(model, None, 20, 4)
+    one = Denoiser(model, None, None, 20, 4)
     with torch.no_grad():
         for rows in ([20, 21, 22, 23], [21, 22, 30], [20, 25, 30, 35, 39], [39]):
             rows = torch.tensor(rows)
@@ -221,13 +259,14 @@ def test_padded_batches_are_replayed_too(monkeypatch, captured):
 
 @pytest.mark.gpu
 def test_a_graph_is_not_replayed_over_blocks_of_another_generation(monkeypatch):
-    """One sampler call, in which a `sparsify` of fewer steps begins anew: it chooses blocks twice."""
+    """One sampler call, in whose midst the caller resets: it chooses blocks twice."""
     model, prompts = MODELS["dream"]().cuda(), torch.randint(0, 90, (1, 61)).cuda()
     tokens = []
     for most in (2048, 0):
         monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", most)
-        with sparsify(model, SPARSE, steps=12, gen_length=48):
-            tokens.append(GENERATE["dream"](model, prompts, gen_length=48, steps=24))
+        with sparsify(model, SPARSE, steps=24, gen_length=48) as run:
+            reset = lambda step, run=run: run.reset() if step.index == 11 else None  # noqa: E731
+            tokens.append(GENERATE["dream"](model, prompts, gen_length=48, steps=24, on_step=reset))
     assert torch.equal(*tokens)
 
 

@@ -24,8 +24,8 @@ from sparsed.backends import BACKENDS, Problem, flash, sparse_attention
 from sparsed.blocks import BlockGrid, Pattern
 from sparsed.evaluation.methods import METHODS
 from sparsed.kernels import block_scores, full_attention
-from sparsed.run import FULL
 from sparsed.sampling import denoiser
+from sparsed.schedule import FULL
 from sparsed.selection import isolated_top_k
 from sparsed.watching import pooled, recall, watched
 
@@ -232,7 +232,7 @@ def test_every_forward_equals_the_twin(any_model, weights, pads):
             for row, twin in enumerate(twins):
                 expected = twin(ids[row], step)[valid[row]]
                 torch.testing.assert_close(logits[row][valid[row]].double(), expected, atol=1e-4, rtol=0)
-    assert min(twin.gap for twin in twins) > 1e-6 and state.n_full == 2
+    assert min(twin.gap for twin in twins) > 1e-6 and state.schedule.n_full == 2
     densities = [reference.density(twin.masks(LENGTH), 1, LENGTH, twin.valid) for twin in twins]
     assert state.density == pytest.approx(sum(densities) / len(densities), abs=1e-6)
     assert snapshot(model) == before
@@ -282,9 +282,9 @@ def test_under_every_rule_the_prompt_s_rows_alone_follow_it(name, build, pads):
     with run(model, **sizes, rule=rule) as state:
         found = [logits_of(model, ids, mask) for ids in steps]
     for step, (ids, logits) in enumerate(zip(steps, found, strict=True)):
-        expected, _ = reference.forward(*twin, ids, valid, allowed if step >= state.n_full else None)
+        expected, _ = reference.forward(*twin, ids, valid, allowed if step >= state.schedule.n_full else None)
         torch.testing.assert_close(logits[valid].double(), expected[valid], atol=1e-4, rtol=0)
-    assert state.n_full == (0 if rule.blind else 1)
+    assert state.schedule.n_full == (0 if rule.blind else 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers

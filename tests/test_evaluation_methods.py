@@ -110,7 +110,7 @@ def test_fixed_patterns_hold_from_the_first_step_on(monkeypatch, build, name):
     config = METHODS[name].config(SparseDConfig(0.5, select, block))
     with sparsify(model, config, steps=STEPS, gen_length=GEN_LENGTH, rule=METHODS[name].rule) as run:
         found = outputs(model, steps)
-        assert run.n_full == 0 and run.step == STEPS
+        assert run.schedule.n_full == 0 and run.step == STEPS
     for module in model.modules():
         if hasattr(module, "attend"):
             monkeypatch.setattr(module, "attend", masked)

@@ -12,20 +12,22 @@ FILES = sorted((ROOT / "sparsed").rglob("*.py"))
 ALLOWED = {
     "config": set(),
     "kernels": set(),
+    "schedule": set(),
+    "masks": set(),
     "blocks": set(),
     "selection": {"kernels", "blocks"},
     "watching": {"selection", "blocks"},
     "backends": {"kernels", "blocks"},
-    "run": {"selection", "backends", "blocks", "kernels"},
-    "patch": {"run", "selection", "backends"},
+    "run": {"schedule", "selection", "backends", "blocks", "kernels", "masks"},
+    "patch": {"run", "schedule", "selection", "backends"},
     "models": {"kernels"},
-    "sampling": {"patch", "run", "selection", "models"},
+    "sampling": {"patch", "run", "schedule", "selection", "models"},
     "chat": set(),
     "prompts": {"chat"},
     "console": {"models"},
     "report": {"console", "chat"},
-    "cli": {"console", "report", "sampling", "patch", "run", "watching", "backends", "models", "chat", "prompts"}
-    | {"blocks"},
+    "cli": {"console", "report", "sampling", "patch", "run", "schedule", "watching", "backends", "models", "chat"}
+    | {"blocks", "prompts"},
     "pictures": {"console", "sampling", "patch", "watching", "blocks", "models", "prompts"},
     "evaluation": {"console", "sampling", "run", "watching", "backends", "models", "chat", "prompts", "selection"}
     | {"blocks"},

@@ -23,7 +23,8 @@ from standins_llada import llada_sampler
 
 from sparsed import SparseDConfig
 from sparsed.kernels import block_scores
-from sparsed.run import only_pads, valid_keys
+from sparsed.masks import only_pads, valid_keys
+from sparsed.schedule import ByStep
 
 # -------------------------------------------------------------------------------------------------- same as the twin
 
@@ -195,7 +196,7 @@ def test_skipping_or_selecting_everything_is_dense(any_model, config):
     with run(model, config=config) as state:
         for ids, expected in zip(steps, dense, strict=True):
             torch.testing.assert_close(logits_of(model, ids), expected, atol=1e-4, rtol=0)
-    assert state.n_full == (STEPS if config.skip == 1 else 2)
+    assert state.schedule.n_full == (STEPS if config.skip == 1 else 2)
     assert state.density is None if config.skip == 1 else state.density == pytest.approx(1.0)
 
 
@@ -258,7 +259,7 @@ def test_a_step_that_failed_can_be_tried_again(any_model, at_step):
 def test_state_tells_the_schedule_and_the_backend(any_model):
     model, _ = any_model
     with run(model) as state:
-        assert (state.step, state.n_full, state.steps, state.density, state.backend) == (0, 2, STEPS, None, None)
+        assert (state.step, state.schedule, state.density, state.backend) == (0, ByStep(STEPS, 2), None, None)
         outputs(model, sequences(STEPS))
         assert state.backend == "gather" and isinstance(state.backend_reason, str) and state.backend_reason
 

@@ -105,7 +105,7 @@ def test_no_memory_is_kept_after_the_exit(any_model):
     with run(model) as state:
         outputs(model, ids)
     assert live_elements() - before < 10, "the pattern outlives the run, which the caller still holds"
-    assert state.n_full == 2
+    assert state.schedule.n_full == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -1,67 +1,83 @@
-"""How many positions a step commits: the published schedules, as plain arithmetic."""
-
-import math
+"""When a forward is full, selecting or sparse: the paper's schedule by steps, and one by what is committed."""
 
 import pytest
 import torch
+from standins import tiny_dream
 
-from sparsed.sampling.unmasking import commit_counts, commit_fractions, idle_steps, steps_a_block
+from sparsed import SparseDConfig
+from sparsed.patch import sparsify
+from sparsed.run import Run
+from sparsed.schedule import FULL, SELECTING, SPARSE, ByCommitted, ByStep, Progress
+from sparsed.selection import SPARSED
 
-
-@pytest.mark.parametrize("eps", [1e-3, 0.1, 0.9])
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 64, 1000])
-def test_dream_commits_what_the_time_grid_says(steps, eps):
-    """A step from time t to time s commits 1 - s / t of what is masked, the last all of it."""
-    times = [1 + (eps - 1) * step / steps for step in range(steps + 1)]
-    fractions = [1 - s / t for t, s in zip(times, times[1:], strict=False)]
-    found = commit_fractions(steps, eps)
-    assert found.dtype == torch.float32 and found.shape == (steps,)
-    assert found[:-1].tolist() == pytest.approx(fractions[:-1], rel=1e-3, abs=1e-6)
-    assert found[-1] == 1
+CONFIG = SparseDConfig(0.2, 0.4, 16)
 
 
-@pytest.mark.parametrize("masks", [1, 2, 7, 64, 100])
-@pytest.mark.parametrize("steps", [1, 2, 5, 7, 8, 64, 130, 257])
-def test_dream_idles_until_a_step_commits(steps, masks):
-    fractions = commit_fractions(steps, 1e-3)
-    committed = [math.floor(masks * fraction) for fraction in fractions.tolist()]
-    assert idle_steps(masks, fractions) == next(step for step, count in enumerate(committed) if count)
+def phases(schedule, progress):
+    """What forwards of one sequence would compute, by how far the generation is before each of them."""
+    run, found = Run(CONFIG, schedule, 16, "gather", SPARSED), []
+    with run.sequence((1, 100)):
+        for run.committed in progress:
+            found.append(run.phase)
+            with run.forward((1, 100)):
+                assert run.phase == found[-1]
+    return found
 
 
-def test_dream_idle_steps_end_at_the_first_that_commits():
-    """A later step that commits nothing is not idle: the mask token may have been drawn before it."""
-    assert idle_steps(4, torch.tensor([0.2, 0.24, 0.25, 0.1, 1.0])) == 2
-    assert idle_steps(4, torch.tensor([0.5, 0.1, 0.1, 1.0])) == 0
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 8, 33])
-def test_llada_spreads_a_block_evenly_the_larger_shares_first(steps):
-    masked = torch.tensor([0, 1, 2, 7, 8, 31, 32, 33, 64])
-    counts = commit_counts(masked, steps)
-    assert counts.shape == (len(masked), steps)
-    for total, shares in zip(masked.tolist(), counts.tolist(), strict=True):
-        assert sum(shares) == total
-        assert max(shares) - min(shares) <= 1
-        assert shares == sorted(shares, reverse=True)
-
-
+@pytest.mark.parametrize("told", [0.0, 0.7])
 @pytest.mark.parametrize(
-    ("gen_length", "steps", "block_length", "each"), [(32, 32, 32, 32), (64, 32, 16, 8), (96, 9, 32, 3), (5, 10, 1, 2)]
-)
-def test_llada_divides_the_steps_among_the_blocks(gen_length, steps, block_length, each):
-    assert steps_a_block(gen_length, steps, block_length) == each
-
-
-@pytest.mark.parametrize(
-    ("gen_length", "steps", "block_length", "line"),
+    ("steps", "n_full", "expected"),
     [
-        (33, 33, 32, "gen_length must be a multiple of block_length 32, got 33"),
-        (31, 31, 32, "gen_length must be a multiple of block_length 32, got 31"),
-        (64, 33, 32, "steps must be a multiple of the number of blocks 2, got 33"),
-        (64, 1, 32, "steps must be a multiple of the number of blocks 2, got 1"),
+        (5, 2, [FULL, SELECTING, SPARSE, SPARSE, SPARSE]),
+        (3, 1, [SELECTING, SPARSE, SPARSE]),
+        (3, 3, [FULL] * 3),
+        (3, 0, [SELECTING, SPARSE, SPARSE]),
+        (4, 4, [FULL] * 4),
     ],
 )
-def test_llada_refuses_what_does_not_divide(gen_length, steps, block_length, line):
-    with pytest.raises(ValueError) as refused:
-        steps_a_block(gen_length, steps, block_length)
-    assert str(refused.value) == line
+def test_by_step(steps, n_full, expected, told):
+    schedule = ByStep(steps, n_full)
+    assert phases(schedule, [told] * steps) == expected
+    assert [schedule.is_over(Progress(step, 1.0)) for step in (steps - 1, steps, steps + 1)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("skip", "committed", "expected"),
+    [
+        (0.2, [0, 0.1, 0.2, 0.9], [FULL, FULL, SELECTING, SPARSE]),
+        (0.2, [0, 0.5], [FULL, SELECTING]),
+        (0.0, [0, 0.1, 0.1], [SELECTING, SPARSE, SPARSE]),
+        (1.0, [0, 0.5, 0.99], [FULL] * 3),
+    ],
+)
+def test_by_what_is_committed(skip, committed, expected):
+    """However many steps it takes."""
+    assert phases(ByCommitted(skip), committed) == expected
+    assert not ByCommitted(skip).is_over(Progress(10**6, 1.0))
+
+
+def test_the_step_that_chooses_counts_when_it_has_succeeded():
+    run = Run(CONFIG, ByCommitted(0.5), 16, "gather", SPARSED)
+    with run.sequence((1, 100)):
+        run.committed = 0.6
+        with pytest.raises(ZeroDivisionError), run.forward((1, 100)):
+            1 / 0  # noqa: B018
+        assert (run.phase, run.step) == (SELECTING, 0)
+        with run.uncounted(), run.forward((1, 100)):
+            pass
+        assert run.step == 0
+        with run.forward((1, 50)):  # of another sequence
+            assert run.phase == FULL
+        assert run.step == 0
+    assert run.committed == 0.6
+
+
+def test_outside_a_sequence_another_shape_begins_anew():
+    model, ids = tiny_dream(), torch.randint(0, 90, (1, 60))
+    with torch.no_grad(), sparsify(model, CONFIG, steps=4, gen_length=16) as run:
+        for tokens in (ids, ids, ids[:, :50], ids[:, :50]):
+            model(tokens)
+        assert run.step == 2 and run.phase == SPARSE
+        for _ in range(3):
+            model(ids[:, :50])
+        assert run.step == 1, "after four steps the next generation begins"

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from ..backends.flash import FLASH_FROM
 from ..patch import sparsify
-from ..run import FULL
 from ..sampling.common import Step
 from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
+from ..schedule import FULL
 from ..watching import watched
 from .arguments import Call
 from .progress import bar
@@ -127,8 +127,8 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     sparsed = sparsify(
         model, config, steps=steps, gen_length=sampler.gen_length, backend=args.backend, rule=watched(Choices())
     )
-    with sparsed as run, bar(steps, f"{prompt_tokens} tokens, ", args.quiet) as show:
-        denoiser = Denoiser(model, None, prompt_tokens - 1, len(rows))
+    with sparsed as run, run.sequence(canvas.shape), bar(steps, f"{prompt_tokens} tokens, ", args.quiet) as show:
+        denoiser = Denoiser(model, run, None, prompt_tokens - 1, len(rows))
         clock = StepClock(device, run, show)
         clock.start()
         for index in range(steps):

@@ -13,8 +13,9 @@ from .. import sampling
 from ..chat import stop_ids
 from ..models.common import DiffusionLM
 from ..report.summary import LABELS, selection_seconds, typical
-from ..run import FULL, Run, synchronize
+from ..run import Run, synchronize
 from ..sampling.common import Step, attention_of
+from ..schedule import FULL
 from ..watching import watched
 from .arguments import Call
 from .progress import Answer, Show, bar, screen, terminal

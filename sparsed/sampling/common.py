@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import SparseDConfig
-from ..patch import sparsify
+from ..patch import run_of, sparsify
 from ..run import Run
 
 
@@ -47,7 +47,12 @@ OnStep = Callable[[Step], None]
 def attention_of(
     model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int, **options: Any
 ) -> AbstractContextManager[Run | None]:
-    """SparseD around `steps` forwards, with `sparsify`'s options; full attention without a config."""
+    """SparseD around `steps` forwards, with `sparsify`'s options; without a config, what the model is inside of."""
     if config is None:
-        return nullcontext()
+        return nullcontext(run_of(model))
     return sparsify(model, config, steps=steps, gen_length=gen_length, **options)
+
+
+def sequence_of(run: Run | None, batch: int, length: int) -> AbstractContextManager[None]:
+    """Tells the run, if there is one, that its forwards are now those of one sequence [batch, length]."""
+    return nullcontext() if run is None else run.sequence((batch, length))

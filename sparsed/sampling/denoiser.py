@@ -1,11 +1,13 @@
 """The model's forward, once a denoising step; short sequences replay it as a CUDA graph."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from ..models.common import DiffusionLM
-from ..patch import run_of
-from ..run import FULL, SELECTING, SPARSE, Run
+from ..run import Run
+from ..schedule import FULL, SELECTING, SPARSE
 
 # up to so many tokens, batch rows together, a GPU waits for the host to launch kernels; beyond, a graph gains nothing
 REPLAYED_TOKENS = 2048
@@ -18,15 +20,15 @@ class Denoiser:
     the later ones replay it. The step that selects blocks always runs as it is.
 
     Args:
-        model: a DiffusionLM, inside `sparsify` or not.
+        model: a DiffusionLM.
+        run: of the `sparsify` that the model is inside of, told the sequence; None outside.
         mask: attention mask of the ids, bool [B, T], or None.
         first_row: no logits are wanted of the tokens before it.
         most_rows: of so many rows at most a step wants logits; a step that wants more runs as it is.
     """
 
-    def __init__(self, model: DiffusionLM, mask: Tensor | None, first_row: int, most_rows: int):
-        self.model, self.mask, self.first_row, self.most_rows = model, mask, first_row, most_rows
-        self.run: Run | None = run_of(model)
+    def __init__(self, model: DiffusionLM, run: Run | None, mask: Tensor | None, first_row: int, most_rows: int):
+        self.model, self.run, self.mask, self.first_row, self.most_rows = model, run, mask, first_row, most_rows
         self.replayable = _replayable(model)
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -41,7 +43,7 @@ class Denoiser:
             FloatingPointError: the logits of the call before were not finite.
         """
         self.check()
-        phase = self._prepare(ids)
+        phase = self._phase()
         if self._replays(phase, ids, rows):
             logits = self._replay(phase, ids, rows)
         else:
@@ -52,9 +54,9 @@ class Denoiser:
         self.total = logits.sum(dtype=torch.float32)
         return logits
 
-    def skip(self, ids: Tensor) -> bool:
+    def skip(self) -> bool:
         """Count a step that needs no logits, and run nothing; not a step that selects blocks: False."""
-        if self._prepare(ids) == SELECTING:
+        if self._phase() == SELECTING:
             return False
         if self.run is not None:
             self.run.count()
@@ -68,15 +70,14 @@ class Denoiser:
         if self.total is not None and not torch.isfinite(self.total):
             raise FloatingPointError("the model's logits are not finite: float32 may hold what another dtype cannot")
 
-    def _prepare(self, ids: Tensor) -> str:
+    def _phase(self) -> str:
         """The step's phase; a graph that reads blocks which have been chosen anew since is dropped."""
         if self.run is None:
             return FULL
-        phase = self.run.prepare(tuple(ids.shape))
         if self.run.pattern_version != self.pattern_version:
             self.graphs.pop(SPARSE, None)
             self.pattern_version = self.run.pattern_version
-        return phase
+        return self.run.phase
 
     def _replays(self, phase: str, ids: Tensor, rows: Tensor) -> bool:
         """Whether there is a graph for the step; the second of its phase captures one."""
@@ -95,14 +96,12 @@ class Denoiser:
             self.inputs = ids.clone(), torch.full((self.most_rows,), self.first_row, device=ids.device)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self.graphs.values()), None)
-        before = 0 if self.run is None else self.run.step
+        # nothing is computed yet, and nothing may have been captured
+        no_step = nullcontext() if self.run is None else self.run.uncounted()
         # other threads may go on using the GPU meanwhile
-        try:
-            with torch.cuda.device(ids.device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self.model(self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row)
-        finally:
-            if self.run is not None:
-                self.run.step = before  # nothing has been computed yet, and nothing may have been captured
+        capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+        with no_step, torch.cuda.device(ids.device), capture:
+            logits = self.model(self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row)
         return graph, logits
 
     def _replay(self, phase: str, ids: Tensor, rows: Tensor) -> Tensor:

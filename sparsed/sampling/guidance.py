@@ -22,9 +22,9 @@ class Guided:
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.scale + 1) * (conditional - unconditional)
 
-    def skip(self, ids: Tensor) -> bool:
+    def skip(self) -> bool:
         """As the denoiser's."""
-        return self.denoiser.skip(self._both(ids))
+        return self.denoiser.skip()
 
     def check(self) -> None:
         """As the denoiser's."""

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..config import SparseDConfig, check_numbers
 from ..models.common import DiffusionLM
-from ..run import SPARSE
+from ..run import Run
+from ..schedule import SPARSE
 from .canvas import check_prompt
-from .common import attention_of
+from .common import attention_of, sequence_of
 from .denoiser import Denoiser
 from .settings import FAMILIES
 
@@ -72,11 +73,12 @@ def log_likelihood(
     masks = draw_masks(samples, len(target), generator)
     losses: dict[tuple, float] = {}
     total = 0.0
-    with attention_of(model, config, samples, len(target), backend=backend) as run:
-        denoiser = _denoiser(model, prompt, target)
+    attention = attention_of(model, config, samples, len(target), backend=backend)
+    with attention as run, sequence_of(run, *ids.shape):
+        denoiser = _denoiser(model, run, prompt, target)
         for mask in masks:
             draw = (run is not None and run.phase == SPARSE, *mask.tolist())
-            if draw not in losses or not denoiser.skip(ids):
+            if draw not in losses or not denoiser.skip():
                 hidden = len(prompt) + mask.nonzero().squeeze(-1).to(ids.device)
                 loss = F.cross_entropy(_logits(denoiser, ids, hidden), ids[0, hidden], reduction="sum").item()
                 losses[draw] = loss * len(target) / len(hidden)
@@ -95,8 +97,9 @@ def is_greedy(
     """
     ids = _sequence(model, prompt, target)
     hidden = len(prompt) + torch.arange(len(target), device=ids.device)
-    with attention_of(model, config, len(target), len(target), backend=backend):
-        denoiser = _denoiser(model, prompt, target)
+    attention = attention_of(model, config, len(target), len(target), backend=backend)
+    with attention as run, sequence_of(run, *ids.shape):
+        denoiser = _denoiser(model, run, prompt, target)
         while len(hidden):
             confidence, tokens = _logits(denoiser, ids, hidden).softmax(-1).max(-1)
             best = confidence.argmax()
@@ -116,9 +119,9 @@ def _sequence(model: DiffusionLM, prompt: Ids, target: Ids) -> Tensor:
     return ids
 
 
-def _denoiser(model: DiffusionLM, prompt: Ids, target: Ids) -> Denoiser:
+def _denoiser(model: DiffusionLM, run: Run | None, prompt: Ids, target: Ids) -> Denoiser:
     first_row = FAMILIES[model.family].sources(torch.tensor(len(prompt)), len(prompt) + len(target))
-    return Denoiser(model, None, int(first_row), len(target))
+    return Denoiser(model, run, None, int(first_row), len(target))
 
 
 def _logits(denoiser: Denoiser, ids: Tensor, hidden: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from ..config import SparseDConfig
 from ..models.common import DiffusionLM
+from ..run import Run
 from ..selection import SPARSED, Rule
 from .canvas import Canvas
-from .common import OnStep, Step, attention_of
+from .common import OnStep, Step, attention_of, sequence_of
 from .denoiser import Denoiser
 from .guidance import Guided
 from .settings import Settings
@@ -42,18 +43,19 @@ def generate(
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
     vocabulary = model.config.vocab_size
     canvas = Canvas.of(input_ids.to(model.device), attention_mask, settings.gen_length, mask_id, vocabulary)
-    with attention_of(model, config, settings.steps, settings.gen_length, backend=backend, rule=rule):
-        denoiser = reader(model, canvas, settings)
+    halves = 2 if settings.cfg_scale else 1
+    attention = attention_of(model, config, settings.steps, settings.gen_length, backend=backend, rule=rule)
+    with attention as run, sequence_of(run, halves * len(canvas.ids), canvas.length):
+        denoiser = reader(model, run, canvas, settings, halves)
         denoise(canvas, denoiser, settings, settings.turns(canvas), model.config, generator, on_step)
     return canvas.ids
 
 
-def reader(model: DiffusionLM, canvas: Canvas, settings: Settings) -> Denoiser | Guided:
-    """What gives the candidates' logits, in one forward a step."""
-    halves = 2 if settings.cfg_scale else 1
+def reader(model: DiffusionLM, run: Run | None, canvas: Canvas, settings: Settings, halves: int) -> Denoiser | Guided:
+    """What gives the candidates' logits, in one forward a step of as many sequences as the canvas has, or twice."""
     valid = None if canvas.valid is None else canvas.valid.repeat(halves, 1)
     most_rows = halves * len(canvas.ids) * settings.most_rows
-    denoiser = Denoiser(model, valid, canvas.prompt_len - 1, most_rows)
+    denoiser = Denoiser(model, run, valid, canvas.prompt_len - 1, most_rows)
     if not settings.cfg_scale:
         return denoiser
     return Guided(denoiser, settings.cfg_scale, canvas.prompt_len, canvas.mask_id)
@@ -71,7 +73,7 @@ def denoise(
     """Take the turns one after the other, and fill in the canvas."""
     for index, turn in enumerate(turns):
         step = Step(index, ran=False)
-        if not turn.idle or not denoiser.skip(canvas.ids):
+        if not turn.idle or not denoiser.skip():
             rows = canvas.candidates(turn.end)
             logits = denoiser(canvas.ids, settings.sources(rows, canvas.length))
             tokens, probability, ranking = settings.propose(logits, config, generator)

@@ -1,0 +1,58 @@
+"""What attention a whole forward should have, by how far the generation is: full, or over kept blocks."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+# what a forward computes: full attention; the same, and chooses the blocks; attention over the chosen blocks
+FULL, SELECTING, SPARSE = "full", "selecting", "sparse"
+
+
+class Progress(NamedTuple):
+    """How far a generation is: forwards that are done, and the share of the generated tokens that are committed."""
+
+    step: int
+    committed: float
+
+
+class Schedule(Protocol):
+    """When attention should be over kept blocks, and when a generation is over."""
+
+    def wants_pattern(self, at: Progress) -> bool:
+        """Whether the next forward needs kept blocks: it chooses them if none are chosen yet."""
+
+    def is_over(self, at: Progress) -> bool:
+        """Whether the next forward belongs to another generation, for all that the schedule knows."""
+
+
+@dataclass(frozen=True)
+class ByStep:
+    """The paper's: of `steps` forwards the first `n_full` have full attention, and the last of these chooses.
+
+    Where no forward is left to be sparse, none chooses. With `n_full` 0 the first one chooses and is sparse itself.
+    """
+
+    steps: int
+    n_full: int
+
+    def wants_pattern(self, at: Progress) -> bool:
+        return self.n_full < self.steps and at.step >= self.n_full - 1
+
+    def is_over(self, at: Progress) -> bool:
+        return at.step >= self.steps
+
+
+@dataclass(frozen=True)
+class ByCommitted:
+    """For samplers whose number of steps is not known beforehand: full attention until a share is committed.
+
+    Args:
+        skip: share of the generated tokens, 0 to 1.
+    """
+
+    skip: float
+
+    def wants_pattern(self, at: Progress) -> bool:
+        return at.committed >= self.skip
+
+    def is_over(self, at: Progress) -> bool:
+        return False

@@ -1,0 +1,67 @@
+"""How many positions a step commits: the published schedules, as plain arithmetic."""
+
+import math
+
+import pytest
+import torch
+
+from sparsed.sampling.unmasking import commit_counts, commit_fractions, idle_steps, steps_a_block
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.1, 0.9])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 64, 1000])
+def test_dream_commits_what_the_time_grid_says(steps, eps):
+    """A step from time t to time s commits 1 - s / t of what is masked, the last all of it."""
+    times = [1 + (eps - 1) * step / steps for step in range(steps + 1)]
+    fractions = [1 - s / t for t, s in zip(times, times[1:], strict=False)]
+    found = commit_fractions(steps, eps)
+    assert found.dtype == torch.float32 and found.shape == (steps,)
+    assert found[:-1].tolist() == pytest.approx(fractions[:-1], rel=1e-3, abs=1e-6)
+    assert found[-1] == 1
+
+
+@pytest.mark.parametrize("masks", [1, 2, 7, 64, 100])
+@pytest.mark.parametrize("steps", [1, 2, 5, 7, 8, 64, 130, 257])
+def test_dream_idles_until_a_step_commits(steps, masks):
+    fractions = commit_fractions(steps, 1e-3)
+    committed = [math.floor(masks * fraction) for fraction in fractions.tolist()]
+    assert idle_steps(masks, fractions) == next(step for step, count in enumerate(committed) if count)
+
+
+def test_dream_idle_steps_end_at_the_first_that_commits():
+    """A later step that commits nothing is not idle: the mask token may have been drawn before it."""
+    assert idle_steps(4, torch.tensor([0.2, 0.24, 0.25, 0.1, 1.0])) == 2
+    assert idle_steps(4, torch.tensor([0.5, 0.1, 0.1, 1.0])) == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 8, 33])
+def test_llada_spreads_a_block_evenly_the_larger_shares_first(steps):
+    masked = torch.tensor([0, 1, 2, 7, 8, 31, 32, 33, 64])
+    counts = commit_counts(masked, steps)
+    assert counts.shape == (len(masked), steps)
+    for total, shares in zip(masked.tolist(), counts.tolist(), strict=True):
+        assert sum(shares) == total
+        assert max(shares) - min(shares) <= 1
+        assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("gen_length", "steps", "block_length", "each"), [(32, 32, 32, 32), (64, 32, 16, 8), (96, 9, 32, 3), (5, 10, 1, 2)]
+)
+def test_llada_divides_the_steps_among_the_blocks(gen_length, steps, block_length, each):
+    assert steps_a_block(gen_length, steps, block_length) == each
+
+
+@pytest.mark.parametrize(
+    ("gen_length", "steps", "block_length", "line"),
+    [
+        (33, 33, 32, "gen_length must be a multiple of block_length 32, got 33"),
+        (31, 31, 32, "gen_length must be a multiple of block_length 32, got 31"),
+        (64, 33, 32, "steps must be a multiple of the number of blocks 2, got 33"),
+        (64, 1, 32, "steps must be a multiple of the number of blocks 2, got 1"),
+    ],
+)
+def test_llada_refuses_what_does_not_divide(gen_length, steps, block_length, line):
+    with pytest.raises(ValueError) as refused:
+        steps_a_block(gen_length, steps, block_length)
+    assert str(refused.value) == line
