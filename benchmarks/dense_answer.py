@@ -81,11 +81,12 @@ def checked_dense_answer(backend: str, family: str, length: int, config: SparseD
     pattern = replace(kept, grid=replace(kept.grid, dense_answer=True))
     attention, first = sparse_attention(backend, pattern), pattern.grid.first_dense
     out = attention(heads.q, heads.k, heads.v)
-    answer, last = (Heads(heads.q[:, :, start:], heads.k, heads.v) for start in (first, -NEW_TOKENS))
+    border = length - NEW_TOKENS
+    answer, last = (Heads(heads.q[:, :, start:], heads.k, heads.v) for start in (first, border))
     gates = {
         "the prompt's rows": attention_gate(out[:, :, :first], heads, pattern),
         "the answer's rows": attention_gate(out[:, :, first:], answer),
-        "the last layer's rows": attention_gate(attention(last.q, last.k, last.v), last),
+        "the last layer's rows": attention_gate(attention(last.q, last.k, last.v, border), last),
     }
     for rows, gate in gates.items():
         if not gate.passed:

@@ -120,7 +120,7 @@ def attending(model: DiffusionLM, attention: Callable[..., Tensor]) -> Iterator[
     """Every layer's attention is `attention(layer, q, k, v)`, all of it over all tokens."""
     layers = [module for module in model.modules() if hasattr(module, "attend")]
     for layer, module in enumerate(layers):
-        module.attend = lambda q, k, v, key_valid, layer=layer: attention(layer, q, k, v)  # type: ignore[assignment]
+        module.attend = lambda q, k, v, *_, layer=layer: attention(layer, q, k, v)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -77,9 +77,9 @@ class Attention:
             module.attend = self._recorder(index, module.attend)
 
     def _recorder(self, index: int, attend):
-        def record(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
+        def record(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, start: int) -> Tensor:
             self.seen[index] = (q, k)
-            return attend(q, k, v, key_valid)
+            return attend(q, k, v, key_valid, start)
 
         return record
 

@@ -161,28 +161,30 @@ class Pattern:
         Compile with `dynamic=True`: over a fixed length that is a multiple of 128 but not of the block size, the kernel
         of PyTorch 2.11 reads past the end.
         """
-        lists = self.flex_lists(0, self.grid.n_blocks)
+        lists = self.flex_lists(slice(None), self.grid.n_blocks)
         return lists.block_mask(self.grid.block_size, (self.grid.length, self.grid.length))
 
-    def flex_lists(self, first: int, width: int) -> "FlexLists":
-        """What FlexAttention reads, for the queries from block `first` on.
+    def flex_lists(self, rows: slice, width: int) -> "FlexLists":
+        """What FlexAttention reads, for some of the query blocks.
 
         Args:
+            rows: which of them.
             width: of the lists; no query block reads more blocks. BlockMask's own methods want all of the sequence's.
         """
         grid, device = self.grid, self.indices.device
-        kept, batch, start = self.as_mask()[:, :, first:], len(self.indices), first * grid.block_size
+        kept, batch = self.as_mask()[:, :, rows], len(self.indices)
         valid = torch.ones(1, grid.length, dtype=torch.bool) if grid.key_valid is None else grid.key_valid
         valid = valid.to(device).expand(batch, -1)
-        dense = torch.arange(start, grid.length, device=device) >= grid.first_dense
+        queries = torch.arange(grid.n_blocks * grid.block_size, device=device).unflatten(0, (-1, grid.block_size))[rows]
+        dense = queries.flatten() >= grid.first_dense
         real, tokens, dense_tokens = (
             found.to(device)
             for found in (grid.block_tokens, replace(grid, key_valid=None).block_tokens, grid.dense_tokens)
         )
         unpadded = (real == tokens).expand(batch, -1)
-        all_dense = (dense_tokens == tokens).expand(batch, -1)[:, first:]
+        all_dense = (dense_tokens == tokens).expand(batch, -1)[:, rows]
         whole = (kept | all_dense[:, None, :, None]) & unpadded[:, None, None, :]
-        part = self.read_mask()[:, :, first:] & ~whole
+        part = self.read_mask()[:, :, rows] & ~whole
         part_counts, whole_counts = (blocks.sum(-1, dtype=torch.int32) for blocks in (part, whole))
         part_list, whole_list = (true_places(blocks, width) for blocks in (part, whole))
         return FlexLists(part_counts, whole_counts, part_list, whole_list, kept, dense, valid)

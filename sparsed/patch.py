@@ -37,8 +37,8 @@ def sparsify(
 
     It works on this package's classes and on the hub's remote code, and with any sampler that calls the model once a
     denoising step. After `steps` forwards, or when batch or length changes, the next forward starts a new generation; a
-    sampler that stops before calls `reset()`. This package's own samplers say when theirs begins. What wraps a patched method inside the context stays when it ends, around
-    the method as it was before.
+    sampler that stops before calls `reset()`. This package's own samplers say when theirs begins. What wraps a patched
+    method inside the context stays when it ends, around the method as it was before.
 
     Args:
         model: recognised by the structure of its attention modules.
@@ -135,7 +135,10 @@ def _counted(run: Run, forward: Callable) -> Callable:
         tokens = next((x for x in candidates if isinstance(x, Tensor)), None)
         if tokens is None:
             raise ValueError("sparsify: the model was called without input_ids or inputs_embeds")
-        with run.forward(tuple(tokens.shape[:2])):
+        batch, length = tokens.shape[:2]
+        rows = kwargs.get("rows")
+        whole = rows is None or rows.whole
+        with run.forward((batch, length if rows is None else rows.length), whole):
             return forward(*args, **kwargs)
 
     return counted
@@ -144,7 +147,7 @@ def _counted(run: Run, forward: Callable) -> Callable:
 def _seam(module: nn.Module) -> tuple[str, Callable] | None:
     """(method to replace, its replacement's maker) if the module owns attention, recognised by its structure."""
     if hasattr(module, "attend") and hasattr(module, "q_proj"):
-        return "attend", _patched_sdpa
+        return "attend", _patched_attend
     if hasattr(module, "_scaled_dot_product_attention"):
         return "_scaled_dot_product_attention", _patched_sdpa
     hub_dream = ("q_proj", "k_proj", "v_proj", "o_proj", "num_heads", "num_key_value_heads", "head_dim")
@@ -153,11 +156,20 @@ def _seam(module: nn.Module) -> tuple[str, Callable] | None:
     return None
 
 
+def _patched_attend(run: Run, layer: int, module: nn.Module, original: Callable) -> Callable:
+    """`attend` of this package's models."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, start: int) -> Tensor:
+        return run.attend(layer, q, k, v, key_valid, lambda: original(q, k, v, key_valid, start), start)
+
+    return attention
+
+
 def _patched_sdpa(run: Run, layer: int, module: nn.Module, original: Callable) -> Callable:
-    """A method (q, k, v, mask, ...) -> heads: `attend` of this package's models, and of the hub's LLaDA block."""
+    """The hub's LLaDA block's method (q, k, v, mask, ...) -> heads."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mask = args[0] if args else kwargs.get("attn_mask", kwargs.get("key_valid"))
+        mask = args[0] if args else kwargs.get("attn_mask")
         return run.attend(layer, q, k, v, mask, lambda: original(q, k, v, *args, **kwargs))
 
     return attention

@@ -43,8 +43,8 @@ class Run:
         self._shape: tuple[int, ...] | None = None
         self._keeps_all = False
         self._running = threading.Lock()
-        # the sampler has told the sequence; this forward is of another one, or counts for nothing
-        self._told = self._aside = self._uncounted = False
+        # the sampler has told the sequence; this forward can only be full; forwards count for nothing
+        self._told = self._only_full = self._uncounted = False
         self.reset()
 
     @property
@@ -57,7 +57,7 @@ class Run:
     @property
     def phase(self) -> str:
         """The first step for which the schedule wants blocks selects; a run that keeps every block stays full."""
-        if self._aside or self._keeps_all or not self._wants_pattern:
+        if self._only_full or self._keeps_all or not self._wants_pattern:
             return FULL
         return SPARSE if self._complete else SELECTING
 
@@ -110,23 +110,29 @@ class Run:
         self._keeps_all = self._wanted == "auto" and grid.keeps_all(self.config.select)
 
     @contextmanager
-    def forward(self, shape: tuple[int, ...]) -> Iterator[None]:
-        """A forward of the model, which is one step; if it fails, the step does not count."""
+    def forward(self, shape: tuple[int, ...], whole: bool = True) -> Iterator[None]:
+        """A forward of the model, which is one step; if it fails, the step does not count.
+
+        Args:
+            shape: [batch, length] of the sequences.
+            whole: whether it computes all of their tokens; else it cannot select, and has full attention instead.
+        """
         if not self._running.acquire(blocking=False):
             raise RuntimeError("sparsify: a forward began inside another one of the same model, or in another thread")
         try:
-            self._aside = self._told and shape != self._shape
+            aside = self._told and shape != self._shape  # of another sequence
             if not self._told and (shape != self._shape or self.schedule.is_over(Progress(self.step, self.committed))):
                 self._begin(shape)
+            self._only_full = aside or not (whole or self._complete)
             selecting = self.phase == SELECTING
             if selecting:
                 self._forget()  # what an earlier try at this step chose before it failed
             yield
             self._complete = self._complete or selecting
-            if not self._aside and not self._uncounted:
+            if not aside and not self._uncounted:
                 self.count()
         finally:
-            self._aside = False
+            self._only_full = False
             self._running.release()
 
     def count(self) -> None:
@@ -155,22 +161,25 @@ class Run:
             raise RuntimeError("sparsify: attention ran outside a forward of the model that was given to sparsify")
         return self.phase
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any], start: int | None = None
+    ) -> Any:
         """One layer's attention in this step: `full()` in the full steps, else over the layer's kept blocks.
 
         Args:
             layer: index of the attention module.
-            q: [B, Hq, n, D] after rotary embedding, the LAST n tokens of the sequence; all of them where blocks are
-                selected.
+            q: [B, Hq, n, D] after rotary embedding; of all tokens where blocks are selected.
             k, v: [B, Hkv, T, D].
             mask: the mask that the model gave its attention, in any of the forms of `valid_keys`.
             full: computes the model's own full attention.
+            start: place of the first query in the sequence; None: the queries are the last ones.
         """
         phase = self.current_phase()
         if phase == FULL:
             return full()
         if phase == SPARSE:
-            return self._sparse_attention(layer, q.device)(q, k, v)
+            start = k.shape[2] - q.shape[2] if start is None else start
+            return self._sparse_attention(layer, q.device)(q, k, v, start)
         return self._select(layer, q, k, v, mask, full)
 
     def _select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:

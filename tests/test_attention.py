@@ -1,6 +1,7 @@
 """Block-sparse attention: the kernels against float64 loops, the lists that they read, the choice of a backend."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def exact(q, k, v, valid, keep, block_size):
     return reference.attention(q, k, v, valid, reference.expand(keep, block_size, q.shape[2]))
 
 
+def windows(length, block_size):
+    """Of a sequence: all of it, its last tokens, and some in its midst, that begin and end inside blocks or at them."""
+    ends = [length, 1, block_size - 1, block_size, block_size + 7]
+    middle = [slice(block_size // 2, block_size // 2 + 1), slice(length // 3, 2 * length // 3 + 1)]
+    middle += [slice(block_size, 2 * block_size), slice(block_size - 1, 2 * block_size + 1), slice(0, block_size)]
+    return [slice(max(0, length - n), length) for n in ends] + [w for w in middle if w.stop <= length]
+
+
 # ------------------------------------------------------------------------------------------------------------- gather
 
 
@@ -99,12 +108,13 @@ def check_error(out, q, k, v, valid, keep, block_size):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gather_on_the_last_tokens_alone(shape):
+def test_gather_on_windows(shape):
     q, k, v, _, _, pattern = problem(*shape)
     attend = BACKENDS["gather"].build(pattern)
     whole = attend(q, k, v)
-    for last in (1, shape[2] - 1, shape[2], shape[2] + 7):
-        torch.testing.assert_close(attend(q[:, :, -last:], k, v), whole[:, :, -last:], atol=2e-6, rtol=0)
+    for window in windows(shape[0], shape[2]):
+        out = attend(q[:, :, window], k, v, window.start)
+        torch.testing.assert_close(out, whole[:, :, window], atol=2e-6, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------- what the GPU kernels read
@@ -157,8 +167,9 @@ def test_flash_is_given_what_is_kept(monkeypatch, block_size, blocks):
     q, k, v, valid, keep, pattern = problem(length, length // 2, block_size, (4, 2), (0,))
     expected = exact(q, k, v, valid, keep, block_size)
     attend = BACKENDS["flash"].build(pattern)
-    for last in {length, 1, min(length, block_size), min(length, block_size + 5)}:
-        torch.testing.assert_close(attend(q[:, :, -last:], k, v), expected[:, :, -last:], atol=1e-6, rtol=0)
+    for window in windows(length, block_size):
+        out = attend(q[:, :, window], k, v, window.start)
+        torch.testing.assert_close(out, expected[:, :, window], atol=1e-6, rtol=0)
 
 
 INTERPRETED = """
@@ -166,13 +177,12 @@ from test_attention import SHAPES, exact, problem
 from sparsed.backends import BACKENDS
 for shape in SHAPES:
     q, k, v, valid, keep, pattern = problem(*shape)
-    expected = exact(q, k, v, valid, keep, shape[2])
-    for last in (shape[0], 21):
-        if last <= shape[0]:
-            out = BACKENDS["triton"].build(pattern)(q[:, :, -last:], k, v)
-            real = valid[:, None, -last:, None].expand_as(out)
-            torch.testing.assert_close(out[real].double(), expected[:, :, -last:][real], atol=2e-6, rtol=0)
-            assert out.isfinite().all()
+    length, expected = shape[0], exact(q, k, v, valid, keep, shape[2])
+    for window in (slice(0, length), slice(max(0, length - 21), length), slice(length // 3, length // 3 + 7)):
+        out = BACKENDS["triton"].build(pattern)(q[:, :, window], k, v, window.start)
+        real = valid[:, None, window, None].expand_as(out)
+        torch.testing.assert_close(out[real].double(), expected[:, :, window][real], atol=2e-6, rtol=0)
+        assert out.isfinite().all()
 """
 
 
@@ -272,7 +282,7 @@ def test_a_named_backend_that_cannot_run_is_an_error(name):
 def full_attention(pattern):
     """A kernel that drops the block lists, as FlexAttention's FLASH backend does under a trivial mask_mod."""
     valid = pattern.grid.key_valid
-    return lambda q, k, v: F.scaled_dot_product_attention(
+    return lambda q, k, v, start=0: F.scaled_dot_product_attention(
         q, k, v, attn_mask=None if valid is None else valid[:, None, None], enable_gqa=True
     )
 
@@ -280,10 +290,11 @@ def full_attention(pattern):
 def past_the_end(pattern):
     """Zero keys behind a ragged last block take part in the softmax."""
 
-    def run(q, k, v):
-        out = BACKENDS["gather"].build(pattern)(q, k, v)
+    def run(q, k, v, start=0):
+        out = BACKENDS["gather"].build(pattern)(q, k, v, start)
         spare = -k.shape[2] % pattern.grid.block_size
-        keys = reference.expand(pattern.as_mask(), pattern.grid.block_size, k.shape[2])[:, :, -q.shape[2] :]
+        keys = reference.expand(pattern.as_mask(), pattern.grid.block_size, k.shape[2])
+        keys = keys[:, :, start : start + q.shape[2]]
         if pattern.grid.key_valid is not None:
             keys = keys & pattern.grid.key_valid[:, None, None]
         shared = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -294,6 +305,11 @@ def past_the_end(pattern):
     return run
 
 
+def blind_to_the_start(pattern):
+    """The queries are taken for the last ones, wherever they begin."""
+    return lambda q, k, v, start=0: BACKENDS["gather"].build(pattern)(q, k, v, k.shape[2] - q.shape[2])
+
+
 def blind_to_padding(pattern):
     grid = pattern.grid
     bare = BlockGrid(grid.length, grid.prompt_len, grid.block_size)
@@ -301,22 +317,31 @@ def blind_to_padding(pattern):
 
 
 def wrong_shared_heads(pattern):
-    return lambda q, k, v: BACKENDS["gather"].build(pattern)(q, k.flip(1), v.flip(1))
+    return lambda q, k, v, start=0: BACKENDS["gather"].build(pattern)(q, k.flip(1), v.flip(1), start)
 
 
 def wrong_scale(pattern):
-    return lambda q, k, v: BACKENDS["gather"].build(pattern)(q * 1.1, k, v)
+    return lambda q, k, v, start=0: BACKENDS["gather"].build(pattern)(q * 1.1, k, v, start)
 
 
 def not_a_number(pattern):
-    return lambda q, k, v: torch.full_like(q, float("nan"))
+    return lambda q, k, v, start=0: torch.full_like(q, float("nan"))
 
 
 def crashing(pattern):
     raise RuntimeError("LoweringException: tile too large\nwith a long trace")
 
 
-BROKEN = [full_attention, past_the_end, blind_to_padding, wrong_shared_heads, wrong_scale, not_a_number, crashing]
+BROKEN = [
+    full_attention,
+    past_the_end,
+    blind_to_the_start,
+    blind_to_padding,
+    wrong_shared_heads,
+    wrong_scale,
+    not_a_number,
+    crashing,
+]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda function: function.__name__)
@@ -405,8 +430,9 @@ def check_on_gpu(name, length, block_size, heads, pads, width=128, select=0.3):
     assert why is None
     grid = BlockGrid(length, length // 2, block_size, valid if padded else None)
     attend = BACKENDS[name].build(Pattern(pattern.indices.cuda(), pattern.counts, grid))
-    last = block_size + 5
-    out = torch.cat((attend(q, k, v)[:, :, :-last], attend(q[:, :, -last:], k, v)), dim=2)
+    cuts = (block_size - 3, length - block_size - 5, length)
+    parts = [attend(q[:, :, a:b], k, v, a) for a, b in pairwise(cuts)]
+    out = torch.cat((attend(q, k, v)[:, :, : cuts[0]], *parts), dim=2)
     check_error(out, q, k, v, valid, keep.cuda(), block_size)
 
 

@@ -49,7 +49,7 @@ def test_the_lists_and_the_mask_mod_are_the_twin_s(shape, dense, first):
     if start >= length:
         pytest.skip("the sequence has one block")
     *_, valid, allowed, pattern = masks(shape, dense)
-    lists = pattern.flex_lists(first, pattern.grid.n_blocks)
+    lists = pattern.flex_lists(slice(first, None), pattern.grid.n_blocks)
     mask = lists.block_mask(size, (length - start, length)) if first else pattern.block_mask()
     wanted = (allowed & valid[:, None, None])[:, :, start:]
     assert mask.seq_lengths == (length - start, length) and mask.BLOCK_SIZE == (size, size)
@@ -120,10 +120,10 @@ def test_flex_is_given_what_is_kept(shape, dense):
     q, k, v, valid, allowed, pattern = masks(shape, dense)
     expected = exact(q, k, v, valid, allowed, 1)
     attend, length = sparse_attention("flex", pattern), shape[0]
-    for last in {length, min(length, shape[2] + 5)}:
-        out = attend(q[:, :, -last:], k, v)
-        real = valid[:, None, -last:, None].expand_as(out)
-        torch.testing.assert_close(out[real].double(), expected[:, :, -last:][real], atol=2e-6, rtol=0)
+    for window in (slice(0, length), slice(max(0, length - shape[2] - 5), length), slice(length // 3, 2 * length // 3)):
+        out = attend(q[:, :, window], k, v, window.start)
+        real = valid[:, None, window, None].expand_as(out)
+        torch.testing.assert_close(out[real].double(), expected[:, :, window][real], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [16, 48, 64, 80, 128, 192, 256])
@@ -151,7 +151,7 @@ def test_flex_is_compiled_once_for_all_layers_and_lengths():
             q, k, v, *_, pattern = problem(length, length // 2, 128, (4, 2), (0,), width=64, seed=seed)
             q, k, v = q.cuda().bfloat16(), k.cuda().bfloat16(), v.cuda().bfloat16()
             attend = sparse_attention("flex", replace(pattern, indices=pattern.indices.cuda()))
-            attend(q, k, v), attend(q[:, :, -300:], k, v)
+            attend(q, k, v), attend(q[:, :, -300:], k, v, length - 300)
         found.append(counters["stats"]["unique_graphs"])
     assert found[-1] == found[1], f"graphs after each length: {found}"
 

@@ -43,23 +43,26 @@ def dense_problem(length, prompt_len, *shape, **options):
     return q, k, v, valid, allowed, replace(pattern, grid=replace(pattern.grid, dense_answer=True))
 
 
-def tails(length, prompt_len, block_size):
-    """How many of the last queries: one, the dense ones, one more or less, from inside a block on, all."""
-    dense = length - max(prompt_len - 1, 0)
-    wanted = {1, dense - 1, dense, dense + 1, dense + block_size // 2, block_size + 5, length}
-    return sorted(last for last in wanted if 1 <= last <= length)
+def windows(length, prompt_len, block_size):
+    """Queries: the last one, the dense ones, one more or less, from inside a block on, all; windows on either side of
+    where the dense ones begin, and over it."""
+    border = max(prompt_len - 1, 0)
+    starts = {length - 1, border - 1, border, border + 1, border - block_size // 2, length - block_size - 5, 0}
+    pairs = [(start, length) for start in sorted(starts)] + [(border - 9, border), (border - 9, border + 4), (3, 17)]
+    pairs += [(border, border + 4)]
+    return [slice(start, stop) for start, stop in pairs if 0 <= start < stop <= length]
 
 
 def check_layer(name, *case):
-    """The backend's attention equals float64 attention under the twin's mask, of all queries and of the last ones."""
+    """The backend's attention equals float64 attention under the twin's mask, of all queries and of windows."""
     q, k, v, valid, allowed, pattern = dense_problem(*case)
     expected = exact(q, k, v, valid, allowed, 1)
     attend = sparse_attention(name, pattern)
-    for last in tails(*case[:3]):
-        out = attend(q[:, :, -last:], k, v)
-        assert out.shape == (*q.shape[:2], last, q.shape[3]) and out.isfinite().all()
-        real = valid[:, None, -last:, None].expand_as(out)
-        torch.testing.assert_close(out[real].double(), expected[:, :, -last:][real], atol=2e-6, rtol=0)
+    for window in windows(*case[:3]):
+        out = attend(q[:, :, window], k, v, window.start)
+        assert out.shape == q[:, :, window].shape and out.isfinite().all()
+        real = valid[:, None, window, None].expand_as(out)
+        torch.testing.assert_close(out[real].double(), expected[:, :, window][real], atol=2e-6, rtol=0)
 
 
 @pytest.mark.usefixtures("nan_empty")
@@ -113,8 +116,9 @@ def test_backends_on_the_gpu(name, block_size, width, pads):
         assert name == "flash" and ("package" in why or "padding" in why), why
         pytest.skip(f"{name} {why}")
     attend = sparse_attention(name, Pattern(pattern.indices.cuda(), pattern.counts, pattern.grid.to(q.device)))
-    for last in tails(589, 400, block_size):
-        out = torch.cat((attend(q, k, v)[:, :, :-last], attend(q[:, :, -last:], k, v)), dim=2)
+    for window in windows(589, 400, block_size):
+        out = attend(q, k, v)
+        out[:, :, window] = attend(q[:, :, window], k, v, window.start)
         check_error(out, q, k, v, valid.cuda(), allowed.cuda(), 1)
 
 

@@ -101,7 +101,7 @@ def test_fixed_patterns_hold_from_the_first_step_on(monkeypatch, build, name):
     assert not mask.all()
     model = build()
 
-    def masked(q, k, v, key_valid):
+    def masked(q, k, v, key_valid, start):
         repeat = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[-q.shape[2] :])

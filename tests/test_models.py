@@ -144,7 +144,7 @@ def first_queries(model, ids, mask=None):
     layer = model.model.layers[0].self_attn if model.family == "dream" else model.model.transformer["blocks"][0]
     seen = {}
     layer.q_proj.register_forward_hook(lambda module, inputs, output: seen.update(projected=output))
-    layer.attend = lambda q, k, v, key_valid: seen.update(rotated=q) or torch.zeros_like(q)
+    layer.attend = lambda q, k, v, key_valid, start: seen.update(rotated=q) or torch.zeros_like(q)
     model(ids, mask)
     return seen["projected"].view(*ids.shape, layer.heads, -1).transpose(1, 2), seen["rotated"]
 
@@ -318,9 +318,10 @@ def test_the_last_layer_computes_only_the_rows_that_are_wanted(family, first_row
     queries = []
 
     def watched(attend):
-        def attention(q, k, v, key_valid):
+        def attention(q, k, v, key_valid, start):
             queries.append((q.shape[2], k.shape[2]))
-            return attend(q, k, v, key_valid)
+            assert start == k.shape[2] - q.shape[2]
+            return attend(q, k, v, key_valid, start)
 
         return attention
 

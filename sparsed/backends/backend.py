@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from ..blocks import BlockGrid, Pattern
 
-# (q [B, Hq, n, D], k and v [B, Hkv, T, D]) -> [B, Hq, n, D]; the n queries are the LAST of the T tokens
-SparseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class SparseAttention(Protocol):
+    """Attention over kept blocks: q [B, Hq, n, D], the tokens from `start` on; k, v [B, Hkv, T, D] -> [B, Hq, n, D]."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class BackendError(ValueError):
     """The backend that the user named cannot run here."""
 
 
-def from_block_start(q: Tensor, grid: BlockGrid) -> tuple[Tensor, int, int]:
-    """q [B, Hq, n, D], the last n tokens, led by zeros from its first block's start on; that block; how many zeros."""
-    first, lead = divmod(grid.length - q.shape[2], grid.block_size)
-    return (F.pad(q, (0, 0, lead, 0)) if lead else q), first, lead
+def from_block_start(q: Tensor, grid: BlockGrid, start: int) -> tuple[Tensor, slice, int]:
+    """q [B, Hq, n, D], the tokens from `start` on, led by zeros from a block's start on; its blocks; how many zeros."""
+    first, lead = divmod(start, grid.block_size)
+    q = F.pad(q, (0, 0, lead, 0)) if lead else q
+    return q, slice(first, first + -(-q.shape[2] // grid.block_size)), lead

@@ -19,9 +19,9 @@ def flash_attention(pattern: Pattern) -> SparseAttention:
     indices = (pattern.indices[..., None] * len(parts) + parts).flatten(3)
     counts = (indices * piece < grid.length).sum(-1, dtype=torch.int32)  # a ragged last block has fewer pieces
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, first, lead = from_block_start(q, grid)
-        out = flash_block_sparse(q, k, v, counts[:, :, first:], indices[:, :, first:], (grid.block_size, piece))
+    def attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
+        q, blocks, lead = from_block_start(q, grid, start)
+        out = flash_block_sparse(q, k, v, counts[:, :, blocks], indices[:, :, blocks], (grid.block_size, piece))
         return out[:, :, lead:]
 
     return attention

@@ -25,15 +25,19 @@ def flex_attention(pattern: Pattern) -> SparseAttention:
     grid = pattern.grid
     # the queries that read every key are not the backend's, so no block is partial but for padding
     kept = replace(pattern, grid=replace(grid, dense_answer=False))
-    # one layer's forwards have all queries, or those from one block on
-    lists_from = functools.lru_cache(maxsize=2)(functools.partial(kept.flex_lists, width=pattern.indices.shape[-1]))
+    width = pattern.indices.shape[-1]
+
+    @functools.lru_cache(maxsize=2)  # a layer's forwards have all queries, or those of one window
+    def lists_of(first: int, stop: int) -> FlexLists:
+        return kept.flex_lists(slice(first, stop), width)
+
     options = kernel_options(grid.block_size)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, first, lead = from_block_start(q, grid)
+    def attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
+        q, blocks, lead = from_block_start(q, grid, start)
         # no gradient goes through the sparse steps of any backend; traced for one, it would be another compilation
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=COMPILED, specialize_int=True):
-            out = _compiled()(q, k, v, lists_from(first), grid.block_size, options)
+            out = _compiled()(q, k, v, lists_of(blocks.start, blocks.stop), grid.block_size, options)
         return out[:, :, lead:]
 
     return attention

@@ -16,12 +16,12 @@ def gather_attention(pattern: Pattern) -> SparseAttention:
     """Gather each query block's kept keys and values into a rectangle, then one batched attention call a chunk."""
     grid = pattern.grid
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, first, lead = from_block_start(q, grid)
+    def attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
+        q, blocks, lead = from_block_start(q, grid, start)
         rows = []
         for b, count in enumerate(pattern.counts):
             valid = None if grid.key_valid is None else grid.key_valid[b]
-            kept = pattern.indices[b, :, first:, :count].long()
+            kept = pattern.indices[b, :, blocks, :count].long()
             rows.append(_gather_row(q[b], k[b], v[b], kept, valid, grid.block_size))
         return torch.stack(rows)[:, :, lead:]
 
@@ -35,7 +35,7 @@ def _gather_row(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor 
     block_size = min(block_size, length)
     pad = -length % block_size
     queries, keys, values = (
-        F.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, block_size)).flatten(0, 1) for x in (q, k, v)
+        F.pad(x, (0, 0, 0, -x.shape[1] % block_size)).unflatten(1, (-1, block_size)).flatten(0, 1) for x in (q, k, v)
     )  # [heads * blocks, block, D]
     kept = indices.flatten(0, 1)  # [Hq * nQ, kept]
     kv_head = (torch.arange(heads, device=q.device) * k.shape[0] // heads).repeat_interleave(indices.shape[1])

@@ -21,13 +21,15 @@ def sparse_attention(name: str, pattern: Pattern) -> SparseAttention:
     if not grid.dense_answer:
         return kept
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        answer = q[:, :, -(grid.length - grid.first_dense) :]
-        dense = full_attention(answer, k, v, grid.key_valid)[0]
-        if answer.shape == q.shape:
+    def attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
+        first = max(0, grid.first_dense - start)  # of the queries
+        if first >= q.shape[2]:
+            return kept(q, k, v, start)
+        dense = full_attention(q[:, :, first:], k, v, grid.key_valid)[0]
+        if first == 0:
             return dense
-        out = kept(q, k, v)
-        out[:, :, -answer.shape[2] :] = dense  # in place: the kernel's few rows more cost less than a copy of all
+        out = kept(q, k, v, start)
+        out[:, :, first:] = dense  # in place: the kernel's few rows more cost less than a copy of all
         return out
 
     return attention

@@ -18,9 +18,9 @@ def triton_attention(pattern: Pattern) -> SparseAttention:
     group = SHARED_TILE // grid.block_size if SHARED_TILE % grid.block_size == 0 else 1
     lists, counts = united_lists(pattern, group)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
         return block_sparse_attention(
-            q, k, v, lists, counts, block_size=grid.block_size, group=group, key_valid=grid.key_valid
+            q, k, v, lists, counts, start=start, block_size=grid.block_size, group=group, key_valid=grid.key_valid
         )
 
     return attention

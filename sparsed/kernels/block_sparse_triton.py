@@ -18,6 +18,7 @@ def block_sparse_attention(
     lists: Tensor,
     counts: Tensor,
     *,
+    start: int,
     block_size: int,
     group: int,
     key_valid: Tensor | None = None,
@@ -25,11 +26,12 @@ def block_sparse_attention(
     """Attention of each list's query blocks over its key blocks.
 
     Args:
-        q: [B, Hq, n, D], the LAST n tokens of the sequence.
+        q: [B, Hq, n, D], the tokens from `start` on.
         k, v: [B, Hkv, T, D], Hkv dividing Hq.
         lists: int32 [B, Hq, nL, width], ascending: the key blocks of each run of `group` query blocks. With group 1 the
             entries are block indices; else index * 2^group + a bit for each of the run's query blocks that keeps it.
         counts: int32 [B, Hq, nL], how many entries of a list count.
+        start: place of the first query in the sequence.
         block_size: tokens of a block.
         group: query blocks of a list; above 1, block_size * group is 64.
         key_valid: bool [B, T], False where a key is padding.
@@ -43,13 +45,13 @@ def block_sparse_attention(
     out = torch.empty(batch, n_query, heads, head_dim, device=q.device, dtype=q.dtype).transpose(1, 2)
     d_tile = max(16, triton.next_power_of_2(head_dim))
     rows, keys, stages = _tile(block_size, group, d_tile * q.element_size(), q.device)
-    pieces = triton.cdiv(block_size * group, rows)
-    first = (length - n_query) // (block_size * group)
-    _block_sparse_kernel[((lists.shape[2] - first) * pieces, batch * heads)](
+    span = block_size * group
+    pieces, touched = triton.cdiv(span, rows), triton.cdiv(start + n_query, span) - start // span
+    _block_sparse_kernel[(touched * pieces, batch * heads)](
         q, k, v, out, lists, counts,
         None if key_valid is None else key_valid.contiguous().view(torch.uint8),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lists.stride()[:3], *counts.stride()[:2],
-        n_query, length, first, heads, heads // k.shape[1], head_dim**-0.5 * LOG2_E,
+        n_query, length, start, heads, heads // k.shape[1], head_dim**-0.5 * LOG2_E,
         PADDED=key_valid is not None,
         D=head_dim,
         D_TILE=d_tile,
@@ -150,13 +152,13 @@ def _sweep(
 
 @triton.jit(
     do_not_specialize=["list_batch", "list_head", "list_row",
-                       "count_batch", "count_head", "n_query", "length", "first"]
+                       "count_batch", "count_head", "n_query", "length", "start"]
 )  # fmt: skip
 def _block_sparse_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, list_ptr, count_ptr, valid_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     list_batch, list_head, list_row, count_batch, count_head,
-    n_query, length, first, heads, shared, scale,
+    n_query, length, start, heads, shared, scale,
     PADDED: tl.constexpr,
     D: tl.constexpr,
     D_TILE: tl.constexpr,
@@ -166,7 +168,7 @@ def _block_sparse_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    i = first + tl.program_id(0) // PIECES
+    i = start // (BLOCK * GROUP) + tl.program_id(0) // PIECES
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (tl.program_id(1) % heads).to(tl.int64)
     q_base = q_ptr + b * q_batch + h * q_head
@@ -177,7 +179,7 @@ def _block_sparse_kernel(
     valid_base = valid_ptr + b * length if PADDED else valid_ptr
 
     inside = (tl.program_id(0) % PIECES) * ROWS + tl.arange(0, ROWS)
-    rows = i * (BLOCK * GROUP) + inside - (length - n_query)
+    rows = i * (BLOCK * GROUP) + inside - start
     row_ok = (inside < BLOCK * GROUP) & (rows >= 0) & (rows < n_query)
     d = tl.arange(0, D_TILE)
     ok = row_ok[:, None] & (d[None, :] < D)

@@ -1,6 +1,7 @@
 """What Dream and LLaDA share: configuration checks, RMSNorm, rotary tables, full attention, the choice of rows."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels import add_rms_norm, full_attention, rms_norm
+from ..kernels import add_rms_norm, full_attention, rms_norm, rotate
+from .cache import KVCache
+from .rows import Rows
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -114,6 +117,47 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     return angles.cos(), angles.sin()
 
 
+class Forward(NamedTuple):
+    """What the layers of one forward share.
+
+    Args:
+        rows: the tokens that are computed.
+        rope: cosines and sines of their positions.
+        key_valid: bool [B, T], the keys that are no padding; None if all are.
+        cache: where the other tokens' keys and values are; None where all tokens are computed.
+        first_row: in the last layer, tokens before it serve as keys only.
+    """
+
+    rows: Rows
+    rope: tuple[Tensor, Tensor]
+    key_valid: Tensor | None
+    cache: KVCache | None
+    first_row: int
+
+    def through(self, layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+        """x [B, n, width], the computed tokens, through all layers; in the last from `first_row` on."""
+        *others, last = layers
+        for index, layer in enumerate(others):
+            x = layer(x, self, index, 0)
+        return last(x, self, len(others), self.first_row - self.rows.start)
+
+    def attended(self, module: Any, layer: int, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+        """Attention of the computed tokens from the `first` on over all tokens, by the module's seam.
+
+        Args:
+            q: [B, Hq, n - first, D], not rotated yet.
+            k, v: [B, Hkv, n, D], likewise.
+
+        Returns:
+            [B, n - first, Hq * D].
+        """
+        q = rotate(q, *(table[..., first:, :] for table in self.rope))
+        k = rotate(k, *self.rope)
+        if self.cache is not None:
+            k, v = self.cache.update(layer, self.rows, k, v)
+        return merge_heads(module.attend(q, k, v, self.key_valid, self.rows.start + first))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = None) -> Tensor:
     """Full bidirectional attention, `kernels.full_attention` without its log-sum-exp."""
     return full_attention(q, k, v, key_valid)[0]
@@ -129,17 +173,11 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def check_first_row(first_row: int, length: int) -> None:
-    """Raise ValueError unless a sequence of `length` tokens has that row."""
-    if not 0 <= first_row < length:
-        raise ValueError(f"first_row must be one of the sequence's {length} rows, got {first_row}")
-
-
-def take_rows(hidden: Tensor, rows: Tensor | None, length: int) -> Tensor:
-    """The rows whose logits are wanted, of hidden [B, n, width], the last n of `length` tokens.
+def take_rows(hidden: Tensor, rows: Tensor | None, first: int, length: int) -> Tensor:
+    """The rows whose logits are wanted, of hidden [B, n, width], the tokens from `first` on of `length`.
 
     Args:
-        rows: [m] int64 flat positions b * length + t, none before the last n tokens; None for all.
+        rows: [m] int64 flat positions b * length + t, none of other tokens; None for all.
 
     Returns:
         [B, n, width], or [m, width].
@@ -147,8 +185,7 @@ def take_rows(hidden: Tensor, rows: Tensor | None, length: int) -> Tensor:
     if rows is None:
         return hidden
     rows = rows.to(hidden.device)
-    first = length - hidden.shape[1]
-    return hidden.flatten(0, 1)[rows - (rows // length + 1) * first]
+    return hidden.flatten(0, 1)[rows - first - rows // length * (length - hidden.shape[1])]
 
 
 class DiffusionLM(nn.Module):
@@ -156,6 +193,59 @@ class DiffusionLM(nn.Module):
 
     family: str
     config: Any
+
+    def positions(self, length: int, device: torch.device, attention_mask: Tensor | None) -> Tensor:
+        """By which the tokens of sequences [B, length] are rotated, int64 [B or 1, length]; the mask is [B, length]."""
+        raise NotImplementedError
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions [B or 1, n], as the layers take them: [B or 1, 1, n, D]."""
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int, length: int, attention_mask: Tensor | None = None) -> Rows:
+        """The tokens `start` ... `stop` - 1 of sequences of `length` tokens, for `forward`.
+
+        Args:
+            attention_mask: of the whole sequences, [B, length], 1 = real, 0 = left padding.
+
+        Raises:
+            ValueError: the window is empty or reaches past the sequence.
+        """
+        return Rows.of(start, stop, self.positions(length, self.device, attention_mask))
+
+    def kv_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for sequences [batch, length], on the devices of the layers."""
+        like = [weight for name, weight in self.named_parameters() if name.endswith("k_proj.weight")]
+        head_dim = self.config.head_dim
+        return KVCache(like, batch, self.config.sizes.kv_width // head_dim, length, head_dim)
+
+    def given(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        rows: Rows | None,
+        cache: KVCache | None,
+        first_row: int | None,
+    ) -> Forward:
+        """What the layers share, checked; without `rows` all of the sequence is computed.
+
+        Raises:
+            ValueError: rows, ids, mask, cache and first_row do not fit each other.
+        """
+        batch, computed = input_ids.shape
+        if rows is None:
+            rows = Rows.of(0, computed, self.positions(computed, input_ids.device, attention_mask))
+        if rows.stop - rows.start != computed:
+            raise ValueError(f"input_ids must be the {rows.stop - rows.start} tokens of rows, got {computed}")
+        if not rows.whole and cache is None:
+            raise ValueError("rows that are a part of the sequence need a cache, which holds the others' keys")
+        if attention_mask is not None and attention_mask.shape != (batch, rows.length):
+            raise ValueError(f"attention_mask must be {[batch, rows.length]}, got {list(attention_mask.shape)}")
+        first_row = rows.start if first_row is None else first_row
+        if not rows.start <= first_row < rows.stop:
+            raise ValueError(f"first_row must be one of the rows {rows.start} to {rows.stop - 1}, got {first_row}")
+        key_valid = None if attention_mask is None else attention_mask.bool()
+        return Forward(rows, self.rope(rows.positions), key_valid, cache, first_row)
 
     @property
     def device(self) -> torch.device:

@@ -3,25 +3,25 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..kernels import rotate, silu_product
+from ..kernels import silu_product
+from .cache import KVCache
 from .common import (
     DiffusionLM,
+    Forward,
     RMSNorm,
     Sizes,
     attend,
-    check_first_row,
     check_heads,
     check_special_ids,
     config_from_dict,
-    merge_heads,
     rope_tables,
     split_heads,
     take_rows,
 )
-
-Rope = tuple[Tensor, Tensor]
+from .rows import Rows
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,16 @@ class DreamAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, start: int) -> Tensor:
+        """Attention of the tokens from `start` on over all tokens."""
         return attend(q, k, v, key_valid)
 
-    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None, first: int) -> Tensor:
-        """Attention of the tokens from `first` on over all tokens of x [B, T, width] -> [B, T - first, width]."""
-        turn = (table[..., first:, :] for table in rope)
-        q = rotate(split_heads(self.q_proj(x[:, first:]), self.heads), *turn)
-        k = rotate(split_heads(self.k_proj(x), self.kv_heads), *rope)
+    def forward(self, x: Tensor, given: Forward, layer: int, first: int) -> Tensor:
+        """Attention of the computed tokens x [B, n, width], from the `first` of them on -> [B, n - first, width]."""
+        q = split_heads(self.q_proj(x[:, first:]), self.heads)
+        k = split_heads(self.k_proj(x), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
-        return self.o_proj(merge_heads(self.attend(q, k, v, key_valid)))
+        return self.o_proj(given.attended(self, layer, q, k, v, first))
 
 
 class DreamMLP(nn.Module):
@@ -127,9 +127,9 @@ class DreamLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DreamMLP(config)
 
-    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None, first: int = 0) -> Tensor:
-        """One layer: x [B, T, width] -> [B, T - first, width], the tokens before `first` serving as keys alone."""
-        attended = self.self_attn(self.input_layernorm(x), rope, key_valid, first)
+    def forward(self, x: Tensor, given: Forward, layer: int, first: int) -> Tensor:
+        """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys alone."""
+        attended = self.self_attn(self.input_layernorm(x), given, layer, first)
         x, normed = self.post_attention_layernorm(x[:, first:], attended)
         return x + self.mlp(normed)
 
@@ -142,26 +142,10 @@ class DreamBackbone(nn.Module):
         self.layers = nn.ModuleList(DreamLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None, first_row: int
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, given: Forward, logit_rows: Tensor | None) -> Tensor:
         """Hidden rows for the head."""
-        check_first_row(first_row, input_ids.shape[1])
-        x = self.embed_tokens(input_ids)
-        key_valid = None if attention_mask is None else attention_mask.bool()
-        rope = self._rope(input_ids, key_valid, x)
-        *layers, last = self.layers
-        for layer in layers:
-            x = layer(x, rope, key_valid)
-        x = last(x, rope, key_valid, first_row)
-        return self.norm(take_rows(x, logit_rows, input_ids.shape[1]))
-
-    def _rope(self, input_ids: Tensor, key_valid: Tensor | None, x: Tensor) -> Rope:
-        """Tables [B, 1, T, D] in the model's dtype: Dream rotates in that dtype, positions counted over real tokens."""
-        real = input_ids.new_ones(1, input_ids.shape[1]) if key_valid is None else key_valid.long()
-        positions = (real.cumsum(-1) - 1).masked_fill(real == 0, 1)
-        cos, sin = rope_tables(positions[:, None], self.config.head_dim, self.config.rope_theta)
-        return cos.to(x.dtype), sin.to(x.dtype)
+        x = given.through(self.layers, self.embed_tokens(input_ids))
+        return self.norm(take_rows(x, logit_rows, given.first_row, given.rows.length))
 
 
 class DreamModel(DiffusionLM):
@@ -177,23 +161,45 @@ class DreamModel(DiffusionLM):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def positions(self, length: int, device: torch.device, attention_mask: Tensor | None) -> Tensor:
+        """As Dream counts: the real tokens."""
+        if attention_mask is None:
+            return torch.arange(length, device=device)[None]
+        real = attention_mask.bool().long()
+        return (real.cumsum(-1) - 1).masked_fill(real == 0, 1)
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables in the model's dtype, in which Dream rotates."""
+        cos, sin = rope_tables(positions[:, None], self.config.head_dim, self.config.rope_theta)
+        dtype = self.model.embed_tokens.weight.dtype
+        return cos.to(dtype), sin.to(dtype)
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
         logit_rows: Tensor | None = None,
-        first_row: int = 0,
+        first_row: int | None = None,
+        rows: Rows | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Logits in the model's dtype; row t predicts token t + 1.
 
         Args:
-            input_ids: [B, T] int64.
-            attention_mask: [B, T], 1 = real, 0 = left padding; None if every token is real.
-            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted, with t >= first_row; None for all.
-            first_row: no logits are wanted of the tokens before it: the last layer computes only their keys and values.
+            input_ids: [B, n] int64, the tokens of `rows`.
+            attention_mask: [B, T], 1 = real, 0 = left padding; None if every token of the sequence is real.
+            logit_rows: [m] int64 flat positions b * T + t whose logits are wanted, with t >= first_row; None for all.
+            first_row: no logits are wanted of the tokens before it, and the last layer computes only their keys and
+                values; None for the first of `rows`.
+            rows: what is computed, by `self.rows`; None for all of the sequence.
+            cache: the sequence's keys and values, by `self.kv_cache`: those of `rows` are written, all are attended to.
 
         Returns:
-            [B, T - first_row, vocab_size], or [n, vocab_size] with `logit_rows`.
+            [B, n, vocab_size] without what lies before first_row, or [m, vocab_size] with `logit_rows`.
+
+        Raises:
+            ValueError: shapes, rows and cache do not fit each other.
         """
-        return self.lm_head(self.model(input_ids, attention_mask, logit_rows, first_row))
+        given = self.given(input_ids, attention_mask, rows, cache, first_row)
+        return self.lm_head(self.model(input_ids, given, logit_rows))

@@ -6,21 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import rotate, silu_product
+from ..kernels import silu_product
+from .cache import KVCache
 from .common import (
     DiffusionLM,
+    Forward,
     RMSNorm,
     Sizes,
     attend,
-    check_first_row,
     check_heads,
     check_special_ids,
     config_from_dict,
-    merge_heads,
     rope_tables,
     split_heads,
     take_rows,
 )
+from .rows import Rows
 
 Rope = tuple[Tensor, Tensor]
 
@@ -118,17 +119,17 @@ class LLaDABlock(nn.Module):
         self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, start: int) -> Tensor:
+        """Attention of the tokens from `start` on over all tokens."""
         return attend(q, k, v, key_valid)
 
-    def forward(self, x: Tensor, rope: Rope, key_valid: Tensor | None, first: int = 0) -> Tensor:
-        """One layer: x [B, T, width] -> [B, T - first, width], the tokens before `first` serving as keys alone."""
+    def forward(self, x: Tensor, given: Forward, layer: int, first: int) -> Tensor:
+        """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys alone."""
         normed = self.attn_norm(x)
-        turn = (table[..., first:, :] for table in rope)
-        q = rotate(split_heads(self.q_proj(normed[:, first:]), self.heads), *turn)
-        k = rotate(split_heads(self.k_proj(normed), self.kv_heads), *rope)
+        q = split_heads(self.q_proj(normed[:, first:]), self.heads)
+        k = split_heads(self.k_proj(normed), self.kv_heads)
         v = split_heads(self.v_proj(normed), self.kv_heads)
-        attended = self.attn_out(merge_heads(self.attend(q, k, v, key_valid)))
+        attended = self.attn_out(given.attended(self, layer, q, k, v, first))
         x, normed = self.ff_norm(x[:, first:], attended)
         return x + self.ff_out(silu_product(self.ff_proj(normed), self.up_proj(normed)))
 
@@ -149,21 +150,10 @@ class LLaDABackbone(nn.Module):
             parts["ff_out"].weight = parts["wte"].weight
         self.transformer = nn.ModuleDict(parts)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, logit_rows: Tensor | None, first_row: int
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, given: Forward, logit_rows: Tensor | None) -> Tensor:
         """The head's logits."""
-        check_first_row(first_row, input_ids.shape[1])
-        x = self.transformer["wte"](input_ids)
-        key_valid = None if attention_mask is None else attention_mask.bool()
-        # positions count every token of the tensor, padding included; the tables stay float32, in which LLaDA rotates
-        positions = torch.arange(input_ids.shape[1], device=x.device)[None, None]
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        *blocks, last = self.transformer["blocks"].children()
-        for block in blocks:
-            x = block(x, rope, key_valid)
-        x = last(x, rope, key_valid, first_row)
-        x = self.transformer["ln_f"](take_rows(x, logit_rows, input_ids.shape[1]))
+        x = given.through(self.transformer["blocks"].children(), self.transformer["wte"](input_ids))
+        x = self.transformer["ln_f"](take_rows(x, logit_rows, given.first_row, given.rows.length))
         return self.transformer["ff_out"](x)
 
 
@@ -177,23 +167,40 @@ class LLaDAModel(DiffusionLM):
         self.config = config
         self.model = LLaDABackbone(config)
 
+    def positions(self, length: int, device: torch.device, attention_mask: Tensor | None) -> Tensor:
+        """As LLaDA counts: every token, padding included."""
+        return torch.arange(length, device=device)[None]
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables in float32, in which LLaDA rotates."""
+        return rope_tables(positions[:, None], self.config.head_dim, self.config.rope_theta)
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
         logit_rows: Tensor | None = None,
-        first_row: int = 0,
+        first_row: int | None = None,
+        rows: Rows | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Logits in the model's dtype; row t predicts token t.
 
         Args:
-            input_ids: [B, T] int64.
-            attention_mask: [B, T], 1 = real, 0 = padding; None if every token is real.
-            logit_rows: [n] int64 flat positions b * T + t whose logits are wanted, with t >= first_row; None for all.
-            first_row: no logits are wanted of the tokens before it: the last layer computes only their keys and values.
+            input_ids: [B, n] int64, the tokens of `rows`.
+            attention_mask: [B, T], 1 = real, 0 = padding; None if every token of the sequence is real.
+            logit_rows: [m] int64 flat positions b * T + t whose logits are wanted, with t >= first_row; None for all.
+            first_row: no logits are wanted of the tokens before it, and the last layer computes only their keys and
+                values; None for the first of `rows`.
+            rows: what is computed, by `self.rows`; None for all of the sequence.
+            cache: the sequence's keys and values, by `self.kv_cache`: those of `rows` are written, all are attended to.
 
         Returns:
-            [B, T - first_row, embedding_size], or [n, embedding_size] with `logit_rows`.
+            [B, n, embedding_size] without what lies before first_row, or [m, embedding_size] with `logit_rows`.
+
+        Raises:
+            ValueError: shapes, rows and cache do not fit each other.
         """
-        return self.model(input_ids, attention_mask, logit_rows, first_row)
+        given = self.given(input_ids, attention_mask, rows, cache, first_row)
+        return self.model(input_ids, given, logit_rows)
