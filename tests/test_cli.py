@@ -16,7 +16,7 @@ from tiny_folders import tiny_folder
 
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer, sampling
 from sparsed.chat import encode_chat
-from sparsed.cli import arguments, flags, main_dream, main_llada
+from sparsed.cli import arguments, flags, main_dream, main_llada, running
 from sparsed.cli import main as main_module
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.console import files
@@ -319,7 +319,7 @@ def test_weights_that_the_machine_cannot_hold_are_refused_before_they_are_read(c
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_control_characters_of_an_answer_do_not_reach_a_terminal(terminal, call, monkeypatch):
-    monkeypatch.setattr(main_module, "decode", lambda *_: "a\x1b[2Jb\tc\nd\x9be")
+    monkeypatch.setattr(running, "decode", lambda *_: "a\x1b[2Jb\tc\nd\x9be")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     _, out, _, record = call("dream")
     assert record["runs"][0]["text"] == "a\x1b[2Jb\tc\nd\x9be"

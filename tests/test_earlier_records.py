@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsed.report import summary
+from sparsed.report import record, summary
 from sparsed.report.page import page
 
 FOLDER = Path(__file__).with_name("earlier_records")
@@ -25,7 +25,7 @@ def test_the_page_is_what_it_was(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_lines_are_what_they_were(name):
-    runs = json.loads(read(name, "json"))["runs"]
+    runs = record.read(json.loads(read(name, "json"))).runs
     lines = [line for run in runs for line in summary.run_lines(run)]
     if len(runs) == 2:
         lines += summary.comparison_lines(*runs, summary.compare(*runs))

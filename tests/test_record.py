@@ -46,14 +46,16 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
 
     class Run:
         compile_seconds = 0.0
-        phase = "full"
+        phase, backend = "full", None
 
     clock = running.StepClock(torch.device("cpu"), Run(), lambda *_: None)
     clock.start()
     clock.tick(Step(0, True))
     clock.run.compile_seconds = 10.0
+    clock.run.phase = "selecting"
     clock.tick(Step(1, True))
     clock.tick(Step(2, True))
     clock.tick(Step(3, False))
+    assert clock.phases == ["full", "full", "selecting", "idle"], "what the run said before the step"
     assert clock.step_seconds == [1.0, 1.0, 1.0, 0.0], "a step that ran no model takes no time"
     assert clock.compile_seconds == 10.0
