@@ -151,9 +151,8 @@ def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, f
     origin = sum(ran) * times.full
     if times.backend == FULL or n_full == len(ran):
         return origin, origin
-    seconds = dict(zip(ORDER, (times.full, times.selecting, times.sparse), strict=True))
-    steps = zip(prefix(len(ran), n_full, selects=True), ran, strict=True)
-    return origin, sum(seconds[phase] for phase, runs in steps if runs or phase == Phase.SELECTING)
+    seconds = dict(zip(ORDER, (times.full, times.selecting, times.sparse), strict=True)) | {Phase.IDLE: 0.0}
+    return origin, sum(seconds[phase] for phase in prefix(ran, n_full, selects=True))
 
 
 def break_even(shorter: tuple[int, float], longer: tuple[int, float]) -> float | None:

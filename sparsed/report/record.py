@@ -169,16 +169,16 @@ def read(record: Any) -> Record:
 def _with_forwards(run: RunRecord) -> RunRecord:
     """A run of an earlier version, whose first `full_steps` steps were full; steps of 0.0 s ran no forward."""
     seconds, n_full = run.step_seconds or [], run.full_steps or 0
-    planned = zip(prefix(len(seconds), n_full, selects=run.density is not None), seconds, strict=True)
-    phases = [phase if taken or phase == Phase.SELECTING else Phase.IDLE for phase, taken in planned]
+    phases = prefix([taken > 0 for taken in seconds], n_full, selects=run.density is not None)
     rows = run.prompt_tokens + len(run.token_ids)
     return structs.replace(run, forwards=forwards_of(phases, seconds, rows, run.history))
 
 
-def prefix(steps: int, n_full: int, selects: bool) -> list[Phase]:
-    """The phases of so many steps that begin with full ones, the last of which may select; then come sparse ones."""
+def prefix(ran: list[bool], n_full: int, selects: bool) -> list[Phase]:
+    """The phases of steps that begin with full ones, the last of which may select; one that did not run is idle."""
     selecting = int(selects and n_full > 0)
-    return [Phase.FULL] * (n_full - selecting) + [Phase.SELECTING] * selecting + [Phase.SPARSE] * (steps - n_full)
+    phases = [Phase.FULL] * (n_full - selecting) + [Phase.SELECTING] * selecting + [Phase.SPARSE] * (len(ran) - n_full)
+    return [phase if runs or phase == Phase.SELECTING else Phase.IDLE for phase, runs in zip(phases, ran, strict=True)]
 
 
 def forwards_of(phases: list[Phase], seconds: list[float], rows: int, history: list[list[Commit]]) -> list[Forward]:

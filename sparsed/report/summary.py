@@ -57,7 +57,7 @@ def schedule(forwards: Sequence[Forward]) -> dict[str, Any]:
     """What a record says beside `forwards` if they are a prefix of full ones, the last selecting, then sparse ones."""
     kinds = attention(forwards)
     n_full, seconds = len(kinds) - kinds.count(Phase.SPARSE), [forward.seconds for forward in forwards]
-    if kinds != prefix(len(kinds), n_full, Phase.SELECTING in kinds):
+    if kinds != prefix([True] * len(kinds), n_full, Phase.SELECTING in kinds):
         return {}
     return {"step_seconds": seconds, "full_steps": n_full, "selection_seconds": selection_seconds(forwards)}
 
