@@ -8,6 +8,8 @@ from tiny_folders import special_id, tiny_folder
 
 from sparsed import chat, load_model, load_tokenizer
 from sparsed.cli import running
+from sparsed.report.record import Phase
+from sparsed.run import FULL, SELECTING, SPARSE
 from sparsed.sampling.common import Step
 
 
@@ -38,6 +40,10 @@ def test_ids_that_the_tokenizer_lacks_are_skipped(checkpoints):
     tokenizer = load_tokenizer(checkpoints["dream"])
     ids = tokenizer.encode("mat", add_special_tokens=False)
     assert chat.decode(tokenizer, [ids[0], 100_000, *ids[1:]]) == "mat"
+
+
+def test_the_record_s_phases_are_the_run_s():
+    assert [Phase(phase) for phase in (FULL, SELECTING, SPARSE)] == [Phase.FULL, Phase.SELECTING, Phase.SPARSE]
 
 
 def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
