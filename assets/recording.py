@@ -11,7 +11,6 @@ import sys
 import tempfile
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 from xml.sax.saxutils import escape
 
 from rich.cells import cell_len
@@ -19,9 +18,9 @@ from rich.console import Console
 from rich.segment import Segment
 
 from sparsed.console.files import write_text
-from sparsed.report.summary import LABELS
+from sparsed.report.record import RunRecord, read
+from sparsed.report.summary import LABELS, attention
 from sparsed.report.view import Token, View, drawn
-from sparsed.schedule import FULL, SELECTING, SPARSE
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_name("denoising.svg")
@@ -35,27 +34,26 @@ INK, DIM, PAPER, RIM = "#dfe3e8", "#858d99", "#15181e", "#3a414c"
 Line = list[Segment]
 
 
-def frames(run: dict[str, Any]) -> list[list[Line]]:
+def frames(run: RunRecord) -> list[list[Line]]:
     """What the terminal shows before the first step of a recorded run and after each, as lines of styled text."""
     console = Console(file=io.StringIO(), width=COLUMNS, height=LINES, force_terminal=True, _environ={})
     return [console.render_lines(drawn(view, console), pad=False) for view in views(run)]
 
 
-def views(run: dict[str, Any]) -> list[View]:
+def views(run: RunRecord) -> list[View]:
     """The run's moments, by its history."""
-    tokens: list[Token | None] = [None] * len(run["token_ids"])
+    tokens: list[Token | None] = [None] * len(run.token_ids)
     newest: set[int] = set()
-    steps, n_full = len(run["history"]), run["full_steps"]
+    kinds, steps = attention(run.forwards), len(run.forwards)
     found = []
-    for done, seconds in enumerate(accumulate(run["step_seconds"], initial=0.0)):
-        commits = run["history"][done - 1] if done else []
+    for done, seconds in enumerate(accumulate((forward.seconds for forward in run.forwards), initial=0.0)):
+        commits = run.history[done - 1] if done else []
         for position, _, probability in commits:
-            piece = run["pieces"][position] if position < run["answer_tokens"] else None
+            piece = run.pieces[position] if position < run.answer_tokens else None
             tokens[position] = Token(piece, probability or 0.0)
         newest = {position for position, _, _ in commits} or newest
-        phase = SPARSE if done >= n_full else SELECTING if done == n_full - 1 else FULL
-        title, step = LABELS[run["mode"]], min(done + 1, steps)
-        found.append(View(title, phase, step, steps, seconds, list(tokens), newest))
+        title, step = LABELS[run.mode], min(done + 1, steps)
+        found.append(View(title, kinds[step - 1].value, step, steps, seconds, list(tokens), newest))
     return found
 
 
@@ -120,8 +118,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder, "run.json")
         subprocess.run([sys.executable, *RUN.split(), "--json", record], cwd=ROOT, check=True)
-        (run,) = json.loads(record.read_text(encoding="utf-8"))["runs"]
-    seconds = [taken / FASTER for taken in run["step_seconds"]]
+        (run,) = read(json.loads(record.read_text(encoding="utf-8"))).runs
+    seconds = [forward.seconds / FASTER for forward in run.forwards]
     write_text(FILE, animation(frames(run), [*seconds, PAUSE]))
 
 

@@ -104,7 +104,7 @@ def run_record(setting: Setting, runs: list[Generation], full: dict[str, Any] | 
     if setting.config is None:
         whole_seconds = {str(steps): whole_run({"full_step": full}, steps, None) for steps in WHOLE}
         return found | {"full_step": full, "whole_seconds": whole_seconds}
-    selecting = [run.seconds[run.n_full - 1] for run in runs]
+    selecting = [seconds for run in runs for seconds in run.phases.selecting]
     found |= {
         "selecting_step": summary(selecting),
         "selection": full and summary([seconds - full["median"] for seconds in selecting]),

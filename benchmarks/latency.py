@@ -154,7 +154,7 @@ def plan(warm: dict[str, Generation], settings: Settings) -> tuple[dict[str, Sch
         steps, n_full = settings.steps, settings.config.n_full(settings.steps)
         schedules = {"origin": Schedule(steps), "sparsed": Schedule(n_full, steps - n_full)}
         return {mode: schedules[mode] for mode in warm}, 1
-    full = min(s for run in warm.values() for s in run.seconds[: run.n_full] if s > 0)
+    full = min(seconds for run in warm.values() for seconds in run.phases.full + run.phases.selecting)
     schedules = {"origin": Schedule(affordable(full, FEWEST_FULL, steps))}
     seconds = schedules["origin"].full * full
     if "sparsed" in warm:

@@ -1,11 +1,12 @@
 """From the times of a few steps to those of a whole run: a step's time depends on its phase alone."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsed import SparseDConfig
-from sparsed.report.summary import selection_seconds
+from sparsed.report.record import forwards_of, prefix
+from sparsed.report.summary import ORDER, selection_seconds
 
 from .common import summary
 from .reference_worker import released_n_full
@@ -22,11 +23,12 @@ RUNS = {
 @dataclass(frozen=True)
 class Steps:
     """Seconds of the steps of one generation, without compilation: full ones, what the selecting one took more than
-    the median of them, sparse ones."""
+    the median of them, sparse ones, and the selecting one itself."""
 
     full: list[float]
     selection: float | None
     sparse: list[float]
+    selecting: list[float] = field(default_factory=list)
 
 
 def split(seconds: list[float], n_full: int | None = None) -> Steps:
@@ -34,10 +36,10 @@ def split(seconds: list[float], n_full: int | None = None) -> Steps:
 
     Steps of 0.0 s are left out: they commit no token, and the sampler did not run the model.
     """
-    if n_full is None:
-        return Steps([s for s in seconds if s > 0], None, [])
-    full, sparse = ([s for s in part if s > 0] for part in (seconds[: n_full - 1], seconds[n_full:]))
-    return Steps(full, selection_seconds(seconds, n_full), sparse)
+    phases = prefix([s > 0 for s in seconds], n_full or len(seconds), selects=n_full is not None)
+    forwards = forwards_of(phases, seconds, rows=0, history=[])  # of how many rows is nowhere asked
+    full, selecting, sparse = ([step.seconds for step in forwards if step.phase == phase] for phase in ORDER)
+    return Steps(full, selection_seconds(forwards), sparse, selecting)
 
 
 def phases(generations: list[Steps]) -> dict[str, Any]:

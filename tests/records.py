@@ -20,6 +20,10 @@ def made_up_run(mode, tokens=32, steps=16, layers=2, heads=4, blocks=(24, 24), p
         history.append([[int(at), ids[at], round(float(random.uniform(0.2, 1)), 4)] for at in step])
     n_full = 4 if sparse else steps
     seconds = [0.12] * (n_full - 1) + [0.2 if sparse else 0.12] + [0.05] * (steps - n_full)
+    phases = ["full"] * n_full + ["sparse"] * (steps - n_full)
+    if sparse:
+        phases[n_full - 1] = "selecting"
+    committed = np.cumsum([len(commits) for commits in history]) / tokens
     cells = random.random((layers, heads, *blocks)) < 0.3
     kept = [{"density": 0.3, "recall": float(random.uniform(0.8, 1))} for _ in range(layers)]
     return {
@@ -27,6 +31,10 @@ def made_up_run(mode, tokens=32, steps=16, layers=2, heads=4, blocks=(24, 24), p
         "token_ids": ids,
         "prompt_tokens": prompt_tokens,
         "seconds": sum(seconds),
+        "forwards": [
+            {"phase": phase, "rows": prompt_tokens + tokens, "seconds": taken, "committed": float(share)}
+            for phase, taken, share in zip(phases, seconds, committed, strict=True)
+        ],
         "step_seconds": seconds,
         "compile_seconds": 0.5,
         "full_steps": n_full,
@@ -60,6 +68,12 @@ def made_up_run(mode, tokens=32, steps=16, layers=2, heads=4, blocks=(24, 24), p
         if sparse
         else None,
     }
+
+
+def of_an_earlier_version(run):
+    """The same run as the first versions wrote it."""
+    later = ("forwards", "history", "pieces", "answer_tokens", "layers", "pattern", "repeats")
+    return {name: value for name, value in run.items() if name not in later}
 
 
 def made_up_record(*modes, **sizes):

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from records import END, made_up_record
+from records import END, made_up_record, made_up_run, of_an_earlier_version
 
 from sparsed.report.page import page
 
@@ -122,6 +122,20 @@ def test_the_slider_replays_what_each_step_committed(record, open_page):
             assert panel.locator(".new").count() == len(newest)
 
 
+def test_a_run_of_fewer_steps_waits_at_its_end(record, open_page):
+    record["runs"][1] = made_up_run("sparsed", steps=8)
+    shown = open_page(record)
+    states = shown.locator(".state")
+    shown.locator("#step").fill("4")
+    assert [text.split(";")[0] for text in states.all_text_contents()] == [
+        "full attention", "full attention, selection"
+    ]  # fmt: skip
+    shown.locator("#step").fill("12")
+    assert states.all_text_contents() == [
+        "full attention; 24 of 32 tokens, 1.44 s", "at its end; 32 of 32 tokens, 0.76 s"
+    ]  # fmt: skip
+
+
 def test_the_slider_obeys_the_keyboard(record, open_page):
     shown = open_page(record)
     slider = shown.locator("#step")
@@ -208,9 +222,7 @@ def test_text_does_not_become_a_program(record, open_page):
 @pytest.mark.parametrize("modes", [["origin"], ["sparsed"], ["origin", "sparsed"]])
 def test_earlier_records_have_a_page_without_errors(modes, open_page):
     record = made_up_record(*modes)
-    for run in record["runs"]:
-        for name in ("history", "pieces", "answer_tokens", "layers", "pattern", "repeats"):
-            del run[name]
+    record["runs"] = list(map(of_an_earlier_version, record["runs"]))
     shown = open_page(record)
     assert shown.locator("#step").count() == shown.locator("#pattern").count() == 0
 

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from tiny_folders import tiny_folder
 
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, load_tokenizer, sampling
 from sparsed.chat import encode_chat
-from sparsed.cli import arguments, flags, main_dream, main_llada
+from sparsed.cli import arguments, flags, main_dream, main_llada, running
 from sparsed.cli import main as main_module
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.console import files
@@ -85,6 +86,45 @@ def test_the_record_of_a_sparse_run(family, call, checkpoints):
     environment = record["environment"]
     assert environment["torch"] == torch.__version__ and environment["device"] == "cpu"
     assert environment["dtype"] == "float32" and environment["threads"] == torch.get_num_threads()
+
+
+def shares(run):
+    """How much of the answer is committed after each step, by the history."""
+    return [count / LENGTH for count in accumulate(map(len, run["history"]))]
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_every_forward_is_recorded(family, call):
+    _, _, _, record = call(family, "--compare")
+    phases = {"origin": ["full"] * STEPS, "sparsed": ["full", "selecting"] + ["sparse"] * (STEPS - 2)}
+    for run in record["runs"]:
+        forwards = run["forwards"]
+        assert [forward["phase"] for forward in forwards] == phases[run["mode"]]
+        assert {forward["rows"] for forward in forwards} == {run["prompt_tokens"] + LENGTH}
+        assert [forward["seconds"] for forward in forwards] == run["step_seconds"]
+        assert [forward["committed"] for forward in forwards] == shares(run) and shares(run)[-1] == 1.0
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_steps_without_a_forward_are_idle(family, call):
+    """Dream's time grid has them at temperature 0 anywhere, LLaDA's even shares at the end."""
+    _, _, _, record = call(family, "--steps", 64, "--temperature", 0)
+    (run,) = record["runs"]
+    idle = [forward for forward in run["forwards"] if forward["phase"] == "idle"]
+    assert idle and len(run["forwards"]) == len(run["step_seconds"]) == len(run["history"]) == 64
+    assert {(forward["rows"], forward["seconds"]) for forward in idle} == {(0, 0.0)}
+    assert all(forward["seconds"] > 0 for forward in run["forwards"] if forward["phase"] != "idle")
+    assert run["full_steps"] == 13, "they count as steps"
+    assert [forward["committed"] for forward in run["forwards"]] == shares(run)
+
+
+@pytest.mark.parametrize("skip", [0.1, 0.2], ids=["the first step would choose", "a later step would"])
+def test_a_run_that_keeps_every_block_has_full_forwards_alone(skip, call):
+    _, _, err, record = call("llada", "--select", 1, "--skip", skip)
+    (run,) = record["runs"]
+    assert [forward["phase"] for forward in run["forwards"]] == ["full"] * STEPS
+    assert (run["full_steps"], run["selection_seconds"]) == (STEPS, None)
+    assert f"({STEPS} full steps" in err
 
 
 @pytest.mark.parametrize("family", MAIN)
@@ -319,7 +359,7 @@ def test_weights_that_the_machine_cannot_hold_are_refused_before_they_are_read(c
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_control_characters_of_an_answer_do_not_reach_a_terminal(terminal, call, monkeypatch):
-    monkeypatch.setattr(main_module, "decode", lambda *_: "a\x1b[2Jb\tc\nd\x9be")
+    monkeypatch.setattr(running, "decode", lambda *_: "a\x1b[2Jb\tc\nd\x9be")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     _, out, _, record = call("dream")
     assert record["runs"][0]["text"] == "a\x1b[2Jb\tc\nd\x9be"

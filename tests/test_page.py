@@ -4,13 +4,15 @@ import json
 import re
 from html.parser import HTMLParser
 
+import msgspec
 import pytest
-from records import END, made_up_record, made_up_run
+from records import END, made_up_record, made_up_run, of_an_earlier_version
 
 from sparsed.cli import main_llada
 from sparsed.report.__main__ import main as main_report
 from sparsed.report.charts import duration, layer_chart, step_chart, ticks
 from sparsed.report.page import page
+from sparsed.report.record import Layer, RunRecord
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;<!--\u2028{{ 7 * 7 }}"
 
@@ -69,6 +71,35 @@ def test_repeats_that_disagree_are_told():
     record = made_up_record("sparsed")
     record["runs"][0]["repeats"] = {"seconds": [1.0, 3.0, 2.0], "median": 2.0, "spread": 2.0, "same_tokens": False}
     assert Reader(page(record)).says("median of 3 runs, which took 1.00 to 3.00 s; their tokens differ")
+
+
+def test_runs_of_different_step_counts_share_a_page():
+    record = made_up_record("origin", "sparsed")
+    record["runs"][1] = made_up_run("sparsed", steps=8)
+    read = Reader(page(record))
+    assert read.says("16 and 8 denoising steps") and read.says("denoising step, 1 to 16")
+    assert read.says("2.53×") and not read.says("speed-up, sparse steps")
+    assert ("max", "16") in read.attributes
+    chart = step_chart([msgspec.convert(run, RunRecord) for run in record["runs"]])
+    one, other = ([bar["x"] for bar in row["bars"]] for row in chart["rows"])
+    assert other == one[:8], "a step stands at the same place in both rows"
+
+
+def test_a_run_without_a_schedule_has_a_page():
+    """A threshold's or a cache's: any order of phases; steps that commit nothing are idle."""
+    record = made_up_record("sparsed")
+    (run,) = record["runs"]
+    for name in ("step_seconds", "full_steps", "selection_seconds"):
+        del run[name]
+    order = ["full", "selecting", "sparse", "full", "idle", "sparse", "selecting", "sparse"] * 2
+    for forward, phase in zip(run["forwards"], order, strict=True):
+        forward.update({"phase": phase} | ({"rows": 0, "seconds": 0.0} if phase == "idle" else {}))
+    read = Reader(page(record))
+    shown = [phase if phase != "idle" else "sparse" for phase in order]
+    assert read.data["replay"][0]["phases"] == shown and read.says("step 5: ran no model")
+    classes = {"full": "full_steps", "selecting": "selection", "sparse": "sparse_steps"}
+    bars = [bar["phase"] for bar in step_chart([msgspec.convert(run, RunRecord)])["rows"][0]["bars"]]
+    assert bars == [classes[phase] for phase in shown]
 
 
 def test_a_prompt_beyond_the_trained_length_is_said():
@@ -141,9 +172,7 @@ def test_a_run_that_chose_nothing_has_no_pattern():
 @pytest.mark.parametrize("modes", [["origin"], ["sparsed"], ["origin", "sparsed"]])
 def test_a_record_of_an_earlier_version(modes):
     record = made_up_record(*modes)
-    for run in record["runs"]:
-        for name in ("history", "pieces", "answer_tokens", "layers", "pattern", "repeats"):
-            del run[name]
+    record["runs"] = list(map(of_an_earlier_version, record["runs"]))
     read = Reader(page(record))
     assert read.data == {"replay": None, "pattern": None}
     assert read.says("of an earlier version, which did not keep what each step committed.")
@@ -166,7 +195,7 @@ def test_ticks_are_few_round_and_reach_the_highest(highest):
 
 def test_bars_are_as_high_as_their_steps_took():
     run = made_up_run("sparsed")
-    chart = step_chart([run])
+    chart = step_chart([msgspec.convert(run, RunRecord)])
     (row,) = chart["rows"]
     heights = [float(bar["height"][:-1]) for bar in row["bars"]]
     assert [height / heights[0] for height in heights] == pytest.approx([s / 0.12 for s in run["step_seconds"]], 1e-3)
@@ -174,7 +203,7 @@ def test_bars_are_as_high_as_their_steps_took():
 
 
 def test_layers_show_density_and_recall():
-    bars = layer_chart([{"density": 0.25, "recall": 0.75}])["rows"][0]["bars"]
+    bars = layer_chart([Layer(0.25, 0.75)])["rows"][0]["bars"]
     assert {bar["phase"]: bar["height"] for bar in bars} == {"density": "25.000%", "recall": "75.000%"}
 
 
@@ -200,37 +229,51 @@ def at(path, value):
     return change
 
 
+def shorter(record):
+    """Makes the second run one of two tokens, and of an earlier version."""
+    record["runs"][1] = of_an_earlier_version(record["runs"][1]) | {"token_ids": [1, 2]}
+
+
 WRONG = [
-    (at("runs", ...), "runs is missing"),
+    (at("runs", ...), "Object missing required field `runs`"),
     (at("advice", {}), "this is the record of --advise"),
     (at("runs", []), "runs must be one of mode"),
-    (at("runs", {}), "runs must be a list"),
-    (at("runs.0.mode", "dense"), "runs must be one of mode"),
+    (at("runs", {}), "Expected `array`, got `object` - at `$.runs`"),
+    (at("runs.0.mode", "dense"), "Invalid enum value 'dense' - at `$.runs[0].mode`"),
     (at("runs.1.mode", "origin"), "runs must be one of mode"),
-    (at("runs.0.mode", ["origin"]), "runs[0].mode"),
-    (at("runs.1.text", 5), "runs[1].text must be a text"),
-    (at("runs.0.seconds", "fast"), "runs[0].seconds must be a number of at least 0"),
-    (at("runs.0.seconds", True), "runs[0].seconds"),
-    (at("runs.0.seconds", 10**400), "runs[0].seconds"),
-    (at("runs.0.seconds", -1), "runs[0].seconds"),
-    (at("runs.0.token_ids.3", "x"), "runs[0].token_ids[3] must be a whole number"),
-    (at("runs.1.token_ids", [1, 2]), "runs[1].token_ids must be as long"),
-    (at("runs.0.step_seconds", []), "runs[0].step_seconds"),
-    (at("runs.1.full_steps", 17), "runs[1].full_steps must be at most the number of steps, 16"),
-    (at("runs.1.density", 1.5), "runs[1].density must be a number from 0 to 1"),
-    (at("runs.1.history", ...), "runs[1] must hold all of history, pieces and answer_tokens"),
-    (at("runs.1.history.0", [[0, 1]]), "runs[1].history[0][0] must be a list of 3"),
-    (at("runs.1.history.0", []), "runs[1].history must be one list for each of the 16 steps"),
-    (at("runs.0.pieces", ["a"]), "runs[0].pieces must be one text for each of the 32 tokens"),
-    (at("runs.0.answer_tokens", 33), "runs[0].answer_tokens must be at most 32"),
-    (at("runs.1.layers", [{"density": 0.3}]), "runs[1].layers[0].recall is missing"),
-    (at("runs.1.pattern.cells", "AAAA"), "runs[1].pattern.cells must be the base64 of 4608 bits"),
-    (at("runs.1.pattern.cells", "<b>"), "runs[1].pattern.cells must be base64"),
-    (at("runs.1.pattern.heads", 0), "runs[1].pattern.heads"),
-    (at("runs.1.pattern.prompt_tokens", 732), "runs[1].pattern.prompt_tokens must be fewer than tokens"),
-    (at("runs.1.repeats.seconds", []), "runs[1].repeats.seconds"),
-    (at("environment", []), "environment must be an object"),
-    (at("load_seconds", None), "load_seconds"),
+    (at("runs.0.mode", ["origin"]), "Expected `str`, got `array` - at `$.runs[0].mode`"),
+    (at("runs.1.text", 5), "Expected `str`, got `int` - at `$.runs[1].text`"),
+    (at("runs.0.seconds", "fast"), "Expected `float`, got `str` - at `$.runs[0].seconds`"),
+    (at("runs.0.seconds", True), "Expected `float`, got `bool` - at `$.runs[0].seconds`"),
+    (at("runs.0.seconds", 10**400), " - at `$.runs[0].seconds`"),
+    (at("runs.0.seconds", -1), "Expected `float` >= 0.0 - at `$.runs[0].seconds`"),
+    (at("runs.0.token_ids.3", "x"), "Expected `int`, got `str` - at `$.runs[0].token_ids[3]`"),
+    (at("runs.1.token_ids", []), "Expected `array` of length >= 1 - at `$.runs[1].token_ids`"),
+    (shorter, "runs[1].token_ids must be as long as the other run's"),
+    (at("runs.0.step_seconds", []), "Expected `array` of length >= 1 - at `$.runs[0].step_seconds`"),
+    (at("runs.0.step_seconds", [1.0]), "step_seconds must be of as many steps as forwards, 16 - at `$.runs[0]`"),
+    (at("runs.1.full_steps", 17), "full_steps must be at most the number of steps, 16 - at `$.runs[1]`"),
+    (at("runs.1.full_steps", "4"), "Expected `int`, got `str` - at `$.runs[1].full_steps`"),
+    (at("runs.0.forwards", 5), "Expected `array`, got `int` - at `$.runs[0].forwards`"),
+    (at("runs.0.forwards.2.phase", "dense"), "Invalid enum value 'dense' - at `$.runs[0].forwards[2].phase`"),
+    (at("runs.0.forwards.2.rows", -1), "Expected `int` >= 0 - at `$.runs[0].forwards[2].rows`"),
+    (at("runs.0.forwards.2.seconds", ...), "Object missing required field `seconds` - at `$.runs[0].forwards[2]`"),
+    (at("runs.0.forwards.2.committed", 1.5), "at `$.runs[0].forwards[2].committed`"),
+    (at("runs.1.density", 1.5), "Expected `float` <= 1.00001 - at `$.runs[1].density`"),
+    (at("runs.1.history", ...), "must hold all of history, pieces and answer_tokens, or none of them - at `$.runs[1]`"),
+    (at("runs.1.answer_tokens", ...), "must hold all of history, pieces and answer_tokens"),
+    (at("runs.1.history.0", [[0, 1]]), "Expected `array` of length 3, got 2 - at `$.runs[1].history[0][0]`"),
+    (at("runs.1.history.0", []), "history must be one list for each of the 16 steps"),
+    (at("runs.0.pieces", ["a"]), "pieces must be one text for each of the 32 tokens - at `$.runs[0]`"),
+    (at("runs.0.answer_tokens", 33), "answer_tokens must be at most 32 - at `$.runs[0]`"),
+    (at("runs.1.layers", [{"density": 0.3}]), "Object missing required field `recall` - at `$.runs[1].layers[0]`"),
+    (at("runs.1.pattern.cells", "AAAA"), "cells must be the base64 of 4608 bits - at `$.runs[1].pattern`"),
+    (at("runs.1.pattern.cells", "<b>"), "cells must be base64 - at `$.runs[1].pattern`"),
+    (at("runs.1.pattern.heads", 0), "Expected `int` >= 1 - at `$.runs[1].pattern.heads`"),
+    (at("runs.1.pattern.prompt_tokens", 732), "prompt_tokens must be fewer than tokens - at `$.runs[1].pattern`"),
+    (at("runs.1.repeats.seconds", []), "Expected `array` of length >= 1 - at `$.runs[1].repeats.seconds`"),
+    (at("environment", []), "Expected `object`, got `array` - at `$.environment`"),
+    (at("load_seconds", None), "Expected `float`, got `null` - at `$.load_seconds`"),
 ]
 
 
@@ -247,6 +290,7 @@ def files(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(made_up_record("origin", "sparsed")))
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "other.json").write_text('{"runs": [{"mode": "origin"}]}')
+    (tmp_path / "long.json").write_text(json.dumps({"runs": [{"mode": "\x1b]0;owned\x07\n" + "x" * 10**6}]}))
     (tmp_path / "text.json").write_text("not json")
     (tmp_path / "nan.json").write_text(json.dumps(made_up_record("origin") | {"load_seconds": float("nan")}))
     (tmp_path / "deep.json").write_text("[" * 200_000)
@@ -269,8 +313,9 @@ def files(tmp_path):
         ("nan.json -o out.html", "RECORD", "NaN is no JSON number"),
         ("deep.json -o out.html", "RECORD", "is not JSON"),
         ("latin.json -o out.html", "RECORD", "not UTF-8"),
-        ("list.json -o out.html", "RECORD", "the record must be an object"),
-        ("other.json -o out.html", "RECORD", "runs[0].token_ids is missing"),
+        ("list.json -o out.html", "RECORD", "Expected `object`, got `array`"),
+        ("other.json -o out.html", "RECORD", "missing required field `token_ids` - at `$.runs[0]`"),
+        ("long.json -o out.html", "RECORD", "`$.runs[0].mode`"),
         ("run.json -o folder", "--out", "not an ordinary file"),
         ("run.json -o missing/out.html", "--out", "no folder"),
         ("run.json -o run.json", "--out", "is the file of RECORD"),
@@ -284,6 +329,7 @@ def test_wrong_calls_of_the_command(words, option, right, files, monkeypatch, ca
     assert main_report(words.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and option in err and right in err
+    assert err.rstrip("\n").isprintable() and len(err) < 2200
     assert err.startswith("python -m sparsed.report: error: ")
     assert sorted(files.iterdir()) == before
 

@@ -8,6 +8,8 @@ from tiny_folders import special_id, tiny_folder
 
 from sparsed import chat, load_model, load_tokenizer
 from sparsed.cli import running
+from sparsed.report.record import Phase
+from sparsed.run import FULL, SELECTING, SPARSE
 from sparsed.sampling.common import Step
 
 
@@ -40,20 +42,26 @@ def test_ids_that_the_tokenizer_lacks_are_skipped(checkpoints):
     assert chat.decode(tokenizer, [ids[0], 100_000, *ids[1:]]) == "mat"
 
 
+def test_the_record_s_phases_are_the_run_s():
+    assert [Phase(phase) for phase in (FULL, SELECTING, SPARSE)] == [Phase.FULL, Phase.SELECTING, Phase.SPARSE]
+
+
 def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
     times = iter([0.0, 1.0, 1.0, 12.0, 12.0, 13.0, 13.0, 13.1, 13.1])
     monkeypatch.setattr(running.time, "perf_counter", lambda: next(times))
 
     class Run:
         compile_seconds = 0.0
-        phase = "full"
+        phase, backend = "full", None
 
     clock = running.StepClock(torch.device("cpu"), Run(), lambda *_: None)
     clock.start()
     clock.tick(Step(0, True))
     clock.run.compile_seconds = 10.0
+    clock.run.phase = "selecting"
     clock.tick(Step(1, True))
     clock.tick(Step(2, True))
     clock.tick(Step(3, False))
+    assert clock.phases == ["full", "full", "selecting", "idle"], "what the run said before the step"
     assert clock.step_seconds == [1.0, 1.0, 1.0, 0.0], "a step that ran no model takes no time"
     assert clock.compile_seconds == 10.0

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 import torch
 from records import made_up_run
@@ -22,6 +23,7 @@ from sparsed import load_tokenizer
 from sparsed.cli import main_dream, main_llada, progress
 from sparsed.cli.families import LLADA
 from sparsed.cli.recording import Speller
+from sparsed.report.record import RunRecord
 from sparsed.report.view import END, MASK
 from sparsed.sampling.common import Step
 
@@ -204,7 +206,7 @@ def test_the_recording_shows_the_run(tmp_path):
     """One frame before the first step and one after each, in an SVG that fetches nothing and runs nothing."""
     recording = pytest.importorskip("assets.recording")
     run = made_up_run("sparsed")
-    shown = recording.frames(run)
+    shown = recording.frames(msgspec.convert(run, RunRecord))
     assert len(shown) == 17
     texts = ["".join(segment.text for line in frame for segment in line) for frame in shown]
     masked = [int(re.search(r"(\d+) of 32 masked", text).group(1)) for text in texts]

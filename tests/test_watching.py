@@ -3,6 +3,7 @@
 import base64
 from fractions import Fraction
 
+import msgspec
 import pytest
 import reference
 import torch
@@ -56,8 +57,8 @@ def test_layers_and_bits_are_those_of_a_float64_twin():
         outputs(model, steps)
         density = run.density
     _, rotated = reference.forward("llada", model.state_dict(), LLADA, steps[1])  # the last full step of four
-    layers, found = choices.layers(), choices.pattern()
-    assert sum(layer["density"] for layer in layers) / len(layers) == pytest.approx(density)
+    layers, found = choices.layers(), msgspec.to_builtins(choices.pattern())
+    assert sum(layer.density for layer in layers) / len(layers) == pytest.approx(density)
     bits = "".join(f"{byte:08b}" for byte in base64.b64decode(found.pop("cells")))
     n = reference.n_blocks(PROMPT_LEN + GEN_LENGTH, 16)
     heads = rotated[0][0].shape[1]
@@ -71,7 +72,7 @@ def test_layers_and_bits_are_those_of_a_float64_twin():
         held = sum(
             scores[0, h, i, j].item() for h in range(heads) for i in range(n) for j in range(n) if keep[0, h, i, j]
         )
-        assert layers[layer]["recall"] == pytest.approx(held / scores[0].sum().item(), abs=1e-5)
+        assert layers[layer].recall == pytest.approx(held / scores[0].sum().item(), abs=1e-5)
         for h in range(heads):
             for i in range(n):
                 start = ((layer * heads + h) * n + i) * n

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from ..backends.flash import FLASH_FROM
 from ..patch import sparsify
+from ..report.record import Phase, prefix
+from ..report.summary import ORDER
 from ..sampling.common import Step
 from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
 from ..schedule import FULL
@@ -135,8 +137,9 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
             denoiser(canvas, rows)
             clock.tick(Step(index, ran=True))
         denoiser.check()
-        seconds = clock.step_seconds
-        return StepTimes(prompt_tokens, seconds[each - 1], seconds[each], seconds[-1], run.density, run.backend)
+        seconds = dict(zip(clock.phases, clock.step_seconds, strict=True))  # of the last step of each phase
+        full, selecting, sparse = (seconds.get(phase, seconds[Phase.FULL]) for phase in ORDER)
+        return StepTimes(prompt_tokens, full, selecting, sparse, run.density, run.backend)
 
 
 def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, float]:
@@ -148,7 +151,8 @@ def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, f
     origin = sum(ran) * times.full
     if times.backend == FULL or n_full == len(ran):
         return origin, origin
-    return origin, sum(ran[: n_full - 1]) * times.full + times.selecting + sum(ran[n_full:]) * times.sparse
+    seconds = dict(zip(ORDER, (times.full, times.selecting, times.sparse), strict=True)) | {Phase.IDLE: 0.0}
+    return origin, sum(seconds[phase] for phase in prefix(ran, n_full, selects=True))
 
 
 def break_even(shorter: tuple[int, float], longer: tuple[int, float]) -> float | None:

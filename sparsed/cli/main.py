@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import msgspec
 import torch
 
 from ..backends import BackendError
-from ..chat import ChatTemplateError, answer_length, decode, encode_chat, stop_ids
+from ..chat import ChatTemplateError, encode_chat
 from ..console.endings import blame, guarded
 from ..console.environment import environment
 from ..console.files import check_apart, write_json, write_text
@@ -20,15 +21,15 @@ from ..models.common import DiffusionLM
 from ..models.files import checkpoint_folder, read_json
 from ..models.loading import MODEL_FILES, empty_model, resolve_device, resolve_dtype
 from ..models.tokenizer import TOKENIZER_FILES
-from ..prompts import Prompt, answer_found, build_prompt, demo_path
+from ..prompts import Prompt, build_prompt, demo_path
 from ..report.page import page
+from ..report.record import Mode, Record
 from ..report.summary import compare, comparison_lines, expected_line, run_lines
 from ..sampling.canvas import PromptError, check_prompt
 from .advice import advice_lines, advise, fitted_lengths
 from .arguments import Call, parse
 from .families import DREAM, FAMILIES, LLADA, Family
 from .memory import check_memory
-from .recording import Speller
 from .running import Job, first_forward, run_mode
 
 
@@ -75,21 +76,21 @@ def _generate(args: Call) -> None:
             tell(f"warning: the prompt has {tokens} tokens, this model was trained on at most {trained}")
     with blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
-    job = Job(model, tokenizer, prompt.input_ids, args)
+    job = Job(model, tokenizer, prompt.input_ids, args, prompt.expected)
     # a record is worth writing without stdout too
     stdout = Stdout(keep_going=args.json is not None or args.report is not None)
     with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
-        made = {"advice": advise(job)} if args.advise else _answers(job, prompt.expected, stdout)
+        made = {"advice": advise(job)} if args.advise else _answers(job, stdout)
     if args.advise:
         stdout.say("\n".join(advice_lines(made["advice"], tokens, args.sampler.steps)))
-    record = {
-        **made,
+    made |= {
         "trained_length": trained,
         "beyond_trained_length": tokens > trained,
         "load_seconds": load_seconds,
         "environment": environment(model.device, model.dtype),
         "arguments": {**args.flags, "model_path": path},
     }
+    record = made if args.advise else msgspec.to_builtins(Record(**made))
     if args.json is not None:
         with blame(args, "--json"):
             write_json(args.json, record)
@@ -124,39 +125,25 @@ def _check_checkpoint_kept(args: Call, checkpoint: str) -> None:
             check_apart(args.parser, option, output, args.source, file)
 
 
-def _answers(job: Job, expected: str | None, stdout: Stdout) -> dict[str, Any]:
-    """Generate, print each answer as soon as it is there, and how they differ; the record's part about them."""
+def _answers(job: Job, stdout: Stdout) -> dict[str, Any]:
+    """Generate, print each answer as soon as it is there, and how they differ; the record's fields about them."""
     args = job.args
     found: dict[str, Any] = {"runs": [], "first_forward_seconds": first_forward(job)}
-    for mode in ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]:
-        run = _with_text(job, run_mode(job, mode), expected)
+    modes: list[Mode] = ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]
+    for mode in modes:
+        run = run_mode(job, mode)
         found["runs"].append(run)
         if not args.quiet:
             tell("\n".join(run_lines(run)))
-            if expected is not None and not args.compare:  # the comparison says it of both
+            if run.expected is not None and not args.compare:  # the comparison says it of both
                 tell(expected_line(run))
-        stdout.say(run["text"])
+        stdout.say(run.text)
     if args.compare:
         origin, sparsed = found["runs"]
         found["comparison"] = compare(origin, sparsed)
         if not args.quiet:
             tell("\n".join(comparison_lines(origin, sparsed, found["comparison"])))
     return found
-
-
-def _with_text(job: Job, run: dict[str, Any], expected: str | None) -> dict[str, Any]:
-    """The run with its tokens as text, and whether that holds the expected answer."""
-    ids = run["token_ids"]
-    length = answer_length(ids, stop_ids(job.model.config, job.tokenizer))
-    text = decode(job.tokenizer, ids[:length]).strip()
-    return {
-        **run,
-        "pieces": Speller(job.tokenizer).pieces(ids),
-        "answer_tokens": length,
-        "text": text,
-        "expected": expected,
-        "answer_found": None if expected is None else answer_found(text, expected),
-    }
 
 
 def _heading(args: Call, tokens: int, model: DiffusionLM) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..blocks import BlockGrid, Pattern
 from ..chat import REPLACEMENT, decode
+from ..report.record import Commit, KeptBlocks, Layer
 from ..sampling.common import Step
 from ..watching import pooled, recall
 
@@ -31,35 +32,32 @@ class Choices:
         self._shares.append((pattern.density, recall(scores, pattern).mean()))
         self._cells.append(pooled(pattern, MOST_CELLS))
 
-    def layers(self) -> list[dict[str, float]] | None:
+    def layers(self) -> list[Layer] | None:
         """Density and recall of every layer in turn, mean over heads and batch rows; None if nothing was chosen."""
-        return [{"density": density.item(), "recall": recall.item()} for density, recall in self._shares] or None
+        return [Layer(density.item(), recall.item()) for density, recall in self._shares] or None
 
-    def pattern(self) -> dict[str, Any] | None:
-        """The first batch row's kept blocks; None if nothing was chosen.
-
-        `cells` are bits [layers, heads, rows, columns] in C order, the most significant of a byte first, in base64.
-        """
+    def pattern(self) -> KeptBlocks | None:
+        """The first batch row's kept blocks; None if nothing was chosen."""
         if self._grid is None:
             return None
         cells = torch.stack([layer.cpu() for layer in self._cells])
         layers, heads, rows, columns = cells.shape
-        return {
-            "block_size": self._grid.block_size,
-            "prompt_tokens": self._grid.prompt_len,
-            "tokens": self._grid.length,
-            "query_blocks": self._grid.n_blocks,
-            "key_blocks": self._grid.n_blocks,
-            "rows": rows,
-            "columns": columns,
-            "layers": layers,
-            "heads": heads,
-            "cells": base64.b64encode(np.packbits(cells.numpy()).tobytes()).decode("ascii"),
-        }
+        return KeptBlocks(
+            block_size=self._grid.block_size,
+            prompt_tokens=self._grid.prompt_len,
+            tokens=self._grid.length,
+            query_blocks=self._grid.n_blocks,
+            key_blocks=self._grid.n_blocks,
+            rows=rows,
+            columns=columns,
+            layers=layers,
+            heads=heads,
+            cells=base64.b64encode(np.packbits(cells.numpy()).tobytes()).decode("ascii"),
+        )
 
 
-def history(steps: list[Step], token_ids: list[int], prompt_tokens: int) -> list[list[list]]:
-    """The commits [position, token id, confidence] of every step, every position of the generated region once.
+def history(steps: list[Step], token_ids: list[int], prompt_tokens: int) -> list[list[Commit]]:
+    """The commits (position, token id, confidence) of every step, every position of the generated region once.
 
     A model may draw the mask token itself, and the position then stays open: its last commit counts. One that nobody
     ever filled goes to the last step. The confidence has 4 digits, and is None where there is none.
@@ -73,9 +71,9 @@ def history(steps: list[Step], token_ids: list[int], prompt_tokens: int) -> list
     for step in steps:
         for flat, token, probability in step.commits():
             latest[flat - prompt_tokens] = (step.index, token, probability)
-    entries: list[list[list]] = [[] for _ in steps]
+    entries: list[list[Commit]] = [[] for _ in steps]
     for position, (index, token, probability) in latest.items():
-        entries[index].append([position, token, round(probability, 4) if math.isfinite(probability) else None])
+        entries[index].append((position, token, round(probability, 4) if math.isfinite(probability) else None))
     return entries
 
 

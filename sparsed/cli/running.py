@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from msgspec import structs
 from torch import Tensor
 
 from .. import sampling
-from ..chat import stop_ids
+from ..chat import answer_length, decode, stop_ids
 from ..models.common import DiffusionLM
-from ..report.summary import LABELS, selection_seconds, typical
+from ..prompts import answer_found
+from ..report.record import Mode, Phase, RunRecord, forwards_of
+from ..report.summary import LABELS, schedule, typical
 from ..run import Run, synchronize
 from ..sampling.common import Step, attention_of
 from ..schedule import FULL
@@ -24,12 +27,13 @@ from .recording import Choices, Speller, history
 
 @dataclass(frozen=True)
 class Job:
-    """What every run of one call of a script shares."""
+    """What every run of one call of a script shares; `expected` is the answer that the prompt asks for, if known."""
 
     model: DiffusionLM
     tokenizer: Any
     input_ids: list[int]
     args: Call
+    expected: str | None = None
 
 
 class StepClock:
@@ -42,6 +46,7 @@ class StepClock:
         self.device, self.run, self.show = device, run, show
         self.steps: list[Step] = []
         self.step_seconds: list[float] = []
+        self.phases: list[Phase] = []
         self.compile_seconds = 0.0
 
     def start(self) -> None:
@@ -57,12 +62,16 @@ class StepClock:
         compiled = 0.0 if self.run is None else self.run.compile_seconds
         self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if step.ran else 0.0)
         self.compile_seconds = compiled
+        # that every block is kept, a run finds out in its first step
+        kept = self.run is not None and self.run.backend == FULL
+        self.phases.append(Phase.IDLE if not step.ran else Phase.FULL if kept else self.phase)
         self.steps.append(step)
         self._show()
         self.last = time.perf_counter()
 
     def _show(self) -> None:
-        self.show(FULL if self.run is None else self.run.phase, self.steps, sum(self.step_seconds))
+        self.phase = Phase(FULL if self.run is None else self.run.phase)  # of the next step
+        self.show(self.phase.value, self.steps, sum(self.step_seconds))
 
 
 @torch.no_grad()
@@ -76,21 +85,19 @@ def first_forward(job: Job) -> float:
     return time.perf_counter() - started
 
 
-def run_mode(job: Job, mode: str) -> dict[str, Any]:
-    """Do the warm-up runs and the timed runs of one mode: "origin" (full attention) or "sparsed".
-
-    Returns the median run's part of the record, without what needs the tokenizer.
-    """
+def run_mode(job: Job, mode: Mode) -> RunRecord:
+    """Do the warm-up runs and the timed runs of one mode, "origin" (full attention) or "sparsed"; the median run's."""
     args = job.args
     warmups = [run_once(job, mode, f"warm-up {number}/{args.warmup}, ") for number in range(1, args.warmup + 1)]
     labels = [f"run {number}/{args.repeat}, " for number in range(1, args.repeat + 1)] if args.repeat > 1 else [""]
-    run = typical([run_once(job, mode, label) for label in labels])
-    run["warmup_seconds"] = [warmup["seconds"] for warmup in warmups]
-    run["warmup_compile_seconds"] = sum(warmup["compile_seconds"] for warmup in warmups)
-    return run
+    return structs.replace(
+        typical([run_once(job, mode, label) for label in labels]),
+        warmup_seconds=[warmup.seconds for warmup in warmups],
+        warmup_compile_seconds=sum(warmup.compile_seconds for warmup in warmups),
+    )
 
 
-def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
+def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
     """Generate once from the call's seed; seconds are of forwards and sampling only, without compilation."""
     args, device = job.args, job.model.device
     steps, gen_length, choices = args.sampler.steps, args.sampler.gen_length, Choices()
@@ -105,25 +112,31 @@ def run_once(job: Job, mode: str, label: str = "") -> dict[str, Any]:
         clock.start()
         output = generate(job, clock)
         token_ids = output[0, len(job.input_ids) :].tolist()
-        n_full = steps if config is None else config.n_full(steps)
-        chose = run is not None and run.backend != FULL
-        return {
-            "mode": mode,
-            "token_ids": token_ids,
-            "prompt_tokens": len(job.input_ids),
-            "seconds": sum(clock.step_seconds),
-            "step_seconds": clock.step_seconds,
-            "compile_seconds": clock.compile_seconds,
-            "full_steps": n_full,
-            "selection_seconds": selection_seconds(clock.step_seconds, n_full) if chose else None,
-            "density": None if run is None else run.density,
-            "layers": choices.layers(),
-            "pattern": choices.pattern(),
-            "history": history(clock.steps, token_ids, len(job.input_ids)),
-            "peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
-            "backend": None if run is None else run.backend,
-            "backend_reason": None if run is None else run.backend_reason,
-        }
+        committed = history(clock.steps, token_ids, len(job.input_ids))
+        forwards = forwards_of(clock.phases, clock.step_seconds, output.shape[1], committed)
+        length = answer_length(token_ids, stop_ids(job.model.config, job.tokenizer))
+        text = decode(job.tokenizer, token_ids[:length]).strip()
+        return RunRecord(
+            mode=mode,
+            token_ids=token_ids,
+            prompt_tokens=len(job.input_ids),
+            seconds=sum(clock.step_seconds),
+            forwards=forwards,
+            **schedule(forwards),
+            compile_seconds=clock.compile_seconds,
+            density=None if run is None else run.density,
+            layers=choices.layers(),
+            pattern=choices.pattern(),
+            history=committed,
+            pieces=Speller(job.tokenizer).pieces(token_ids),
+            answer_tokens=length,
+            text=text,
+            expected=job.expected,
+            answer_found=None if job.expected is None else answer_found(text, job.expected),
+            peak_memory_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
+            backend=None if run is None else run.backend,
+            backend_reason=None if run is None else run.backend_reason,
+        )
 
 
 def generate(job: Job, clock: StepClock) -> Tensor:

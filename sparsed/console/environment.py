@@ -18,7 +18,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "sparsed": _version(),
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "platform": platform.platform(),

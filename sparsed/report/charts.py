@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from .summary import LABELS
+from .record import Layer, Phase, RunRecord
+from .summary import LABELS, attention
 
 # the name of each phase, and what its steps compute
 PHASES = {
@@ -11,6 +12,7 @@ PHASES = {
     "selection": ("selection", "full attention and selection"),
     "sparse_steps": ("sparse steps", "sparse attention"),
 }
+KINDS = {Phase.FULL: "full_steps", Phase.SELECTING: "selection", Phase.SPARSE: "sparse_steps"}
 SHORTEST = 1e-6  # seconds that a scale spans at least
 
 
@@ -28,39 +30,38 @@ def ticks(highest: float) -> list[float]:
     return [step * index for index in range(math.ceil(highest / step * (1 - 1e-9)) + 1)]
 
 
-def step_chart(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def step_chart(runs: list[RunRecord]) -> dict[str, Any]:
     """One row of bars a run, a bar a step, all to one scale.
 
     Returns:
-        `ticks` (y, label), `rows`: the label and the bars (x, y, width, height, phase, title) of each run, and
-        `legend`: the phases among them, with what they compute.
+        `ticks` (y, label), `rows`: the label and the bars (x, y, width, height, phase, title) of each run,
+        `steps`: of the longest run, and `legend`: the phases among the bars, with what they compute.
     """
-    marks = ticks(max(SHORTEST, *(max(run["step_seconds"]) for run in runs)))
-    rows: list[dict[str, Any]] = [{"label": LABELS[run["mode"]], "bars": _step_bars(run, marks[-1])} for run in runs]
-    drawn = {bar["phase"] for row in rows for bar in row["bars"]}
+    steps = max(len(run.forwards) for run in runs)
+    marks = ticks(max(SHORTEST, *(forward.seconds for run in runs for forward in run.forwards)))
+    bars = [_step_bars(run, steps, marks[-1]) for run in runs]
+    rows = [{"label": LABELS[run.mode], "bars": own} for run, own in zip(runs, bars, strict=True)]
+    drawn = {bar["phase"] for own in bars for bar in own}
     legend = [(phase, text) for phase, (_, text) in PHASES.items() if phase in drawn]
-    return {"ticks": _tick_marks(marks, duration), "rows": rows, "legend": legend}
+    return {"ticks": _tick_marks(marks, duration), "rows": rows, "steps": steps, "legend": legend}
 
 
-def _step_bars(run: dict[str, Any], highest: float) -> list[dict[str, Any]]:
-    steps, n_full = run["step_seconds"], run["full_steps"]
-    selects = n_full - 1 if run["density"] is not None else None
+def _step_bars(run: RunRecord, steps: int, highest: float) -> list[dict[str, Any]]:
     bars = []
-    for index, seconds in enumerate(steps):
-        phase = "selection" if index == selects else "full_steps" if index < n_full else "sparse_steps"
-        what = f"step {index + 1}: {duration(seconds)}" if seconds else f"step {index + 1}: ran no model"
-        bars.append(_bar(index, len(steps), seconds / highest, phase, what))
+    for index, (forward, kind) in enumerate(zip(run.forwards, attention(run.forwards), strict=True)):
+        what = duration(forward.seconds) if forward.seconds else "ran no model"
+        bars.append(_bar(index, steps, forward.seconds / highest, KINDS[kind], f"step {index + 1}: {what}"))
     return bars
 
 
-def layer_chart(layers: list[dict[str, float]]) -> dict[str, Any]:
+def layer_chart(layers: list[Layer]) -> dict[str, Any]:
     """For each layer the share of pairs that it reads, and of the attention that these hold, as two bars."""
     marks = [0, 0.25, 0.5, 0.75, 1]
     bars = []
     for index, layer in enumerate(layers):
-        what = f"layer {index}: reads {layer['density']:.1%} of the pairs, which hold {layer['recall']:.1%}"
-        bars.append(_bar(index, len(layers), layer["recall"], "recall", what))
-        bars.append(_bar(index, len(layers), layer["density"], "density", what))
+        what = f"layer {index}: reads {layer.density:.1%} of the pairs, which hold {layer.recall:.1%}"
+        bars.append(_bar(index, len(layers), layer.recall, "recall", what))
+        bars.append(_bar(index, len(layers), layer.density, "density", what))
     return {"ticks": _tick_marks(marks, "{:.0%}".format), "rows": [{"label": "", "bars": bars}]}
 
 
@@ -83,18 +84,18 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3f}%"
 
 
-def time_bars(runs: list[dict[str, Any]], seconds: dict[str, dict[str, float | None]]) -> list[dict[str, Any]]:
+def time_bars(runs: list[RunRecord], seconds: dict[str, dict[str, float | None]]) -> list[dict[str, Any]]:
     """One bar a run, as long as its time, in parts for the phases that it has."""
-    longest = max(SHORTEST, *(run["seconds"] for run in runs))
+    longest = max(SHORTEST, *(run.seconds for run in runs))
     bars = []
     for run in runs:
         parts, left = [], 0.0
         for phase, (name, _) in PHASES.items():
-            share = max(0.0, seconds[run["mode"]][phase] or 0.0) / longest
+            share = max(0.0, seconds[run.mode][phase] or 0.0) / longest
             # of full attention's steps, those that SparseD makes sparse are full too
-            kind = "full_steps" if run["mode"] == "origin" else phase
+            kind = "full_steps" if run.mode == "origin" else phase
             title = f"{name}: {duration(share * longest)}"
             parts.append({"x": _percent(left), "width": _percent(share), "phase": kind, "title": title})
             left += share
-        bars.append({"label": LABELS[run["mode"]], "total": duration(run["seconds"]), "parts": parts})
+        bars.append({"label": LABELS[run.mode], "total": duration(run.seconds), "parts": parts})
     return bars

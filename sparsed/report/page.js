@@ -1,12 +1,14 @@
 "use strict";
 
+const PHASES = { full: "full attention", selecting: "full attention, selection", sparse: "sparse attention" };
+
 /** Replays the denoising: the slider's step decides which tokens stand in each panel. */
 function replay(runs) {
   const slider = document.getElementById("step");
   const number = document.getElementById("step-number");
   const play = document.getElementById("play");
   const panels = [...document.querySelectorAll(".tokens")].map((panel, index) => new Panel(panel, runs[index]));
-  const steps = runs[0].history.length;
+  const steps = Number(slider.max);
   let timer = null;
 
   function show() {
@@ -61,7 +63,7 @@ class Panel {
       token.className = there ? this.classes(position, at === step, probability) : "token mask";
       token.title = there ? describe(this.run.pieces[position], position, at, probability) : "";
     });
-    const seconds = this.run.step_seconds.slice(0, step).reduce((sum, value) => sum + value, 0);
+    const seconds = this.run.seconds.slice(0, step).reduce((sum, value) => sum + value, 0);
     this.state.textContent = `${this.phase(step)}; ${count} of ${this.tokens.length} tokens, ${seconds.toFixed(2)} s`;
   }
 
@@ -76,10 +78,9 @@ class Panel {
     return `token ${shade(probability)}${after}${isNew ? " new" : ""}`;
   }
 
+  /** A run of fewer steps than the other has ended before the slider has. */
   phase(step) {
-    if (step === 0) return "all masked";
-    if (step > this.run.full_steps) return "sparse attention";
-    return this.run.chose && step === this.run.full_steps ? "full attention, selection" : "full attention";
+    return step ? PHASES[this.run.phases[step - 1]] ?? "at its end" : "all masked";
   }
 }
 

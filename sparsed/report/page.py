@@ -5,24 +5,25 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from msgspec import UNSET, structs
 
 from .charts import PHASES, duration, layer_chart, step_chart, time_bars
-from .fields import check_record
-from .summary import LABELS, compare_times, compare_tokens, repeats_line, single_times, stretches, verdict
+from .record import Record, RunRecord, read
+from .summary import LABELS, attention, compare_times, compare_tokens, repeats_line, single_times, stretches, verdict
 
 FOLDER = Path(__file__).parent
 
 
-def page(record: dict[str, Any]) -> str:
+def page(record: Any) -> str:
     """The page, as HTML that needs no other file and no network.
 
     Args:
-        record: what `--json` writes, of this version or an earlier one.
+        record: the JSON value that `--json` writes, of this version or an earlier one.
 
     Raises:
         ValueError: it is something else; names the field.
     """
-    check_record(record)
+    found = read(record)
     templates = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -34,69 +35,74 @@ def page(record: dict[str, Any]) -> str:
     return templates.get_template("page.html").render(
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
-        record=record,
-        **_view(record["runs"], record),
+        record=found,
+        **_view(found.runs, found),
     )
 
 
-def _view(runs: list[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:
+def _view(runs: list[RunRecord], record: Record) -> dict[str, Any]:
     """All that the template shows beside the record itself."""
     first, last = runs[0], runs[-1]
     compared = len(runs) == 2
-    has_history = all("history" in run for run in runs)
+    has_history = all(run.history for run in runs)
     tokens = compare_tokens(*runs) if compared and has_history else None
     times = compare_times(*runs) if compared else single_times(first)
-    lines = [] if tokens is None else verdict(tokens, first["expected"], [run["answer_found"] for run in runs])
+    lines = [] if tokens is None else verdict(tokens, first.expected, [run.answer_found for run in runs])
     different = [] if tokens is None else tokens["different_positions"]
     return {
         "title": _title(record),
         "tokens": tokens,
         "speedup": times["speedup"],
         "verdict": [f"{line[0].upper()}{line[1:]}." for line in lines],
-        "answers": [stretches(run, different) if "pieces" in run else [(False, run["text"])] for run in runs],
-        "labels": [LABELS[run["mode"]] for run in runs],
+        "answers": [stretches(run, different) if run.pieces else [(False, run.text)] for run in runs],
+        "labels": [LABELS[run.mode] for run in runs],
+        "step_counts": " and ".join(dict.fromkeys(f"{len(run.forwards):,}" for run in runs)),
         "steps": step_chart(runs),
         "times": {"bars": time_bars(runs, times["seconds"]), "rows": _time_rows(record, times)},
-        "layers": layer_chart(last["layers"]) if last.get("layers") else None,
-        "layer_rows": last.get("layers") or [],
+        "layers": layer_chart(last.layers) if last.layers else None,
+        "layer_rows": last.layers or [],
+        "keeps_pattern": last.pattern is not UNSET,
         "replay": [_replay(run) for run in runs] if has_history else None,
         "pattern": _pattern(last),
     }
 
 
-def _title(record: dict[str, Any]) -> str:
-    arguments = record["arguments"]
-    path = str(arguments.get("model_path", "a model"))
-    model = f"{Path(path).name} demo checkpoint" if arguments.get("demo") else path
-    return f"{model}: {' and '.join(LABELS[run['mode']] for run in record['runs'])}"
+def _title(record: Record) -> str:
+    path = str(record.arguments.get("model_path", "a model"))
+    model = f"{Path(path).name} demo checkpoint" if record.arguments.get("demo") else path
+    return f"{model}: {' and '.join(LABELS[run.mode] for run in record.runs)}"
 
 
-def _time_rows(record: dict[str, Any], times: dict[str, Any]) -> list[tuple[str, list[float | None], float | None]]:
+def _time_rows(record: Record, times: dict[str, Any]) -> list[tuple[str, list[float | None], float | None]]:
     """Name, seconds of each run, speed-up; first the timed phases, then what is not counted."""
-    runs, names = record["runs"], {phase: name for phase, (name, _) in PHASES.items()} | {"whole": "whole run"}
+    runs, names = record.runs, {phase: name for phase, (name, _) in PHASES.items()} | {"whole": "whole run"}
     rows = [
-        (name, [times["seconds"][run["mode"]][phase] for run in runs], times["speedup"].get(phase))
+        (name, [times["seconds"][run.mode][phase] for run in runs], times["speedup"].get(phase))
         for phase, name in names.items()
     ]
-    uncounted = {
-        "compile, not counted": [run["compile_seconds"] + run["warmup_compile_seconds"] or None for run in runs],
-        "warm-up runs, not counted": [sum(run["warmup_seconds"]) or None for run in runs],
-        "loading, once": [record["load_seconds"]],
-        "first forward pass, once": [record["first_forward_seconds"]],
+    uncounted: dict[str, list[float | None]] = {
+        "compile, not counted": [run.compile_seconds + run.warmup_compile_seconds or None for run in runs],
+        "warm-up runs, not counted": [sum(run.warmup_seconds) or None for run in runs],
+        "loading, once": [record.load_seconds],
+        "first forward pass, once": [record.first_forward_seconds],
     }
     return rows + [(name, seconds, None) for name, seconds in uncounted.items()]
 
 
-def _replay(run: dict[str, Any]) -> dict[str, Any]:
+def _replay(run: RunRecord) -> dict[str, Any]:
     """What the page's script needs of a run to replay it."""
-    wanted = ("history", "pieces", "answer_tokens", "step_seconds", "full_steps")
-    return {name: run[name] for name in wanted} | {"chose": run["density"] is not None}
+    return {
+        "history": run.history,
+        "pieces": run.pieces,
+        "answer_tokens": run.answer_tokens,
+        "seconds": [forward.seconds for forward in run.forwards],
+        "phases": attention(run.forwards),
+    }
 
 
-def _pattern(run: dict[str, Any]) -> dict[str, Any] | None:
+def _pattern(run: RunRecord) -> dict[str, Any] | None:
     """The pattern, with the first block that belongs to the generated region."""
-    pattern = run.get("pattern")
-    if pattern is None:
+    if not (pattern := run.pattern):
         return None
-    border = min(-(-pattern["prompt_tokens"] // pattern["block_size"]), pattern["key_blocks"] - 1)
-    return {**pattern, "border": border / pattern["key_blocks"]}
+    border = min(-(-pattern.prompt_tokens // pattern.block_size), pattern.key_blocks - 1)
+    return {**structs.asdict(pattern), "border": border / pattern.key_blocks}

@@ -1,125 +1,153 @@
 """What a record says: the phases of a run, its repeats, how two runs differ, and the lines that say so."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from statistics import median
 from typing import Any
 
+from msgspec import UNSET, structs
+
+from .record import Forward, Phase, Repeats, RunRecord, prefix
+
 LABELS = {"origin": "full attention", "sparsed": "SparseD"}
+ORDER = (Phase.FULL, Phase.SELECTING, Phase.SPARSE)
 
 
-def phases(run: dict[str, Any]) -> dict[str, float | None]:
+def attention(forwards: Sequence[Forward]) -> list[Phase]:
+    """Full, selecting or sparse for each step: an idle one counts as sparse once blocks are chosen, else as full."""
+    kinds, idle = [], Phase.FULL
+    for forward in forwards:
+        idle = Phase.SPARSE if forward.phase == Phase.SELECTING else idle
+        kinds.append(idle if forward.phase == Phase.IDLE else forward.phase)
+    return kinds
+
+
+def phases(run: RunRecord) -> dict[str, float | None]:
     """Seconds of a run's full steps (without the selection), of the selection, and of its sparse steps.
 
     The selection is None where no pattern was chosen, or where there is no other full step to compare with; its time
     then counts as that of a full step.
     """
-    steps, n_full = run["step_seconds"], run["full_steps"]
-    selection = run["selection_seconds"]
-    if selection is not None:
-        selection = max(0.0, selection)  # a difference of noisy times
+    kinds = attention(run.forwards)
+    full, selecting, sparse = (_seconds(kind, kinds, run.forwards) for kind in ORDER)
+    # earlier versions call a step selecting that found every block to be kept, but record no time for it
+    selection = selection_seconds(run.forwards) if run.selection_seconds is UNSET else run.selection_seconds
+    selection = selection and max(0.0, selection)  # a difference of noisy times
     return {
-        "full_steps": sum(steps[:n_full]) - (selection or 0.0),
+        "full_steps": full + selecting - (selection or 0.0),
         "selection": selection,
-        "sparse_steps": sum(steps[n_full:]) if n_full < len(steps) else None,
+        "sparse_steps": sparse if Phase.SPARSE in kinds else None,
     }
 
 
-def selection_seconds(step_seconds: list[float], n_full: int) -> float | None:
-    """How much longer the selecting step took than the median of the other full steps; None if there are none."""
-    others = [seconds for seconds in step_seconds[: n_full - 1] if seconds > 0]  # a step that ran no model took 0.0
-    if not others or n_full == len(step_seconds):
-        return None
-    return step_seconds[n_full - 1] - median(others)
+def _seconds(kind: Phase, kinds: list[Phase], forwards: Sequence[Forward]) -> float:
+    """Seconds of the forwards that stand where `kinds` has this one."""
+    return sum(forward.seconds for forward, found in zip(forwards, kinds, strict=True) if found == kind)
 
 
-def typical(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def selection_seconds(forwards: Sequence[Forward]) -> float | None:
+    """How much longer selecting forwards took than full ones of as many rows, by median; None without one of each."""
+    selecting = [forward for forward in forwards if forward.phase == Phase.SELECTING]
+    sizes = {forward.rows for forward in selecting}
+    full = [forward.seconds for forward in forwards if forward.phase == Phase.FULL and forward.rows in sizes]
+    return sum(forward.seconds - median(full) for forward in selecting) if full and selecting else None
+
+
+def schedule(forwards: Sequence[Forward]) -> dict[str, Any]:
+    """What a record says beside `forwards` if they are a prefix of full ones, the last selecting, then sparse ones."""
+    kinds = attention(forwards)
+    n_full, seconds = len(kinds) - kinds.count(Phase.SPARSE), [forward.seconds for forward in forwards]
+    if kinds != prefix([True] * len(kinds), n_full, Phase.SELECTING in kinds):
+        return {}
+    return {"step_seconds": seconds, "full_steps": n_full, "selection_seconds": selection_seconds(forwards)}
+
+
+def typical(runs: list[RunRecord]) -> RunRecord:
     """The median run by time (of an even number, the faster of the two middle ones), with all of them as `repeats`.
 
-    `repeats` holds the `seconds` of each in the order they were run, their `median` (the chosen run's), their `spread`
-    (slowest less fastest), and `same_tokens`: whether all made the same tokens. `compile_seconds` are those of all.
+    `repeats.seconds` are in the order they were run; `compile_seconds` are those of all.
     """
-    chosen = sorted(runs, key=lambda run: run["seconds"])[(len(runs) - 1) // 2]
-    seconds = [run["seconds"] for run in runs]
-    repeats = {
-        "seconds": seconds,
-        "median": chosen["seconds"],
-        "spread": max(seconds) - min(seconds),
-        "same_tokens": all(run["token_ids"] == chosen["token_ids"] for run in runs),
-    }
-    return {**chosen, "compile_seconds": sum(run["compile_seconds"] for run in runs), "repeats": repeats}
+    chosen = sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]
+    seconds = [run.seconds for run in runs]
+    same = all(run.token_ids == chosen.token_ids for run in runs)
+    repeats = Repeats(seconds, chosen.seconds, max(seconds) - min(seconds), same)
+    return structs.replace(chosen, compile_seconds=sum(run.compile_seconds for run in runs), repeats=repeats)
 
 
-def compare(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, Any]:
+def compare(origin: RunRecord, sparsed: RunRecord) -> dict[str, Any]:
     """How two runs on the same prompt differ, in tokens and in time."""
-    return {**compare_tokens(origin, sparsed), "density": sparsed["density"], **compare_times(origin, sparsed)}
+    return {**compare_tokens(origin, sparsed), "density": sparsed.density, **compare_times(origin, sparsed)}
 
 
-def compare_tokens(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, Any]:
+def compare_tokens(origin: RunRecord, sparsed: RunRecord) -> dict[str, Any]:
     """How the answers differ: as texts, and token by token.
 
     `tokens` and `tokens_equal` count the whole generated region, `answer_tokens` and `answer_tokens_equal` what stands
     before the longer answer's end.
     """
-    pairs = list(zip(origin["token_ids"], sparsed["token_ids"], strict=True))
+    pairs = list(zip(origin.token_ids, sparsed.token_ids, strict=True))
     different = [position for position, (one, other) in enumerate(pairs) if one != other]
     first = different[0] if different else None
-    length = max(origin["answer_tokens"], sparsed["answer_tokens"])
+    length = max(run.answer_tokens or 0 for run in (origin, sparsed))
     return {
-        "same_answer": origin["text"] == sparsed["text"],
+        "same_answer": origin.text == sparsed.text,
         "answer_tokens": length,
         "answer_tokens_equal": length - sum(position < length for position in different),
         "tokens": len(pairs),
         "tokens_equal": len(pairs) - len(different),
         "different_positions": different,
         "first_difference": first,
-        "first_different_texts": None if first is None else [run["pieces"][first] for run in (origin, sparsed)],
+        "first_different_texts": None if first is None else [run.pieces[first] for run in (origin, sparsed)],
     }
 
 
-def compare_times(origin: dict[str, Any], sparsed: dict[str, Any]) -> dict[str, Any]:
+def compare_times(origin: RunRecord, sparsed: RunRecord) -> dict[str, Any]:
     """`seconds` of each mode, and `speedup`, full attention's time over SparseD's.
 
-    Both for the whole run, and for each phase of the SparseD run and the same steps of the full run.
+    Both for the whole run, and for each phase of the SparseD run and the same steps of the full run. If the two have
+    different numbers of steps, no steps are the same: the phases are each run's own, and have no speed-up.
     """
-    n_full = sparsed["full_steps"]
-    before = origin["step_seconds"]
-    same = {"full_steps": sum(before[:n_full]), "selection": None, "sparse_steps": sum(before[n_full:]) or None}
-    one, other = same | {"whole": origin["seconds"]}, phases(sparsed) | {"whole": sparsed["seconds"]}
-    pairs = [(phase, one[phase], other[phase]) for phase in one]
+    one, other = phases(origin), phases(sparsed)
+    alike = len(origin.forwards) == len(sparsed.forwards)
+    if alike:
+        full, selecting, sparse = (_seconds(kind, attention(sparsed.forwards), origin.forwards) for kind in ORDER)
+        one = {"full_steps": full + selecting, "selection": None, "sparse_steps": sparse or None}
+    one, other = one | {"whole": origin.seconds}, other | {"whole": sparsed.seconds}
+    pairs = [(phase, one[phase] if alike or phase == "whole" else None, other[phase]) for phase in one]
     speedup = {phase: long / short if long is not None and short else None for phase, long, short in pairs}
     return {"seconds": {"origin": one, "sparsed": other}, "speedup": speedup}
 
 
-def single_times(run: dict[str, Any]) -> dict[str, Any]:
+def single_times(run: RunRecord) -> dict[str, Any]:
     """The same of a run that there is no other to compare with."""
-    return {"seconds": {run["mode"]: {**phases(run), "whole": run["seconds"]}}, "speedup": {}}
+    return {"seconds": {run.mode: {**phases(run), "whole": run.seconds}}, "speedup": {}}
 
 
-def stretches(run: dict[str, Any], different: list[int]) -> list[tuple[bool, str]]:
+def stretches(run: RunRecord, different: list[int]) -> list[tuple[bool, str]]:
     """A run's answer in stretches of text, each with whether its tokens differ from the other run's."""
     marked = set(different)
-    tokens = [(position in marked, piece) for position, piece in enumerate(run["pieces"][: run["answer_tokens"]])]
+    tokens = [(position in marked, piece) for position, piece in enumerate(run.pieces[: run.answer_tokens])]
     groups = groupby(tokens, key=lambda token: token[0])
     return [(differs, "".join(piece for _, piece in group)) for differs, group in groups]
 
 
-def run_lines(run: dict[str, Any]) -> list[str]:
+def run_lines(run: RunRecord) -> list[str]:
     """One run's times, density and backend, as they are printed."""
-    seconds, steps = phases(run), len(run["step_seconds"])
-    parts = [f"{_counted(run['full_steps'], 'full step')} {seconds['full_steps']:.2f} s"]
+    seconds, sparse = phases(run), attention(run.forwards).count(Phase.SPARSE)
+    parts = [f"{_counted(len(run.forwards) - sparse, 'full step')} {seconds['full_steps']:.2f} s"]
     if seconds["selection"] is not None:
         parts.append(f"selection {seconds['selection']:.2f} s")
     if seconds["sparse_steps"] is not None:
-        parts.append(f"{_counted(steps - run['full_steps'], 'sparse step')} {seconds['sparse_steps']:.2f} s")
-    lines = [f"{LABELS[run['mode']]}: {run['seconds']:.2f} s ({', '.join(parts)})"]
-    if len(run["repeats"]["seconds"]) > 1:
-        lines.append(f"  {repeats_line(run['repeats'])}")
-    if run["compile_seconds"]:
-        lines.append(f"  first use of the kernel, not counted: {run['compile_seconds']:.2f} s")
-    if run["density"] is not None:
-        lines.append(f"  density {run['density']:.1%} of the (query, key) pairs")
-    if run["backend"] is not None:
-        lines.append(f"  backend {run['backend']} ({run['backend_reason']})")
+        parts.append(f"{_counted(sparse, 'sparse step')} {seconds['sparse_steps']:.2f} s")
+    lines = [f"{LABELS[run.mode]}: {run.seconds:.2f} s ({', '.join(parts)})"]
+    if run.repeats is not None and len(run.repeats.seconds) > 1:
+        lines.append(f"  {repeats_line(run.repeats)}")
+    if run.compile_seconds:
+        lines.append(f"  first use of the kernel, not counted: {run.compile_seconds:.2f} s")
+    if run.density is not None:
+        lines.append(f"  density {run.density:.1%} of the (query, key) pairs")
+    if run.backend is not None:
+        lines.append(f"  backend {run.backend} ({run.backend_reason})")
     return lines
 
 
@@ -127,16 +155,16 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def expected_line(run: dict[str, Any]) -> str:
+def expected_line(run: RunRecord) -> str:
     """Whether a run's answer holds the expected one, as it is printed."""
-    return f"  expected answer {run['expected']!r}: {'found' if run['answer_found'] else 'not found'}"
+    return f"  expected answer {run.expected!r}: {'found' if run.answer_found else 'not found'}"
 
 
-def repeats_line(repeats: dict[str, Any]) -> str:
+def repeats_line(repeats: Repeats) -> str:
     """The times of several runs, and whether they agree, in one line."""
-    seconds = repeats["seconds"]
+    seconds = repeats.seconds
     line = f"median of {len(seconds)} runs, which took {min(seconds):.2f} to {max(seconds):.2f} s"
-    return line if repeats["same_tokens"] else f"{line}; their tokens differ, with the same seed"
+    return line if repeats.same_tokens else f"{line}; their tokens differ, with the same seed"
 
 
 def verdict(comparison: dict[str, Any], expected: str | None, found: list[bool | None]) -> list[str]:
@@ -163,14 +191,14 @@ def verdict(comparison: dict[str, Any], expected: str | None, found: list[bool |
     return lines
 
 
-def comparison_lines(origin: dict[str, Any], sparsed: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
+def comparison_lines(origin: RunRecord, sparsed: RunRecord, comparison: dict[str, Any]) -> list[str]:
     """The comparison of two runs as it is printed: the answers with what differs between [[ and ]], and the times."""
-    lines = verdict(comparison, origin["expected"], [origin["answer_found"], sparsed["answer_found"]])
+    lines = verdict(comparison, origin.expected, [origin.answer_found, sparsed.answer_found])
     if comparison["different_positions"]:
         for run in (origin, sparsed):
             parts = stretches(run, comparison["different_positions"])
             text = "".join(f"[[{text}]]" if differs else text for differs, text in parts)
-            lines.append(f"  {LABELS[run['mode']]}: {' '.join(text.split())}")
+            lines.append(f"  {LABELS[run.mode]}: {' '.join(text.split())}")
     lines.append(f"{'':14}{'full attention':>16}{'SparseD':>12}{'speed-up':>10}")
     for phase, speedup in comparison["speedup"].items():
         one, other = (_cell(comparison["seconds"][mode][phase], " s") for mode in LABELS)
