@@ -14,6 +14,7 @@ from .common import DiffusionLM
 from .description import DESCRIPTION_FILES, read_config
 from .dream import DreamConfig, DreamLayer, DreamModel
 from .files import checkpoint_folder
+from .illada import ILLaDAConfig, ILLaDAModel
 from .llada import LLaDABlock, LLaDAConfig, LLaDAModel
 from .special_ids import with_special_ids
 from .weights import WEIGHT_FILES, checked_weights, fill
@@ -22,6 +23,7 @@ from .weights import WEIGHT_FILES, checked_weights, fill
 MODELS: dict[str, tuple[Any, Any]] = {
     "Dream": (DreamConfig, DreamModel),
     "llada": (LLaDAConfig, LLaDAModel),
+    "illada": (ILLaDAConfig, ILLaDAModel),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GIB = 2**30
