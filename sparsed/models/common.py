@@ -94,7 +94,8 @@ def with_plain_rope(values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(rope, dict):
             raise ValueError(f"config.json: '{key}' must be null or an object, got {shown(rope)}")
         for name, value in rope.items():
-            plain = ("default",) if name in ("type", "rope_type") else (None, 1)
+            # some copies say linear, by a factor of one
+            plain = ("default", "linear") if name in ("type", "rope_type") else (None, 1)
             if name != "rope_theta" and value not in plain:
                 advice = (
                     "only plain rotary embeddings are computed; where the weights were made for those, set it to null"
