@@ -124,6 +124,11 @@ def test_an_id_outside_of_the_vocabulary_is_named_with_its_file(dream_folder, fi
     assert loaded(dream_folder).eos_token_id == EOS
 
 
+def test_the_gathered_ends_cannot_be_written_down(dream_folder):
+    edit(dream_folder / "config.json", end_token_ids=None)
+    refused(dream_folder, "'end_token_ids'")
+
+
 def test_one_mask_only(dream_folder):
     edit(dream_folder / "config.json", mask_token_id=[96])
     refused(dream_folder, "config.json: 'mask_token_id'", "[96]")

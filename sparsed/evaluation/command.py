@@ -19,6 +19,7 @@ from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
 from ..models.description import DESCRIPTION_FILES
 from ..models.files import checkpoint_folder
+from ..models.loading import model_family
 from ..prompts import demo_path
 from ..sampling.common import Step
 from . import plots
@@ -44,6 +45,7 @@ def evaluate(args: Arguments) -> None:
     source = "--demo" if args.demo else "--model_path"
     with blame(args, source):
         path = str(demo_path(args.demo)) if args.demo else str(args.model_path)
+        model_family(path)  # what is not supported is said before its tokenizer is missed
         tokenizer = load_tokenizer(path)
     with blame(args, source, (ChatTemplateError,)):
         batches = plan(args, tokenizer)

@@ -67,8 +67,6 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
             wanted = f"a positive number of at most {largest:.1e}"
             raise ValueError(f"config.json: '{name}' must be {wanted}, got {shown(value)}")
         return float(value)
-    elif not isinstance(value, tuple):  # which nothing in JSON is
-        raise ValueError(f"config.json: '{name}' must not be there, it is gathered from the other ids")
     return value
 
 

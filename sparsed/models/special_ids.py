@@ -29,6 +29,8 @@ def with_special_ids(values: dict[str, Any], folder: Path, names: Iterable[str])
     Raises:
         ValueError: a value that is no id, an id outside the vocabulary, or no mask anywhere (the line names the file).
     """
+    if "end_token_ids" in values:
+        raise ValueError("config.json: 'end_token_ids' must not be there, it is gathered from the other ids")
     sources = {
         "config.json": values,
         "generation_config.json": optional_json(folder / "generation_config.json"),
@@ -42,7 +44,7 @@ def with_special_ids(values: dict[str, Any], folder: Path, names: Iterable[str])
     missing = [name for name in wanted if not any(ids[name] for ids in named.values())]
     if missing and has_tokenizer(folder):
         named["the tokenizer"] = _tokenizer_ids(folder)
-    found = {"end_token_ids": tuple(sorted(ends)), **values}
+    found = {**values, "end_token_ids": tuple(sorted(ends))}
     for name in wanted:
         found[name] = _first(name, named, values.get("vocab_size"))
     if found[MASK] is None:
@@ -54,11 +56,13 @@ def with_special_ids(values: dict[str, Any], folder: Path, names: Iterable[str])
 
 
 def _ids(source: str, name: str, value: Any) -> list[int]:
-    ids = value if isinstance(value, list) and value and name != MASK else [] if value is None else [value]
-    for index in ids:
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= LARGEST:
-            wanted = f"a whole number from 0 to {LARGEST}" + (" or a list of them" if name != MASK else "")
-            raise ValueError(f"{source}: '{name}' must be {wanted}, got {shown(value)}")
+    """The ids that a file's value means: none, one, or of an end a list of them."""
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) and name != MASK else [value]
+    if not ids or not all(type(index) is int and 0 <= index <= LARGEST for index in ids):
+        wanted = f"a whole number from 0 to {LARGEST}" + (" or a list of them" if name != MASK else "")
+        raise ValueError(f"{source}: '{name}' must be {wanted}, got {shown(value)}")
     return ids
 
 
