@@ -1,6 +1,6 @@
 """The ids of a checkpoint's special tokens, gathered from its files: config.json may name few of them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -16,7 +16,7 @@ MASK = "mask_token_id"
 ENDS = ("eos_token_id", "eot_token_id", "pad_token_id")
 
 
-def with_special_ids(values: dict[str, Any], folder: Path, names: Iterable[str]) -> dict[str, Any]:
+def with_special_ids(values: dict[str, Any], folder: Path, names: Collection[str]) -> dict[str, Any]:
     """config.json's dict with one id for each special token: that of the first source that names one.
 
     The sources are config.json, generation_config.json and the tokenizer. All that the two files name as ends of an
@@ -40,7 +40,7 @@ def with_special_ids(values: dict[str, Any], folder: Path, names: Iterable[str])
         for source, content in sources.items()
     }
     ends = {index for ids in named.values() for name in ENDS for index in ids[name]}
-    wanted = {name for name in names if name in (MASK, *ENDS)}
+    wanted = [name for name in (MASK, *ENDS) if name in names]
     missing = [name for name in wanted if not any(ids[name] for ids in named.values())]
     if missing and has_tokenizer(folder):
         named["the tokenizer"] = _tokenizer_ids(folder)

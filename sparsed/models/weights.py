@@ -119,9 +119,9 @@ def _read_headers(files: list[Path]) -> dict[str, Stored]:
 
 def _unwrapped(stored: dict[str, Stored], known: set[str]) -> dict[str, Stored]:
     """The tensors by their names without what wrappers added to them."""
-    names = dict.fromkeys(stored, "")
-    for name in stored:
-        names[name] = functools.reduce(lambda bare, wrapper: bare.replace(wrapper, ""), INNER_WRAPPERS, name)
+    names = {
+        name: functools.reduce(lambda bare, wrapper: bare.replace(wrapper, ""), INNER_WRAPPERS, name) for name in stored
+    }
     while names and not known & set(names.values()):
         shared = [outer for outer in OUTER_WRAPPERS if all(bare.startswith(outer) for bare in names.values())]
         if not shared:
