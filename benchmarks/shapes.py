@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from sparsed.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModel
+from sparsed.models.loading import MODELS
 
 DREAM_7B = {
     "model_type": "Dream",
@@ -35,29 +35,44 @@ LLADA_8B = {
     "pad_token_id": 126081,
     "eos_token_id": 126081,
 }
+# rms_norm_eps and rope_theta are not known here, and change no time
+ILLADA_8B = {
+    "model_type": "illada",
+    "vocab_size": 155136,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 8192,
+    "mask_token_id": 5,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+SHAPES: dict[str, dict[str, Any]] = {"dream": DREAM_7B, "llada": LLADA_8B, "illada": ILLADA_8B}
 
 
 def published_config(family: str) -> dict[str, Any]:
-    """The sizes in the published config.json of "dream" (7B) or "llada" (8B)."""
-    return DREAM_7B if family == "dream" else LLADA_8B
+    """The sizes in the published config.json of "dream" (7B), "llada" or "illada" (8B)."""
+    return SHAPES[family]
 
 
 def attention_shape(family: str) -> tuple[int, int, int]:
     """Query heads, key heads and head size of the published shape."""
-    names = {
-        "dream": ("num_attention_heads", "num_key_value_heads", "hidden_size"),
-        "llada": ("n_heads", "n_kv_heads", "d_model"),
-    }
-    heads, kv_heads, width = (published_config(family)[name] for name in names[family])
-    return heads, kv_heads, width // heads
+    values = published_config(family)
+    sizes = MODELS[values["model_type"]][0].from_dict(values).sizes
+    head_dim = sizes.width // sizes.heads
+    return sizes.heads, sizes.kv_width // head_dim, head_dim
 
 
 def meta_model(family: str) -> torch.nn.Module:
-    """The published shape of "dream" (7B) or "llada" (8B), without memory."""
+    """The published shape of "dream" (7B), "llada" or "illada" (8B), without memory."""
+    values = published_config(family)
+    config_class, model_class = MODELS[values["model_type"]]
     with torch.device("meta"):
-        if family == "dream":
-            return DreamModel(DreamConfig.from_dict(DREAM_7B))
-        return LLaDAModel(LLaDAConfig.from_dict(LLADA_8B))
+        return model_class(config_class.from_dict(values))
 
 
 def random_weight(shape: torch.Size, device: torch.device) -> torch.Tensor:
@@ -70,6 +85,7 @@ def random_weight(shape: torch.Size, device: torch.device) -> torch.Tensor:
 def random_model(family: str, device: torch.device) -> torch.nn.Module:
     """The published shape with random weights, made on the device."""
     model = meta_model(family).to(torch.bfloat16)
-    weights = {name: random_weight(p.shape, device) for name, p in model.state_dict().items()}
+    made = {id(p): random_weight(p.shape, device) for p in model.parameters()}  # one for a tied head and embedding
+    weights = {name: made[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)

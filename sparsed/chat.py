@@ -50,10 +50,13 @@ def encode_chat(tokenizer: Any, text: str) -> list[int]:
 
 
 def stop_ids(config: Any, tokenizer: Any) -> set[int]:
-    """The ids at which an answer ends: the model's EOS and pad, and the ends of a chat turn that the tokenizer has."""
+    """The ids at which an answer ends: what the model's config or the tokenizer calls EOS or pad, the first being what
+    config.json and generation_config.json name, and the ends of a chat turn that the tokenizer has."""
     vocabulary = tokenizer.get_vocab()
     ends = {vocabulary[token] for token in CHAT_ENDS if token in vocabulary}
-    return ends | {config.eos_token_id, config.pad_token_id}
+    named = {config.eos_token_id, config.pad_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    # configs of other packages name one id of a kind
+    return (ends | named | {*getattr(config, "end_token_ids", ())}) - {None}
 
 
 def answer_length(token_ids: list[int], stops: set[int]) -> int:

@@ -1,5 +1,6 @@
 """The model `sparsed` of lm-evaluation-harness: options, answers, scores, the harness' own command line."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -165,6 +166,14 @@ def test_add_bos_token_adds_one_where_there_is_none(make):
     other = make(origin=True)
     other.tokenizer.bos_token = "<|endoftext|>"
     assert other.tok_encode("ab") == lm.tokenizer.encode("ab")
+
+
+def test_a_target_alone_needs_a_token_before_it(make):
+    lm = make(origin=True)
+    assert lm.prefix_token_id == lm.model.config.eos_token_id
+    lm.model.config = dataclasses.replace(lm.model.config, eos_token_id=None)
+    with pytest.raises(ValueError, match="bos_token, or an 'eos_token_id'"):
+        lm.loglikelihood([SimpleNamespace(args=("", "ab"))], disable_tqdm=True)
 
 
 def test_rolling_likelihoods_are_refused(make):

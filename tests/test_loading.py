@@ -11,6 +11,7 @@ from standins import DREAM, LLADA, tiny_llada
 
 from sparsed.models import DreamConfig, DreamModel, files, load_model, load_tokenizer
 from sparsed.models.loading import resolve_device, resolve_dtype
+from sparsed.models.tokenizer import TOKENIZER_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -166,12 +167,13 @@ def test_hub_id_downloads_only_what_loading_reads(monkeypatch, folder):
     asked = {}
 
     def download(hub_id, *, allow_patterns, tqdm_class):
-        asked[hub_id] = allow_patterns
+        asked.setdefault(hub_id, []).extend(allow_patterns)
         return str(folder)
 
     monkeypatch.setattr(files, "snapshot_download", download)
     assert load_model("owner/name-7B", device="cpu").device.type == "cpu"
-    assert asked == {"owner/name-7B": ["config.json", "*.safetensors", "model.safetensors.index.json"]}
+    described = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES]
+    assert asked == {"owner/name-7B": [*described, "*.safetensors", "model.safetensors.index.json"]}
     with pytest.raises(ValueError, match="has no tokenizer"):
         load_tokenizer("owner/other")
     assert not any(pattern.endswith(("*", ".py", ".bin")) for pattern in asked["owner/other"])

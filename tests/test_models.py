@@ -18,6 +18,9 @@ PUBLISHED = {
         "num_hidden_layers": 28,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "mask_token_id": 151666,
     },
     "llada": {
         "vocab_size": 126464,
@@ -27,6 +30,9 @@ PUBLISHED = {
         "n_heads": 32,
         "n_kv_heads": 32,
         "mlp_hidden_size": 12288,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "mask_token_id": 126336,
     },
 }
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from checkpoints import write_checkpoint
+from illada_twin import ILLADA, random_illada
 from standins import DREAM, LLADA, tiny_dream, tiny_llada
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -18,12 +19,14 @@ SPECIALS = {
         "<|eot_id|>",
         "<|mdm_mask|>",
     ],
+    "illada": ["<s>", "<pad>", "</s>", "<[MASK]>"],
 }
 TEMPLATES = {
     "dream": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "llada": "<|startoftext|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
     "{{ m['content'] | trim }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "illada": "<s>{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
 }
 BYTES = 256
 
@@ -43,6 +46,18 @@ def tiny_folder(folder: Path, family: str, **changes) -> Path:
     write_checkpoint(folder, base | ids | changes, make(**(ids | changes)).state_dict())
     _tokenizer(family).save(str(folder / "tokenizer.json"))
     described = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATES[family]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return folder
+
+
+def tiny_illada_folder(folder: Path, **changes) -> Path:
+    """A random iLLaDA with its tokenizer, which alone knows the mask, as in the published one; `changes` as above."""
+    vocabulary = BYTES + len(SPECIALS["illada"])
+    eos, pad = (special_id("illada", token) for token in ("</s>", "<pad>"))
+    config = ILLADA | {"vocab_size": vocabulary, "eos_token_id": eos, "pad_token_id": pad} | changes
+    write_checkpoint(folder, config, random_illada(config))
+    _tokenizer("illada").save(str(folder / "tokenizer.json"))
+    described = {"eos_token": "</s>", "pad_token": "<pad>", "chat_template": TEMPLATES["illada"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     return folder
 

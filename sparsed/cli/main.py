@@ -18,9 +18,10 @@ from ..console.files import check_apart, write_json, write_text
 from ..console.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
-from ..models.files import checkpoint_folder, read_json
-from ..models.loading import MODEL_FILES, empty_model, resolve_device, resolve_dtype
-from ..models.tokenizer import TOKENIZER_FILES
+from ..models.description import DESCRIPTION_FILES
+from ..models.files import checkpoint_folder
+from ..models.loading import empty_model, model_family, resolve_device, resolve_dtype
+from ..models.weights import WEIGHT_FILES
 from ..prompts import Prompt, build_prompt, demo_path
 from ..report.page import page
 from ..report.record import Mode, Record
@@ -62,7 +63,7 @@ def _generate(args: Call) -> None:
         prompt = build_prompt(args.prompt, tokenizer) if own is None else Prompt(own, None, encode_chat(tokenizer, own))
     device = resolve_device(args.device)
     with blame(args, args.source):
-        outline = empty_model(checkpoint_folder(path, ["config.json"])).to(resolve_dtype(args.dtype, device))
+        outline = empty_model(checkpoint_folder(path, DESCRIPTION_FILES)).to(resolve_dtype(args.dtype, device))
     tokens = len(prompt.input_ids)
     check_memory(outline, args, fitted_lengths(tokens, device)[1] if args.advise else tokens)
     started = time.perf_counter()
@@ -101,15 +102,14 @@ def _generate(args: Call) -> None:
 
 
 def _model_path(args: Call) -> str:
-    """The folder or hub id to load, refused early if it holds the other family."""
+    """The folder or hub id to load, refused early if it holds the other family or what is not supported."""
     family = args.family
     if args.demo:
         with blame(args, "--demo"):
             return str(demo_path(family.name))
     path = args.model_path or family.model_path
     with blame(args, "--model_path"):
-        found = read_json(checkpoint_folder(path, ["config.json"]) / "config.json").get("model_type")
-    other = FAMILIES.get(str(found).lower(), family)
+        other = FAMILIES[model_family(path)]
     if other != family:
         args.parser.error(f"argument --model_path: {path} is a {other.title} checkpoint; use {other.script}")
     return path
@@ -118,7 +118,7 @@ def _model_path(args: Call) -> str:
 def _check_checkpoint_kept(args: Call, checkpoint: str) -> None:
     """Refuse to write over, or to add, a file that is read with the checkpoint's folder."""
     folder = Path(os.path.realpath(Path(checkpoint).expanduser()))
-    patterns = (*MODEL_FILES, *TOKENIZER_FILES)
+    patterns = (*DESCRIPTION_FILES, *WEIGHT_FILES)
     read = [file for pattern in patterns for file in (folder / pattern, *folder.glob(pattern))]
     for option, output in (("--json", args.json), ("--report", args.report)):
         for file in read:

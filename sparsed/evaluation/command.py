@@ -17,8 +17,9 @@ from ..console.files import write_json, write_text
 from ..console.streams import Stdout, tell
 from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
+from ..models.description import DESCRIPTION_FILES
 from ..models.files import checkpoint_folder
-from ..models.tokenizer import TOKENIZER_FILES
+from ..models.loading import model_family
 from ..prompts import demo_path
 from ..sampling.common import Step
 from . import plots
@@ -44,6 +45,7 @@ def evaluate(args: Arguments) -> None:
     source = "--demo" if args.demo else "--model_path"
     with blame(args, source):
         path = str(demo_path(args.demo)) if args.demo else str(args.model_path)
+        model_family(path)  # what is not supported is said before its tokenizer is missed
         tokenizer = load_tokenizer(path)
     with blame(args, source, (ChatTemplateError,)):
         batches = plan(args, tokenizer)
@@ -69,13 +71,12 @@ def evaluate(args: Arguments) -> None:
 
 def _settings(args: Arguments, path: str, model: DiffusionLM) -> Record:
     """What decides a sample's result, beyond what its line says."""
-    names = ["config.json", *TOKENIZER_FILES]
-    folder = checkpoint_folder(path, names)
+    folder = checkpoint_folder(path, DESCRIPTION_FILES)
     return {
         "model": args.demo or path,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_digest(model),
-        "config_and_tokenizer": files_digest(folder / name for name in names),
+        "config_and_tokenizer": files_digest(folder / name for name in DESCRIPTION_FILES),
         "seq_len": args.seq_len,
         "steps": args.steps,
         "block_length": args.block_length,

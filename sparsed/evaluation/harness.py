@@ -175,14 +175,17 @@ class SparseDLM(TemplateLM):
         return self.model.device
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         return self.model.config.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a target without a context."""
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        found = self.eot_token_id if bos is None else bos
+        if found is None:
+            raise ValueError("a target without a context needs the tokenizer's bos_token, or an 'eos_token_id'")
+        return found
 
     @property
     def tokenizer_name(self) -> str:

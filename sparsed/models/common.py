@@ -1,7 +1,8 @@
 """What Dream and LLaDA share: configuration checks, RMSNorm, rotary tables, full attention, the choice of rows."""
 
+import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -38,6 +39,7 @@ def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     """Build the config dataclass `cls` from the dict of a published config.json, ignoring keys the forward never reads.
 
     A key without a default must be there; whole numbers, numbers and flags are checked by the field's annotation.
+    `special_ids` has looked elsewhere for the ids that config.json does not name.
 
     Raises:
         ValueError: a required key is missing or a value has the wrong kind or range (the line names the key).
@@ -55,7 +57,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"config.json: '{name}' must be true or false, got {shown(value)}")
-    elif kind is int:
+    elif kind in (int, int | None):
         lowest = 0 if name.endswith("token_id") else 1
         highest = MOST_LAYERS if name.endswith("layers") else LARGEST
         if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
@@ -70,6 +72,43 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
+def check_supported(values: dict[str, Any], supported: Mapping[str, Any]) -> None:
+    """Raise ValueError if config.json asks for another network than the one that the forward computes.
+
+    Args:
+        supported: key -> the value that it must have where it is there.
+    """
+    for key, wanted in supported.items():
+        if values.get(key, wanted) != wanted:
+            raise ValueError(f"config.json: '{key}' must be {json.dumps(wanted)}, got {shown(values[key])}")
+
+
+def with_plain_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """config.json's dict with 'rope_theta' at its top; transformers 5 saves it inside 'rope_parameters'.
+
+    Raises:
+        ValueError: scaled or partial rotary embeddings, which would be ignored, or two thetas.
+    """
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = {} if values.get(key) is None else values[key]
+        if not isinstance(rope, dict):
+            raise ValueError(f"config.json: '{key}' must be null or an object, got {shown(rope)}")
+        for name, value in rope.items():
+            # some copies say linear, by a factor of one
+            plain = ("default", "linear") if name in ("type", "rope_type") else (None, 1)
+            if name != "rope_theta" and value not in plain:
+                advice = (
+                    "only plain rotary embeddings are computed; where the weights were made for those, set it to null"
+                )
+                raise ValueError(f"config.json: '{key}' has '{name}' {shown(value)}; {advice}")
+        theta = rope.get("rope_theta")
+        if theta is not None and values.get("rope_theta") not in (None, theta):
+            raise ValueError(f"config.json: 'rope_theta' is {shown(values['rope_theta'])}, in '{key}' {shown(theta)}")
+        if theta is not None:
+            values = {**values, "rope_theta": theta}
+    return values
+
+
 def check_heads(name: str, width: int, heads: int, kv_heads: int) -> None:
     """Raise ValueError unless `heads` divide `width` into even head sizes and `kv_heads` divide `heads`."""
     if width % heads or (width // heads) % 2:
@@ -79,9 +118,9 @@ def check_heads(name: str, width: int, heads: int, kv_heads: int) -> None:
 
 
 def check_special_ids(config: Any, *names: str) -> None:
-    """Raise ValueError if a special token's id lies outside the vocabulary."""
+    """Raise ValueError if a special token's id, where there is one, lies outside the vocabulary."""
     for name in names:
-        if getattr(config, name) >= config.vocab_size:
+        if (getattr(config, name) or 0) >= config.vocab_size:
             raise ValueError(
                 f"config.json: '{name}' {getattr(config, name)} is outside the vocabulary of {config.vocab_size} ids"
             )

@@ -1,7 +1,7 @@
 """Dream (Dream-v0-7B, Dream-Coder): a bidirectional transformer shaped as Qwen2. Row t of its logits predicts t + 1."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,26 @@ from .common import (
     attend,
     check_heads,
     check_special_ids,
+    check_supported,
     config_from_dict,
     rope_tables,
     split_heads,
     take_rows,
+    with_plain_rope,
 )
 from .rows import Rows
 
 
 @dataclass(frozen=True)
 class DreamConfig:
-    """The keys of a published Dream config.json that the forward and the sampler read."""
+    """The keys of a published Dream config.json that the forward and the sampler read.
+
+    `end_token_ids` are all ids that end an answer, of which `eos_token_id` and `pad_token_id` are the first of a kind.
+    """
+
+    # what this forward computes; a config.json that asks for anything else describes another network
+    supported: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
+    qkv_bias: ClassVar[bool] = True
 
     vocab_size: int
     hidden_size: int
@@ -34,13 +43,14 @@ class DreamConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    rms_norm_eps: float
+    rope_theta: float
+    mask_token_id: int
     max_position_embeddings: int = 131072
     tie_word_embeddings: bool = False
-    mask_token_id: int = 151666
-    pad_token_id: int = 151643
-    eos_token_id: int = 151643
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    end_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_heads("hidden_size", self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
@@ -49,19 +59,8 @@ class DreamConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DreamConfig":
         """From config.json's dict; ValueError names a missing, invalid or unsupported key."""
-        if values.get("rope_scaling") is not None:
-            raise ValueError("config.json: 'rope_scaling' must be null, other rotary embeddings are not supported")
-        # where transformers 5 puts them when it saves a model
-        rope = values.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise ValueError("config.json: 'rope_parameters' must be an object")
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"config.json: 'rope_type' must be default, got {rope['rope_type']!r}")
-        if "rope_theta" in rope:
-            values = {"rope_theta": rope["rope_theta"], **values}
-        if values.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: 'hidden_act' must be silu, got {values['hidden_act']!r}")
-        return config_from_dict(cls, values)
+        check_supported(values, cls.supported)
+        return config_from_dict(cls, with_plain_rope(values))
 
     @property
     def head_dim(self) -> int:
@@ -85,15 +84,15 @@ class DreamConfig:
 
 
 class DreamAttention(nn.Module):
-    """Grouped-query attention with biases on q, k and v; `attend` is the one seam that other attention replaces."""
+    """Grouped-query attention, Dream's with biases; `attend` is the one seam that other attention replaces."""
 
     def __init__(self, config: DreamConfig):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         kv_width = self.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, start: int) -> Tensor:

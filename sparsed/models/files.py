@@ -80,6 +80,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def optional_json(file: Path) -> dict[str, Any]:
+    """As `read_json`; an empty object if there is no such file."""
+    return read_json(file) if file.exists() else {}
+
+
 class _TerminalBar(tqdm):
     """The hub's progress bar, silent where stderr is no terminal."""
 

@@ -16,10 +16,12 @@ from .common import (
     attend,
     check_heads,
     check_special_ids,
+    check_supported,
     config_from_dict,
     rope_tables,
     split_heads,
     take_rows,
+    with_plain_rope,
 )
 from .rows import Rows
 
@@ -43,7 +45,10 @@ SUPPORTED = {
 
 @dataclass(frozen=True)
 class LLaDAConfig:
-    """The keys of a published LLaDA config.json that the forward and the sampler read."""
+    """The keys of a published LLaDA config.json that the forward and the sampler read.
+
+    `end_token_ids` are all ids that end an answer, of which the named ones are the first of a kind.
+    """
 
     vocab_size: int
     d_model: int
@@ -52,14 +57,15 @@ class LLaDAConfig:
     mlp_hidden_size: int
     n_kv_heads: int
     embedding_size: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 5e5
+    rms_norm_eps: float
+    rope_theta: float
+    mask_token_id: int
     max_sequence_length: int = 4096
     weight_tying: bool = False
-    mask_token_id: int = 126336
-    pad_token_id: int = 126081
-    eos_token_id: int = 126081
-    eot_token_id: int = 126348
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    eot_token_id: int | None = None
+    end_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_heads("d_model", self.d_model, self.n_heads, self.n_kv_heads)
@@ -72,10 +78,12 @@ class LLaDAConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LLaDAConfig":
         """From config.json's dict; ValueError names a missing, invalid or unsupported key."""
-        for key, wanted in SUPPORTED.items():
-            if values.get(key, wanted) != wanted:
-                raise ValueError(f"config.json: '{key}' must be {wanted!r}, got {values[key]!r}")
-        filled = dict(values)
+        if "hidden_size" in values and "d_model" not in values:
+            raise ValueError(
+                "config.json describes LLaDA under Llama's names; load the published layout ('d_model', ...)"
+            )
+        check_supported(values, SUPPORTED)
+        filled = with_plain_rope(dict(values))
         for key, stands_in in (("n_kv_heads", "n_heads"), ("embedding_size", "vocab_size")):
             if filled.get(key) is None:
                 filled[key] = values.get(stands_in)

@@ -1,47 +1,36 @@
 """Loading a published checkpoint into the models of this package: safetensors only, no remote code, no pickle."""
 
-import errno
 import os
-from fnmatch import filter as matching
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .common import DiffusionLM
+from .description import DESCRIPTION_FILES, read_config
 from .dream import DreamConfig, DreamLayer, DreamModel
-from .files import checkpoint_folder, listing, read_json
+from .files import checkpoint_folder
+from .illada import ILLaDAConfig, ILLaDAModel
 from .llada import LLaDABlock, LLaDAConfig, LLaDAModel
+from .special_ids import with_special_ids
+from .weights import WEIGHT_FILES, checked_weights, fill
 
-FAMILIES: dict[str, tuple[Any, Any]] = {"Dream": (DreamConfig, DreamModel), "llada": (LLaDAConfig, LLaDAModel)}
+# by config.json's model_type
+MODELS: dict[str, tuple[Any, Any]] = {
+    "Dream": (DreamConfig, DreamModel),
+    "llada": (LLaDAConfig, LLaDAModel),
+    "illada": (ILLaDAConfig, ILLaDAModel),
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MODEL_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json"]
-# the weights first: other .bin files are a training's leftovers
-PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
-# clones, for safetensors refuses tensors that share memory
-CONVERT = (
-    "import glob, torch, safetensors.torch as s; s.save_file({{name: tensor.contiguous().clone() "
-    "for file in glob.glob('{pattern}') for name, tensor in "
-    "torch.load(file, map_location='cpu', weights_only=True).items()}}, 'model.safetensors')"
-)
-STORED_DTYPES = ("BF16", "F16", "F32", "F64")
 GIB = 2**30
 
 
 class ModelTooLarge(ValueError, MemoryError):
     """The weights need more memory than the device has."""
-
-
-class Stored(NamedTuple):
-    """Where a tensor of the checkpoint lies, and what its header says."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def load_model(
@@ -64,12 +53,11 @@ def load_model(
     """
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
-    folder = checkpoint_folder(path, MODEL_FILES)
-    model = empty_model(folder).to(wanted)
-    stored = _read_headers(_weight_files(folder, path))
-    _check_tensors(model, stored, folder)
+    # what is refused by its description costs no download of weights
+    model = empty_model(checkpoint_folder(path, DESCRIPTION_FILES)).to(wanted)
+    stored = checked_weights(model, checkpoint_folder(path, WEIGHT_FILES), path)
     placement = _place(model, target, spread=str(device) == "auto")
-    _fill(model, stored, placement)
+    fill(model, stored, placement)
     if len(placement) > 1:
         from accelerate import dispatch_model
 
@@ -113,18 +101,35 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def empty_model(folder: Path) -> DiffusionLM:
-    """The model that config.json describes, its parameters on the meta device: shapes without memory."""
-    values = read_json(folder / "config.json")
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"{folder}: config.json has model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
-    config_class, model_class = FAMILIES[model_type]
+    """The model that a folder's config.json describes, its parameters on the meta device: shapes without memory.
+
+    Its config has the special ids that any file of the folder names.
+
+    Raises:
+        ValueError: one line that names the file and what in it is missing, wrong or not supported.
+    """
+    values = read_config(folder)
+    config_class, model_class = _classes(folder, values)
     try:
-        config = config_class.from_dict(values)
+        names = [field.name for field in fields(config_class)]
+        config = config_class.from_dict(with_special_ids(values, folder, names))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     with torch.device("meta"), _SkipInit():
         return model_class(config)
+
+
+def model_family(path: str | os.PathLike) -> str:
+    """Whose sampler a checkpoint takes, "dream" or "llada"; the errors are those of `empty_model`."""
+    folder = checkpoint_folder(path, DESCRIPTION_FILES)
+    return _classes(folder, read_config(folder))[1].family
+
+
+def _classes(folder: Path, values: dict[str, Any]) -> tuple[Any, Any]:
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        raise ValueError(f"{folder}: config.json has model_type {model_type!r}; supported are {', '.join(MODELS)}")
+    return MODELS[model_type]
 
 
 class _SkipInit(TorchFunctionMode):
@@ -134,112 +139,6 @@ class _SkipInit(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return None
         return func(*args, **(kwargs or {}))
-
-
-def _weight_files(folder: Path, path: str | os.PathLike) -> list[Path]:
-    """The safetensors files of `folder`, which is `path` itself or the download of that hub id."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ValueError(f"{path} has neither model.safetensors nor {index.name}{_pickle_advice(path)}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index} must have a 'weight_map' from tensor names to shard file names")
-    return [_shard_file(index, name) for name in sorted(set(shards.values()))]
-
-
-def _shard_file(index: Path, name: str) -> Path:
-    # names come from a downloaded file: they must not lead out of the folder
-    if not name.endswith(".safetensors") or "/" in name or "\\" in name or ":" in name:
-        raise ValueError(f"{index} names the shard {name!r}; it must be a .safetensors file in the same folder")
-    if not (index.parent / name).is_file():
-        raise ValueError(f"{index} names the shard {name}, which is not in the folder")
-    return index.parent / name
-
-
-def _pickle_advice(path: str | os.PathLike) -> str:
-    names = listing(path)
-    pattern = next((pattern for pattern in PICKLES if matching(names, pattern)), None)
-    if pattern is None:
-        return ""
-    return (
-        f"; {matching(names, pattern)[0]} is refused because unpickling can execute code, "
-        f'convert it there, or in a downloaded copy: python -c "{CONVERT.format(pattern=pattern)}"'
-    )
-
-
-def _read_headers(files: list[Path]) -> dict[str, Stored]:
-    stored: dict[str, Stored] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():
-                    if name in stored:
-                        raise ValueError(f"{file}: tensor '{name}' is also in {stored[name].file.name}")
-                    view = shard.get_slice(name)
-                    stored[name] = Stored(file, tuple(view.get_shape()), view.get_dtype())
-        except (SafetensorError, OSError) as error:
-            if getattr(error, "errno", None) == errno.ENOMEM:
-                raise
-            raise ValueError(
-                f"{file} is not a whole safetensors file (cut off, or a Git LFS pointer?): {error}"
-            ) from None
-    return stored
-
-
-def _tied_names(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter; more than one where the head shares the embedding."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
-
-
-def _check_tensors(model: nn.Module, stored: dict[str, Stored], folder: Path) -> None:
-    """Raise ValueError unless the files hold exactly the model's tensors, in the model's shapes and a float dtype."""
-    groups = _tied_names(model)
-    missing = [names[0] for names in groups if not any(name in stored for name in names)]
-    if missing:
-        raise ValueError(f"{folder}: the weights lack tensor '{missing[0]}'{_more(missing)}")
-    known = {name for names in groups for name in names}
-    # some exports store the rotary frequencies, which the model computes
-    extra = [name for name in stored if name not in known and not name.endswith("rotary_emb.inv_freq")]
-    if extra:
-        raise ValueError(
-            f"{folder}: the weights hold tensor '{extra[0]}', which config.json has no place for{_more(extra)}"
-        )
-    for name in known & stored.keys():
-        file, shape, dtype = stored[name]
-        wanted = tuple(model.get_parameter(name).shape)
-        if shape != wanted:
-            raise ValueError(f"{file}: tensor '{name}' has shape {list(shape)}, config.json asks for {list(wanted)}")
-        if dtype not in STORED_DTYPES:
-            raise ValueError(f"{file}: tensor '{name}' has dtype {dtype}; supported are {', '.join(STORED_DTYPES)}")
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _fill(model: nn.Module, stored: dict[str, Stored], placement: dict[str, torch.device]) -> None:
-    """Put every parameter on the device of the longest module name in `placement` that contains it."""
-    for names in _tied_names(model):
-        name = next(name for name in names if name in stored)
-        module = max((key for key in placement if f"{name}.".startswith(f"{key}." if key else "")), key=len)
-        tensor = _read_tensor(stored[name].file, name, placement[module], model.get_parameter(name).dtype)
-        parameter = nn.Parameter(tensor, requires_grad=False)
-        for tied in names:
-            owner, _, leaf = tied.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, parameter)
-
-
-def _read_tensor(file: Path, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # a mapping of its own for each tensor: pages of a mapped file count as this process's memory until it is closed,
-    # and the copy makes the model independent of the file
-    with safe_open(file, framework="pt") as shard:
-        source = shard.get_tensor(name)
-        return torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
 
 
 def _place(model: nn.Module, target: torch.device, *, spread: bool) -> dict[str, torch.device]:

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from .files import check_size, checkpoint_folder, read_json, read_text
+from .files import check_size, checkpoint_folder, optional_json, read_text
 
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -39,7 +39,7 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         ValueError: one line that names the missing or malformed file or the token whose id does not fit.
     """
     folder = checkpoint_folder(path, TOKENIZER_FILES)
-    config = _optional_json(folder / "tokenizer_config.json")
+    config = optional_json(folder / "tokenizer_config.json")
     names = _named_tokens(folder, config)
     backend = _backend(folder)
     added = _added_tokens(folder, config, names)
@@ -61,8 +61,9 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     )
 
 
-def _optional_json(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.exists() else {}
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary, whole or broken."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
 
 
 def _backend(folder: Path) -> Tokenizer:
@@ -96,7 +97,7 @@ def _parse(parser: Callable[..., Tokenizer], *files: Path) -> Tokenizer:
 
 def _named_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """bos_token, eos_token, ... -> text; tokenizer_config.json wins over special_tokens_map.json."""
-    written = {**_optional_json(folder / "special_tokens_map.json"), **config}
+    written = {**optional_json(folder / "special_tokens_map.json"), **config}
     names = {}
     for name in NAMED_TOKENS:
         # a token is a string, or an object with its text and flags
@@ -113,7 +114,7 @@ def _added_tokens(folder: Path, config: dict[str, Any], names: dict[str, str]) -
     """Id -> token, from added_tokens.json (ids alone) and added_tokens_decoder (ids and flags, which wins)."""
     added = {}
     try:
-        for text, index in _optional_json(folder / "added_tokens.json").items():
+        for text, index in optional_json(folder / "added_tokens.json").items():
             special = text in names.values()
             added[int(index)] = AddedToken(text, special=special, normalized=not special)
         for index, written in config.get("added_tokens_decoder", {}).items():

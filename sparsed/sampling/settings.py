@@ -41,6 +41,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def needed_id(config: Any, name: str, option: str) -> int:
+    """A special token's id in the model's config; ValueError if the checkpoint has none, which the option needs."""
+    index = getattr(config, name)
+    if index is None:
+        raise ValueError(
+            f"{option} needs the checkpoint's '{name}', which its files do not name: add it to config.json"
+        )
+    return int(index)
+
+
 @dataclass(frozen=True)
 class DreamSettings:
     """The arguments of `dream_generate` that say how it samples.
@@ -178,15 +188,15 @@ class LLaDASettings:
         """
         logits, greedy = logits.float(), self.temperature == 0
         if self.logits_eos_inf:
-            logits[:, config.eos_token_id] = -torch.inf
+            logits[:, needed_id(config, "eos_token_id", "logits_eos_inf")] = -torch.inf
         tokens = pick(logits if greedy else tempered(logits, self.temperature).softmax(-1), greedy, generator)
         probability = probability_of(tokens, logits.softmax(-1))
         if self.remasking == "random":
             ranking = torch.rand(len(tokens), generator=generator, device=tokens.device)
         elif self.confidence_eos_eot_inf:
-            logits[:, config.eot_token_id] = -torch.inf
+            logits[:, needed_id(config, "eot_token_id", "confidence_eos_eot_inf")] = -torch.inf
             if greedy:  # as published: with noise, only the end of the turn is held back
-                logits[:, config.eos_token_id] = -torch.inf
+                logits[:, needed_id(config, "eos_token_id", "confidence_eos_eot_inf")] = -torch.inf
             ranking = probability_of(tokens, logits.softmax(-1))
         else:
             ranking = probability
