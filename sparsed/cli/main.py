@@ -10,7 +10,7 @@ import huggingface_hub
 import torch
 
 from ..backends import BackendError
-from ..chat import ChatTemplateError, answer_length, decode, encode_chat, stop_ids
+from ..chat import ChatTemplateError, TurnsError, answer_length, decode, stop_ids
 from ..console.endings import blame, guarded
 from ..console.environment import environment
 from ..console.files import check_apart, write_json, write_text
@@ -20,7 +20,7 @@ from ..models.common import DiffusionLM
 from ..models.files import checkpoint_folder, read_json
 from ..models.loading import MODEL_FILES, empty_model, resolve_device, resolve_dtype
 from ..models.tokenizer import TOKENIZER_FILES
-from ..prompts import Prompt, answer_found, build_prompt, demo_path
+from ..prompts import answer_found, demo_path, make_prompt
 from ..report.page import page
 from ..report.summary import compare, comparison_lines, expected_line, run_lines
 from ..sampling.canvas import PromptError, check_prompt
@@ -56,12 +56,15 @@ def _generate(args: Call) -> None:
     _check_checkpoint_kept(args, path)
     with blame(args, args.source):
         tokenizer = load_tokenizer(path)
-    with blame(args, args.prompt_option), blame(args, args.source, (ChatTemplateError,)):
-        own = args.text
-        prompt = build_prompt(args.prompt, tokenizer) if own is None else Prompt(own, None, encode_chat(tokenizer, own))
+    turns = "--chat" if args.prompt_option == "--chat" else "--system"
+    with blame(args, args.prompt_option), blame(args, turns, (TurnsError,)):
+        with blame(args, args.source, (ChatTemplateError,)):
+            prompt = make_prompt(tokenizer, args.prompt, args.text, args.earlier, raw=args.raw)
     device = resolve_device(args.device)
     with blame(args, args.source):
         outline = empty_model(checkpoint_folder(path, ["config.json"])).to(resolve_dtype(args.dtype, device))
+    with blame(args, args.prompt_option, (PromptError,)):
+        check_prompt(torch.tensor([prompt.input_ids]), outline.config.mask_token_id, outline.config.vocab_size)
     tokens = len(prompt.input_ids)
     check_memory(outline, args, fitted_lengths(tokens, device)[1] if args.advise else tokens)
     started = time.perf_counter()
@@ -73,8 +76,6 @@ def _generate(args: Call) -> None:
         tell(_heading(args, tokens, model))
         if tokens > trained:
             tell(f"warning: the prompt has {tokens} tokens, this model was trained on at most {trained}")
-    with blame(args, args.prompt_option, (PromptError,)):
-        check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
     job = Job(model, tokenizer, prompt.input_ids, args)
     # a record is worth writing without stdout too
     stdout = Stdout(keep_going=args.json is not None or args.report is not None)
@@ -133,6 +134,8 @@ def _answers(job: Job, expected: str | None, stdout: Stdout) -> dict[str, Any]:
         found["runs"].append(run)
         if not args.quiet:
             tell("\n".join(run_lines(run)))
+            if not run["answer_tokens"]:
+                tell("warning: the answer is empty: its tokens are only ends and masks")
             if expected is not None and not args.compare:  # the comparison says it of both
                 tell(expected_line(run))
         stdout.say(run["text"])
@@ -147,7 +150,7 @@ def _answers(job: Job, expected: str | None, stdout: Stdout) -> dict[str, Any]:
 def _with_text(job: Job, run: dict[str, Any], expected: str | None) -> dict[str, Any]:
     """The run with its tokens as text, and whether that holds the expected answer."""
     ids = run["token_ids"]
-    length = answer_length(ids, stop_ids(job.model.config, job.tokenizer))
+    length = answer_length(ids, stop_ids(job.model.config, job.tokenizer), job.model.config.mask_token_id)
     text = decode(job.tokenizer, ids[:length]).strip()
     return {
         **run,
@@ -161,9 +164,11 @@ def _with_text(job: Job, run: dict[str, Any], expected: str | None) -> dict[str,
 
 def _heading(args: Call, tokens: int, model: DiffusionLM) -> str:
     family, sampler = args.family, args.sampler
+    kinds = {"raw": ", raw", "system": " after a system turn", "chat": ", the last turn of a chat"}
+    kind = "".join(text for name, text in kinds.items() if args.flags[name])
     source = "demo checkpoint" if args.demo else args.model_path or family.model_path
     return (
         f"{family.title} ({source}) on {model.device}, {str(model.dtype).removeprefix('torch.')}; "
-        f"prompt {args.prompt or 'of your own'}: {tokens} tokens; "
+        f"prompt {args.prompt or 'of your own'}{kind}: {tokens} tokens; "
         f"{sampler.gen_length} new tokens in {sampler.steps} steps"
     )
