@@ -303,11 +303,12 @@ def records(folder, pattern):
 
 
 @pytest.fixture
-def evaluated(folders, tasks, monkeypatch, caplog):
+def evaluated(folders, tasks, monkeypatch, caplog, tmp_path):
     """Run the harness' command line in this process, offline; returns (exit code, log, requests that ran)."""
     ran = []
     monkeypatch.setattr(harness.SparseDLM, "_loglikelihood_tokens", lambda self, requests, **_: ran.extend(requests))
     monkeypatch.setattr(harness.SparseDLM, "_generate", lambda self, context, sampler: ran.append(sampler) or [0])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("lm_eval.evaluator.evaluate", harness.evaluator.evaluate)  # puts back what main changes
 
     def run(*words):
