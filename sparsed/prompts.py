@@ -4,12 +4,12 @@ import functools
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .chat import encode_chat
+from .chat import Turn, encode_chat, encode_raw
 
 PRESETS = ("short_context", "4k", "8k", "16k", "32k", "64k")
 LENGTHS = {name: 1024 * int(name[:-1]) for name in PRESETS[1:]}
@@ -192,19 +192,27 @@ def join_message(opening: str, sentences: list[str], ending: str, question: str,
     return "\n\n".join([opening, *paragraphs]) + ending + "\n\n" + question
 
 
-def build_document(tokenizer: Any, length: int, seed: int) -> tuple[Document, Prompt]:
+def build_document(tokenizer: Any, length: int, seed: int, earlier: Sequence[Turn] = ()) -> tuple[Document, Prompt]:
     """A document with a question, EXACTLY `length` tokens with the chat template under this tokenizer; deterministic.
+
+    Args:
+        earlier: the turns before it, which count.
 
     Raises:
         ValueError: this tokenizer cannot reach that length exactly, or the length is too short for a document.
     """
     document = Document(random.Random(f"{seed} {length}"), language())
-    count, ending, ids = fit(tokenizer, length, document.text, SHORTEST, "a document")
+    count, ending, ids = fit(tokenizer, length, document.text, SHORTEST, "a document", earlier)
     return document, Prompt(document.text(count, ending), document.expected, ids)
 
 
 def fit(
-    tokenizer: Any, length: int, text: Callable[[int, str], str], shortest: int, what: str
+    tokenizer: Any,
+    length: int,
+    text: Callable[[int, str], str],
+    shortest: int,
+    what: str,
+    earlier: Sequence[Turn] = (),
 ) -> tuple[int, str, list[int]]:
     """How many sentences, and which ending, make a user message EXACTLY `length` tokens long with the chat template.
 
@@ -213,6 +221,7 @@ def fit(
             same for the same arguments.
         shortest: the smallest number of sentences.
         what: what the message is, for the errors.
+        earlier: the turns before it, which count.
 
     Returns:
         The number of sentences, the ending, and the ids of `text` with both.
@@ -222,7 +231,7 @@ def fit(
     """
 
     def encode(count: int, ending: str = "") -> list[int]:
-        return encode_chat(tokenizer, text(count, ending))
+        return encode_chat(tokenizer, text(count, ending), earlier)
 
     count, total = _grow(encode, length, shortest, what)
     for ending in _endings(functools.partial(encode, shortest), length - total):
@@ -264,18 +273,34 @@ def _endings(encode: Callable[[str], list[int]], missing: int) -> Iterable[str]:
                 yield ending
 
 
-def build_prompt(preset: str, tokenizer: Any) -> Prompt:
+def build_prompt(preset: str, tokenizer: Any, earlier: Sequence[Turn] = ()) -> Prompt:
     """The preset's prompt under this tokenizer: a word problem, or a document of EXACTLY 4,096 ... 65,536 tokens.
 
+    Args:
+        earlier: the turns before it, which count.
+
     Raises:
-        ValueError: an unknown preset, or a tokenizer that cannot reach the length exactly.
+        ValueError: an unknown preset, a tokenizer that cannot reach the length exactly, or turns that are too long.
     """
     if preset == "short_context":
         text, _, expected = language().problem(random.Random(PRESET_SEED), held_out=True)
-        return Prompt(text, expected, encode_chat(tokenizer, text))
+        return Prompt(text, expected, encode_chat(tokenizer, text, earlier))
     if preset not in LENGTHS:
         raise ValueError(f"unknown prompt {preset!r}: choose one of {', '.join(PRESETS)}")
-    return build_document(tokenizer, LENGTHS[preset], PRESET_SEED)[1]
+    return build_document(tokenizer, LENGTHS[preset], PRESET_SEED, earlier)[1]
+
+
+def make_prompt(
+    tokenizer: Any, preset: str, own: str | None, earlier: Sequence[Turn] = (), *, raw: bool = False
+) -> Prompt:
+    """The preset's prompt or, if it is not None, the user's `own`: after the `earlier` turns, or `raw`, as it is.
+
+    Raises:
+        ValueError: as for `build_prompt`, `encode_chat` and `encode_raw`.
+    """
+    if own is None:
+        return build_prompt(preset, tokenizer, earlier)
+    return Prompt(own, None, encode_raw(tokenizer, own) if raw else encode_chat(tokenizer, own, earlier))
 
 
 def answer_found(text: str, expected: str) -> bool:

@@ -82,6 +82,34 @@ CALLS = [
     ("dream", "--prompt_file {endless}", "--prompt_file", "more than"),
     ("llada", "--prompt_file {empty}", "--prompt_file", "empty"),
     ("llada", "--prompt_file {latin1}", "--prompt_file", "UTF-8"),
+    ("dream", "--raw", "--raw", "needs --prompt_text or --prompt_file"),
+    ("llada", "--raw --prompt 4k", "--raw", "needs --prompt_text or --prompt_file"),
+    ("dream", "--raw --chat {chat}", "--raw", "needs --prompt_text or --prompt_file"),
+    ("llada", "--raw --prompt_text hello --system x", "--system", "not allowed with argument --raw"),
+    ("dream", ["--raw", "--prompt_text", "  "], "--prompt_text", "empty"),
+    ("dream", "--raw --prompt_text <|mask|>", "--prompt_text", "mask token"),
+    ("dream", "--chat {chat} --system x", "--system", "not allowed with argument --chat"),
+    ("dream", ["--system", " \n"], "--system", "empty"),
+    ("llada", ["--system", "broken \udcff"], "--system", "UTF-8"),
+    ("dream", ["--prompt", "4k", "--system", "word " * 2000], "--prompt", "too short"),
+    ("dream", "--model_path {no_system} --system x", "--system", "no system role here"),
+    ("dream", "--model_path {drops_system} --system x", "--system", "leaves out the system's message"),
+    ("dream", "--model_path {no_system} --chat {chat}", "--chat", "without turns before the user's message it works"),
+    ("dream", "--model_path {no_template} --system x", "--system", "has no chat template"),
+    ("dream", "--model_path {broken_template} --system x", "--model_path", "chat template"),
+    ("dream", "--prompt 4k --chat {chat}", "--chat", "not allowed with argument --prompt"),
+    ("llada", "--chat {chat} --prompt_text hello", "--prompt_text", "not allowed with argument --chat"),
+    ("llada", "--chat {missing}", "--chat", "No such file"),
+    ("dream", "--chat {folder}", "--chat", "not an ordinary file"),
+    ("dream", "--chat {pipe}", "--chat", "not an ordinary file"),
+    ("llada", "--chat {endless}", "--chat", "more than"),
+    ("llada", "--chat {latin1}", "--chat", "UTF-8"),
+    ("dream", "--chat {text}", "--chat", "not JSON"),
+    ("dream", "--chat {deep_chat}", "--chat", "not a chat"),
+    ("llada", "--chat {chat} --json {chat}", "--json", "the file of --chat"),
+    ("llada", "--chat {chat} --report {chat}", "--report", "the file of --chat"),
+    ("dream", "--logits_eos_inf", "--logits_eos_inf", "unrecognized"),
+    ("dream", "--confidence_eos_eot_inf", "--confidence_eos_eot_inf", "unrecognized"),
     ("dream", "--json {missing}/record.json", "--json", "no folder"),
     ("dream", "--json {folder}", "--json", "not an ordinary file"),
     ("dream", "--json ~nobody-of-that-name/record.json", "--json", "cannot write"),
@@ -163,12 +191,18 @@ def folder(tmp_path_factory):
         "mixed_template": "{{ 'a' + 1 }}",
         "long_template": "{% for i in range(1000000000) %}x{% endfor %}",
         "latin1_template": "caf\xe9",
+        "no_system": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role here') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}",
+        "drops_system": "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
     }.items():
         (tiny_folder(root / name, "dream") / "chat_template.jinja").write_text(template, encoding="latin-1")
+    (tiny_folder(root / "no_template", "dream") / "tokenizer_config.json").write_text("{}")
     weights = tiny_folder(root / "cut_off", "dream") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     (root / "text").write_text("What is a prime number?\n")
     (root / "empty").write_text(" \n")
+    (root / "chat").write_text(json.dumps([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]))
+    (root / "deep_chat").write_text("[" * 100_000)
     (root / "latin1").write_bytes("caf\xe9".encode("latin-1"))
     (root / "link").symlink_to(root / "text")
     os.mkfifo(root / "pipe")

@@ -41,6 +41,16 @@ TASKS = {
     },
 }
 
+# what the model cannot do
+REFUSED = {
+    "local_beams": TASKS["local_answers"] | {"generation_kwargs": {"until": ["x"], "repetition_penalty": 1.2}},
+    "local_whole": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+}
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -107,6 +117,48 @@ def test_settings_reach_the_sampler_or_are_refused(make):
     assert ask(lm, "What?", max_gen_toks=8, until=[], **own) == expected
     with pytest.raises(ValueError, match="num_beams"):
         ask(lm, "What?", until=[], num_beams=4)
+
+
+def test_what_means_nothing_to_a_greedy_answer_is_accepted(make):
+    lm = make(origin=True, block_length=8)
+    expected = ask(lm, "What?", max_gen_toks=8, until=[])
+    for settings in ({"num_beams": 1}, {"do_sample": False, "top_p": 0.5, "top_k": 3}, {"top_p": 0.01}):
+        assert ask(lm, "What?", max_gen_toks=8, until=[], **settings) == expected
+
+
+def test_filters_reach_a_sampler_that_has_them(make):
+    lm = make(origin=True, block_length=8)
+    given = {"do_sample": True, "temperature": 1.0, "top_p": 0.5}
+    if lm.model.family == "llada":
+        with pytest.raises(harness.OptionError, match="llada's sampler has no 'top_p'"):
+            ask(lm, "What?", until=[], **given)
+    else:
+        sampler = lm._settings(given, "here")[2]
+        assert (sampler.temperature, sampler.top_p) == (1.0, 0.5)
+
+
+WRONG = {
+    "num_beams": (4, "no 'num_beams'"),
+    "repetition_penalty": (1.2, "no 'repetition_penalty'"),
+    "block_length": (16, "no 'block_length'"),
+    "gen_length": (16, "no 'gen_length'"),
+    "max_gen_toks": (0, "max_gen_toks"),
+    "max_new_tokens": ("many", "many"),
+    "temperature": (-1, "temperature"),
+    "steps": (0, "steps"),
+}
+FAMILYS_WRONG = {
+    "dream": {"alg": ("best", "alg"), "cfg_scale": (1.0, "no 'cfg_scale'")},
+    "llada": {"remasking": ("best", "remasking"), "alg": ("entropy", "no 'alg'"), "logits_eos_inf": ("maybe", "True")},
+}
+
+
+def test_a_wrong_setting_is_one_line(make):
+    lm = make(origin=True)
+    for name, (value, says) in (WRONG | FAMILYS_WRONG[lm.model.family]).items():
+        with pytest.raises(harness.OptionError, match=says) as error:
+            ask(lm, "What?", until=[], do_sample=True, **{"temperature": 0.5, name: value})
+        assert "\n" not in str(error.value)
 
 
 def test_a_task_sets_its_steps(make, monkeypatch):
@@ -248,7 +300,7 @@ def tasks(tmp_path_factory):
     (folder / "data.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}}}
     shared = data | {"test_split": "test", "doc_to_text": "{{question}}"}
-    for name, task in TASKS.items():
+    for name, task in (TASKS | REFUSED).items():
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name} | shared | task))
     return folder
 
@@ -257,6 +309,43 @@ def records(folder, pattern):
     """The lines of the one file of that name in what the harness wrote."""
     (file,) = folder.rglob(pattern)
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def evaluated(folders, tasks, monkeypatch, caplog, tmp_path):
+    """Run the harness' command line in this process, offline; returns (exit code, log, requests that ran)."""
+    ran = []
+    monkeypatch.setattr(harness.SparseDLM, "_loglikelihood_tokens", lambda self, requests, **_: ran.extend(requests))
+    monkeypatch.setattr(harness.SparseDLM, "_generate", lambda self, context, sampler: ran.append(sampler) or [0])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", harness.evaluator.evaluate)  # puts back what main changes
+
+    def run(*words):
+        model = ["run", "--model", "sparsed", "--model_args", f"pretrained={folders['llada']},device=cpu,mc_num=1"]
+        monkeypatch.setattr(sys, "argv", ["lm_eval", *model, "--include_path", str(tasks), *words])
+        return harness.main(), caplog.text, ran
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--tasks", "local_choices,local_answers", "--gen_kwargs", "alg=entropy"], ["local_answers", "no 'alg'"]),
+        (["--tasks", "local_choices,local_beams"], ["local_beams", "no 'repetition_penalty'"]),
+        (["--tasks", "local_choices,local_whole"], ["local_whole", "no likelihoods of whole documents"]),
+    ],
+    ids=["gen_kwargs", "task", "rolling"],
+)
+def test_what_a_task_wants_is_checked_before_any_runs(words, named, evaluated):
+    code, log, ran = evaluated(*words)
+    assert (code, ran) == (2, []) and all(part in log for part in named)
+    (line,) = [line for line in log.splitlines() if "ERROR" in line]
+    assert all(part in line for part in named)
+
+
+def test_a_cached_model_is_checked_too(evaluated, tmp_path):
+    assert evaluated("--tasks", "local_whole", "--use_cache", str(tmp_path / "cache"))[0] == 2
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import BACKENDS, Problem
+from ..chat import Turn, check_text, turns_of
 from ..config import SparseDConfig
 from ..console.files import check_apart, output_path, text_of
 from ..console.parser import Parser
@@ -37,6 +38,7 @@ class Call:
         sampler: how the family samples, with the number of new tokens and of steps.
         config: SparseD's settings, which nothing reads with --origin.
         text: the user's own prompt, None for a preset.
+        earlier: the turns before it.
         prompt_option: the flag that gave the prompt.
         prompt: the preset, empty if the prompt is the user's own.
         json, report: real paths.
@@ -48,8 +50,10 @@ class Call:
     sampler: Settings
     config: SparseDConfig
     text: str | None
+    earlier: list[Turn]
     prompt_option: str
     prompt: str
+    raw: bool
     json: Path | None
     report: Path | None
     model_path: str | None
@@ -95,11 +99,12 @@ def parse(family: Family, argv: list[str] | None) -> Call:
     if args.show and importlib.util.find_spec("rich") is None:
         parser.error('argument --show: rich is not installed (pip install ".[show]")')
     args.json, args.report = output_path(parser, "--json", args.json), output_path(parser, "--report", args.report)
-    check_apart(parser, "--json", args.json, "--prompt_file", args.prompt_file)
-    check_apart(parser, "--report", args.report, "--prompt_file", args.prompt_file)
+    for name in ("prompt_file", "chat"):
+        check_apart(parser, "--json", args.json, f"--{name}", getattr(args, name))
+        check_apart(parser, "--report", args.report, f"--{name}", getattr(args, name))
     check_apart(parser, "--report", args.report, "--json", args.json)
-    given = next((name for name in ("prompt_text", "prompt_file") if getattr(args, name) is not None), "prompt")
-    text = _own_prompt(parser, f"--{given}", args)
+    given = next((name for name in ("prompt_text", "prompt_file", "chat") if getattr(args, name) is not None), "prompt")
+    text, earlier = _own_prompt(parser, f"--{given}", args)
     if text is None:
         args.prompt = args.prompt or DEFAULT_PROMPT
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -111,6 +116,7 @@ def parse(family: Family, argv: list[str] | None) -> Call:
         sampler=sampler,
         config=SparseDConfig(args.skip, args.select, args.block_size, args.dense_answer),
         text=text,
+        earlier=earlier,
         prompt_option=f"--{given}",
         **plain | {"prompt": args.prompt or ""},
     )
@@ -130,19 +136,26 @@ def _check_backend(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"argument --backend: {args.backend} {fault}")
 
 
-def _own_prompt(parser: Parser, option: str, args: argparse.Namespace) -> str | None:
-    """The text of --prompt_text or --prompt_file, which `option` is, or None for a preset."""
-    text = args.prompt_text
-    if args.prompt_file is not None:
-        try:
-            text = text_of(args.prompt_file, encoding="utf-8-sig", most=LONGEST_PROMPT, streams=OPEN_STREAMS)
-        except ValueError as error:
-            parser.error(f"argument {option}: {error}")
-        text = io.StringIO(text, newline=None).read()  # with line ends as Python reads them
-    if text is None:
-        return None
-    if not text.strip():
-        parser.error(f"argument {option}: the prompt is empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        parser.error(f"argument {option}: the prompt is not valid UTF-8 text")
-    return text
+def _own_prompt(parser: Parser, option: str, args: argparse.Namespace) -> tuple[str | None, list[Turn]]:
+    """The user's message, None for a preset, and the turns before it; `option` is the flag that gave the message."""
+    earlier: list[Turn] = []
+    text, file = args.prompt_text, args.prompt_file if args.chat is None else args.chat
+    if args.raw and (args.chat is not None or option == "--prompt"):
+        parser.error("argument --raw: needs --prompt_text or --prompt_file")
+    try:
+        if file is not None:
+            text = text_of(file, encoding="utf-8-sig", most=LONGEST_PROMPT, streams=OPEN_STREAMS)
+            text = io.StringIO(text, newline=None).read()  # with line ends as Python reads them
+        if args.chat is not None:
+            earlier, text = turns_of(text)
+        if text is not None:
+            check_text(text, "the prompt")
+        if args.system is not None:
+            option = "--system"
+            check_text(args.system, "the system turn")
+            if args.chat is not None:
+                raise ValueError("not allowed with argument --chat, whose file may begin with a system turn")
+            earlier = [{"role": "system", "content": args.system}]
+    except ValueError as error:
+        parser.error(f"argument {option}: {error}")
+    return text, earlier

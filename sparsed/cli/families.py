@@ -53,6 +53,9 @@ def _add_llada(group) -> None:
     _add_common(group, REMASKING, 0.0)
     weight = "classifier-free guidance weight; 0 is off, anything else doubles the batch"
     add_value(group, "--cfg_scale", weight, 0.0, type=number_in(0, math.inf), metavar="W")
+    group.add_argument("--logits_eos_inf", action="store_true", help="never choose the end token")
+    last = "commit the tokens that end the text or the turn after all others, against answers that end too early"
+    group.add_argument("--confidence_eos_eot_inf", action="store_true", help=last)
 
 
 def _dream_settings(flags: argparse.Namespace) -> Settings:
@@ -61,7 +64,8 @@ def _dream_settings(flags: argparse.Namespace) -> Settings:
 
 
 def _llada_settings(flags: argparse.Namespace) -> Settings:
-    more = {"temperature": flags.temperature, "cfg_scale": flags.cfg_scale, "remasking": flags.sampling_alg}
+    names = ("temperature", "cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")
+    more = {"remasking": flags.sampling_alg, **{name: getattr(flags, name) for name in names}}
     return LLaDASettings(flags.seq_len, flags.steps, flags.block_length, **more)
 
 

@@ -12,7 +12,7 @@ from .families import Family
 
 DEFAULT_PROMPT = "short_context"
 USAGE = """%(prog)s [--demo | --model_path PATH]
-       [--prompt NAME | --prompt_text TEXT | --prompt_file FILE]
+       [--prompt NAME | --prompt_text TEXT | --prompt_file FILE | --chat FILE]
        [--origin | --compare | --advise] [option ...]"""
 SPARSED = (
     "The first steps use full attention. The last of them chooses, for every head, the blocks of keys that matter to "
@@ -57,7 +57,7 @@ def build_parser(family: Family) -> Parser:
         epilog=EPILOG.format(script=family.script),
     )
     _add_model(parser.add_argument_group("model"), family)
-    _add_prompt(parser.add_argument_group("prompt (one of)"))
+    _add_prompt(parser.add_argument_group("prompt"))
     _add_generation(parser.add_argument_group("generation"), family)
     _add_sparsed(parser.add_argument_group("SparseD", SPARSED))
     _add_running(parser.add_argument_group("running"))
@@ -87,6 +87,12 @@ def _add_prompt(group) -> None:
     which.add_argument("--prompt", choices=PRESETS, help=preset)
     which.add_argument("--prompt_text", metavar="TEXT", help="a prompt of your own, put into the model's chat template")
     which.add_argument("--prompt_file", metavar="FILE", help="the same, read from a UTF-8 text file")
+    chat = 'a chat whose last turn is the user\'s: a JSON list of {"role": ..., "content": ...}'
+    which.add_argument("--chat", metavar="FILE", help=chat)
+    around = group.add_mutually_exclusive_group()
+    around.add_argument("--system", metavar="TEXT", help="a system turn before it, which counts in a preset's length")
+    raw = "a prompt of your own as it is, without the chat template, for base models"
+    around.add_argument("--raw", action="store_true", help=raw)
 
 
 def _add_generation(group, family: Family) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from ..backends import BackendError
-from ..chat import ChatTemplateError, encode_chat
+from ..chat import ChatTemplateError, TurnsError
 from ..console.endings import blame, guarded
 from ..console.environment import environment
 from ..console.files import check_apart, write_json, write_text
@@ -22,7 +22,7 @@ from ..models.description import DESCRIPTION_FILES
 from ..models.files import checkpoint_folder
 from ..models.loading import empty_model, model_family, resolve_device, resolve_dtype
 from ..models.weights import WEIGHT_FILES
-from ..prompts import Prompt, build_prompt, demo_path
+from ..prompts import demo_path, make_prompt
 from ..report.page import page
 from ..report.record import Mode, Record
 from ..report.summary import compare, comparison_lines, expected_line, run_lines
@@ -58,12 +58,15 @@ def _generate(args: Call) -> None:
     _check_checkpoint_kept(args, path)
     with blame(args, args.source):
         tokenizer = load_tokenizer(path)
-    with blame(args, args.prompt_option), blame(args, args.source, (ChatTemplateError,)):
-        own = args.text
-        prompt = build_prompt(args.prompt, tokenizer) if own is None else Prompt(own, None, encode_chat(tokenizer, own))
+    turns = "--chat" if args.prompt_option == "--chat" else "--system"
+    with blame(args, args.prompt_option), blame(args, turns, (TurnsError,)):
+        with blame(args, args.source, (ChatTemplateError,)):
+            prompt = make_prompt(tokenizer, args.prompt, args.text, args.earlier, raw=args.raw)
     device = resolve_device(args.device)
     with blame(args, args.source):
         outline = empty_model(checkpoint_folder(path, DESCRIPTION_FILES)).to(resolve_dtype(args.dtype, device))
+    with blame(args, args.prompt_option, (PromptError,)):
+        check_prompt(torch.tensor([prompt.input_ids]), outline.config.mask_token_id, outline.config.vocab_size)
     tokens = len(prompt.input_ids)
     check_memory(outline, args, fitted_lengths(tokens, device)[1] if args.advise else tokens)
     started = time.perf_counter()
@@ -75,8 +78,6 @@ def _generate(args: Call) -> None:
         tell(_heading(args, tokens, model))
         if tokens > trained:
             tell(f"warning: the prompt has {tokens} tokens, this model was trained on at most {trained}")
-    with blame(args, args.prompt_option, (PromptError,)):
-        check_prompt(torch.tensor([prompt.input_ids]), model.config.mask_token_id, model.config.vocab_size)
     job = Job(model, tokenizer, prompt.input_ids, args, prompt.expected)
     # a record is worth writing without stdout too
     stdout = Stdout(keep_going=args.json is not None or args.report is not None)
@@ -135,6 +136,8 @@ def _answers(job: Job, stdout: Stdout) -> dict[str, Any]:
         found["runs"].append(run)
         if not args.quiet:
             tell("\n".join(run_lines(run)))
+            if not run.answer_tokens:
+                tell("warning: the answer is empty: its tokens are only ends and masks")
             if run.expected is not None and not args.compare:  # the comparison says it of both
                 tell(expected_line(run))
         stdout.say(run.text)
@@ -148,9 +151,11 @@ def _answers(job: Job, stdout: Stdout) -> dict[str, Any]:
 
 def _heading(args: Call, tokens: int, model: DiffusionLM) -> str:
     family, sampler = args.family, args.sampler
+    kinds = {"raw": ", raw", "system": " after a system turn", "chat": ", the last turn of a chat"}
+    kind = "".join(text for name, text in kinds.items() if args.flags[name])
     source = "demo checkpoint" if args.demo else args.model_path or family.model_path
     return (
         f"{family.title} ({source}) on {model.device}, {str(model.dtype).removeprefix('torch.')}; "
-        f"prompt {args.prompt or 'of your own'}: {tokens} tokens; "
+        f"prompt {args.prompt or 'of your own'}{kind}: {tokens} tokens; "
         f"{sampler.gen_length} new tokens in {sampler.steps} steps"
     )

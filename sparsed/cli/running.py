@@ -114,7 +114,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
         token_ids = output[0, len(job.input_ids) :].tolist()
         committed = history(clock.steps, token_ids, len(job.input_ids))
         forwards = forwards_of(clock.phases, clock.step_seconds, output.shape[1], committed)
-        length = answer_length(token_ids, stop_ids(job.model.config, job.tokenizer))
+        length = answer_length(token_ids, stop_ids(job.model.config, job.tokenizer), job.model.config.mask_token_id)
         text = decode(job.tokenizer, token_ids[:length]).strip()
         return RunRecord(
             mode=mode,

@@ -29,6 +29,7 @@ from ..sampling.likelihood import is_greedy, log_likelihood
 from .team import leave_group
 
 try:
+    from lm_eval import evaluator
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -46,7 +47,7 @@ IGNORED = ("max_batch_size", "trust_remote_code")
 
 
 class OptionError(ValueError):
-    """The model cannot be made from the options of --model_args."""
+    """The model cannot be made from the options of --model_args, or cannot do a task as it is set up."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ class Options:
         SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
         check_backend(self.backend)
         check_numbers(max_gen_toks=self.max_gen_toks, block_length=self.block_length, mc_num=self.mc_num)
-        if self.steps is not None:
-            check_numbers(steps=self.steps)
+        check_numbers(steps=1 if self.steps is None else self.steps)
         for name in ("origin", "check_greedy", "add_bos_token"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -207,13 +207,9 @@ class SparseDLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text, ready for the answer, or for the rest of the last message."""
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(text)
+        how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        how["continue_final_message"] = not add_generation_prompt
+        return str(self.tokenizer.apply_chat_template(chat_history, **how))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text whose control tokens, such as those of a chat template, are written out in it."""
@@ -236,7 +232,7 @@ class SparseDLM(TemplateLM):
         """The answers to requests (context, generation settings), up to their first stop string or end token.
 
         Raises:
-            ValueError: a setting that the family's sampler does not have or cannot follow.
+            OptionError: a setting that the family's sampler does not have or cannot follow.
         """
         answers = []
         for request in self._progress(requests, "Generating", disable_tqdm):
@@ -244,28 +240,42 @@ class SparseDLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 
-    def _answer(self, context: str, settings: dict[str, Any]) -> str:
-        settings = normalize_gen_kwargs(settings, self.options.max_gen_toks)
-        length, until = settings.pop("max_gen_toks"), [stop for stop in settings.pop("until") if stop]
-        settings.pop("do_sample")  # its temperature is 0 where there is none
-        token_ids = self._generate(self.tok_encode(context), length, settings)[:length]
+    def check(self, tasks: dict[str, Any]) -> None:
+        """Raise OptionError, which names the task, unless the model can do all of these as they are set up."""
+        for name, task in tasks.items():
+            if task.OUTPUT_TYPE == "loglikelihood_rolling":
+                raise OptionError(f"task {name}: sparsed has no likelihoods of whole documents, only of targets")
+            if task.OUTPUT_TYPE == "generate_until":
+                self._settings(task.get_config("generation_kwargs") or {}, f"task {name}, --gen_kwargs")
+
+    def _settings(self, given: dict[str, Any], where: str) -> tuple[int, list[str], sampling.Settings]:
+        """Tokens of an answer, what it stops at, and how the family samples, as a request's settings say."""
+        options = self.options
+        try:
+            settings: dict[str, Any] = {**normalize_gen_kwargs(given, options.max_gen_toks)}
+            length, until, sampled = (settings.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
+            check_numbers(max_gen_toks=length)
+            # what means nothing: one beam, and filters where nothing is drawn (the temperature is then 0)
+            for name in ("num_beams",) * (settings.get("num_beams") == 1) + ("top_p", "top_k") * (not sampled):
+                settings.pop(name, None)
+            steps = settings.pop("steps", options.steps)
+            sampler = sampling.settings_for_answer(self.model.family, length, steps, options.block_length, **settings)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"{where}: {error}") from error
+        return length, [str(stop) for stop in until if stop], sampler
+
+    def _answer(self, context: str, given: dict[str, Any]) -> str:
+        length, until, sampler = self._settings(given, "generate_until")
+        token_ids = self._generate(self.tok_encode(context), sampler)[:length]
         vocabulary = self.tokenizer.get_added_vocab()
         stops = stop_ids(self.model.config, self.tokenizer) | {vocabulary[stop] for stop in until if stop in vocabulary}
         text = decode(self.tokenizer, token_ids[: answer_length(token_ids, stops)])
         return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
 
-    def _generate(self, context: list[int], length: int, settings: dict[str, Any]) -> list[int]:
-        """At least `length` new ids of the family's sampler."""
-        family, options = self.model.family, self.options
-        own = sampling.own_options(family)
-        for name in settings:
-            if name not in ("temperature", "steps", *own):
-                raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(own)}")
-        length = sampling.FAMILIES[family].filled(length, options.block_length)
-        settings["steps"] = settings.get("steps") or options.steps or length
-        sampler = sampling.settings_for(family, gen_length=length, block_length=options.block_length, **settings)
+    def _generate(self, context: list[int], sampler: sampling.Settings) -> list[int]:
+        """The new ids of the family's sampler."""
         ids = torch.tensor([context or [self.prefix_token_id]])
-        out = sampling.generate(self.model, ids, sampler, generator=self.generator, **options.attention)
+        out = sampling.generate(self.model, ids, sampler, generator=self.generator, **self.options.attention)
         return out[0, ids.shape[1] :].tolist()
 
     def _loglikelihood_tokens(
@@ -291,8 +301,15 @@ class SparseDLM(TemplateLM):
         return tqdm(requests, desc=what, disable=disable or self.rank != 0)
 
 
+def _evaluate(lm: Any, task_dict: dict[str, Any], evaluate: Any = evaluator.evaluate, **how: Any) -> Any:
+    """The harness' own evaluation, after a look at all tasks, lest one of them fails when others have run."""
+    getattr(lm, "check", lambda _: None)(task_dict["tasks"])  # the harness' own models have no such look
+    return evaluate(lm=lm, task_dict=task_dict, **how)
+
+
 def main() -> int:
     """The harness' own command line, with the model `sparsed` in it; returns the exit code."""
+    evaluator.evaluate = _evaluate
     try:
         cli_evaluate()
     except OptionError as error:

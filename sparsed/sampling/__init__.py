@@ -3,6 +3,15 @@
 from .dream import dream_generate
 from .llada import llada_generate
 from .loop import generate
-from .settings import FAMILIES, Settings, own_options, settings_for
+from .settings import FAMILIES, Settings, own_options, settings_for, settings_for_answer
 
-__all__ = ["FAMILIES", "Settings", "dream_generate", "generate", "llada_generate", "own_options", "settings_for"]
+__all__ = [
+    "FAMILIES",
+    "Settings",
+    "dream_generate",
+    "generate",
+    "llada_generate",
+    "own_options",
+    "settings_for",
+    "settings_for_answer",
+]

@@ -150,6 +150,9 @@ class LLaDASettings:
         check_choice("remasking", self.remasking, REMASKING)
         check_temperature("temperature", self.temperature)
         check_temperature("cfg_scale", self.cfg_scale)
+        for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         steps_a_block(self.gen_length, self.steps, self.block_length)
 
     @property
@@ -230,3 +233,22 @@ def settings_for(family: str, *, gen_length: int, steps: int, block_length: int,
     if family == "dream":
         return DreamSettings(gen_length, steps, **options)
     return LLaDASettings(gen_length, steps, min(block_length, gen_length), **options)
+
+
+def settings_for_answer(family: str, length: int, steps: int | None, block_length: int, /, **options: Any) -> Settings:
+    """The settings of a sampler that fills an answer of `length` tokens to the end of its last block.
+
+    Args:
+        steps: None for as many as it then has tokens.
+        block_length, options: as for `settings_for`.
+
+    Raises:
+        ValueError: a number or name outside its range, or an option that the family does not have.
+    """
+    own = own_options(family)
+    for name in options:
+        if name not in ("temperature", *own):
+            raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(own)}")
+    filled = FAMILIES[family].filled(length, block_length)
+    steps = filled if steps is None else steps
+    return settings_for(family, gen_length=filled, steps=steps, block_length=block_length, **options)
