@@ -137,6 +137,40 @@ def decode(tokenizer: Any, token_ids: list[int], *, special: bool = False) -> st
     return tokenizer.decode([token for token in token_ids if token < known], skip_special_tokens=not special)
 
 
+class Speller:
+    """The texts of an answer's tokens one by one, special tokens included."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._alone = functools.cache(lambda token: decode(tokenizer, [token], special=True))
+
+    def pieces(self, token_ids: list[int]) -> list[str]:
+        """One text for each token; joined, they are the text of all.
+
+        Where the bytes of a character are spread over tokens, it stands at the last of them.
+        """
+        pieces: list[str] = []
+        pending: list[int] = []  # since the last whole character
+        said, held = 0, ""  # how much of their text is in the pieces, and the rest of it
+        for token in token_ids:
+            if held and self._text([token])[:1] not in ("", REPLACEMENT):  # the character before has broken off
+                pieces[-1] += held
+                pending, said = [], 0
+            pending.append(token)
+            text = self._text(pending)
+            whole = text.removesuffix(REPLACEMENT)  # which the next token may turn into a character
+            pieces.append(whole[said:])
+            said, held = len(whole), text[len(whole) :]
+            if not held:
+                pending, said = [], 0
+        if held:
+            pieces[-1] += held
+        return pieces
+
+    def _text(self, token_ids: list[int]) -> str:
+        return self._alone(*token_ids) if len(token_ids) == 1 else decode(self._tokenizer, token_ids, special=True)
+
+
 def _render_chat(tokenizer: Any, turns: list[Turn]) -> tuple[list[str], list[str]]:
     """The template's texts before, between and after the messages, and the messages."""
     try:

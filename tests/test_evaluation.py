@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsed.evaluation import answering, command, identity, results, wilson
+from sparsed.evaluation import answering, command, results, wilson
 from sparsed.evaluation.results import Folder, OtherRun, summarize, table
+from sparsed.models import identity
 from sparsed.prompts import demo_path
 
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,8 @@ from standins import MASK, tiny_dream, tiny_llada
 from tiny_folders import special_id, tiny_folder
 
 from sparsed import load_tokenizer
-from sparsed.chat import decode
-from sparsed.cli.recording import Speller, history
+from sparsed.chat import Speller, decode
+from sparsed.cli.recording import history
 
 
 @pytest.fixture(scope="module", params=["dream", "llada"])

@@ -20,9 +20,9 @@ from records import made_up_run
 from tiny_folders import tiny_folder
 
 from sparsed import load_tokenizer
+from sparsed.chat import Speller
 from sparsed.cli import main_dream, main_llada, progress
 from sparsed.cli.families import LLADA
-from sparsed.cli.recording import Speller
 from sparsed.report.record import RunRecord
 from sparsed.report.view import END, MASK
 from sparsed.sampling.common import Step

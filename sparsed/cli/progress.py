@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ..chat import Speller
 from ..console.endings import unbroken
 from ..report.view import Token, View, drawn
 from ..sampling.common import Step
-from .recording import Speller
 
 if TYPE_CHECKING:  # rich is optional
     from rich.console import Console

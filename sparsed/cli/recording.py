@@ -1,16 +1,13 @@
 """What the record keeps of a run beside its times: what the layers chose, and how the answer came about."""
 
 import base64
-import functools
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..blocks import BlockGrid, Pattern
-from ..chat import REPLACEMENT, decode
 from ..report.record import Commit, KeptBlocks, Layer
 from ..sampling.common import Step
 from ..watching import pooled, recall
@@ -75,37 +72,3 @@ def history(steps: list[Step], token_ids: list[int], prompt_tokens: int) -> list
     for position, (index, token, probability) in latest.items():
         entries[index].append((position, token, round(probability, 4) if math.isfinite(probability) else None))
     return entries
-
-
-class Speller:
-    """The texts of an answer's tokens one by one, special tokens included."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._alone = functools.cache(lambda token: decode(tokenizer, [token], special=True))
-
-    def pieces(self, token_ids: list[int]) -> list[str]:
-        """One text for each token; joined, they are the text of all.
-
-        Where the bytes of a character are spread over tokens, it stands at the last of them.
-        """
-        pieces: list[str] = []
-        pending: list[int] = []  # since the last whole character
-        said, held = 0, ""  # how much of their text is in the pieces, and the rest of it
-        for token in token_ids:
-            if held and self._text([token])[:1] not in ("", REPLACEMENT):  # the character before has broken off
-                pieces[-1] += held
-                pending, said = [], 0
-            pending.append(token)
-            text = self._text(pending)
-            whole = text.removesuffix(REPLACEMENT)  # which the next token may turn into a character
-            pieces.append(whole[said:])
-            said, held = len(whole), text[len(whole) :]
-            if not held:
-                pending, said = [], 0
-        if held:
-            pieces[-1] += held
-        return pieces
-
-    def _text(self, token_ids: list[int]) -> str:
-        return self._alone(*token_ids) if len(token_ids) == 1 else decode(self._tokenizer, token_ids, special=True)

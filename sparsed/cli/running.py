@@ -11,7 +11,7 @@ from msgspec import structs
 from torch import Tensor
 
 from .. import sampling
-from ..chat import answer_length, decode, stop_ids
+from ..chat import Speller, answer_length, decode, stop_ids
 from ..models.common import DiffusionLM
 from ..prompts import answer_found
 from ..report.record import Mode, Phase, RunRecord, forwards_of
@@ -22,7 +22,7 @@ from ..schedule import FULL
 from ..watching import watched
 from .arguments import Call
 from .progress import Answer, Show, bar, screen, terminal
-from .recording import Choices, Speller, history
+from .recording import Choices, history
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
 from ..models.description import DESCRIPTION_FILES
 from ..models.files import checkpoint_folder
+from ..models.identity import files_digest, weights_digest
 from ..models.loading import model_family
 from ..prompts import demo_path
 from ..sampling.common import Step
 from . import plots
 from .answering import Answerer
 from .arguments import Arguments, parse
-from .identity import files_digest, weights_digest
 from .planning import Batch, plan, samplers
 from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table
 from .tasks import Sample

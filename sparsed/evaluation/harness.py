@@ -4,8 +4,7 @@
 
 The harness has no plug-ins for models, so this module runs its own command line with an additional model. `torchrun
 --nproc_per_node 4 -m sparsed.evaluation.harness ...`, or `accelerate launch`, spreads the requests over processes, each
-with a model of its own. A process runs one request at a time: SparseD pays with long prompts, and one of them fills a
-GPU.
+with its own model. A process runs one request at a time: SparseD pays with long prompts, and one of them fills a GPU.
 """
 
 import logging
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from tqdm import tqdm
 
 from .. import sampling
@@ -196,11 +195,8 @@ class SparseDLM(TemplateLM):
         return gather(tensor)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        if self.world_size == 1:
-            return [obj]
-        gathered = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, gathered, dst=dst)
-        return gathered
+        gathered = gather_object([obj])
+        return gathered if self.rank == dst else None
 
     def barrier(self) -> None:
         self.processes.wait_for_everyone()
@@ -255,8 +251,10 @@ class SparseDLM(TemplateLM):
             settings: dict[str, Any] = {**normalize_gen_kwargs(given, options.max_gen_toks)}
             length, until, sampled = (settings.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
             check_numbers(max_gen_toks=length)
-            # what means nothing: one beam, and filters where nothing is drawn (the temperature is then 0)
-            for name in ("num_beams",) * (settings.get("num_beams") == 1) + ("top_p", "top_k") * (not sampled):
+            # one beam means nothing, nor do filters where nothing is drawn (the temperature is then 0)
+            if settings.get("num_beams") == 1:
+                del settings["num_beams"]
+            for name in () if sampled else ("top_p", "top_k"):
                 settings.pop(name, None)
             steps = settings.pop("steps", options.steps)
             sampler = sampling.settings_for_answer(self.model.family, length, steps, options.block_length, **settings)
