@@ -220,8 +220,7 @@ class SparseDLM(TemplateLM):
         Unlike the harness, it leaves line breaks where they are: masking those at the end of a chat template, which
         the models have never seen masked, would cost many nats.
         """
-        spaces = len(context) - len(context.rstrip(" "))
-        head = self.tok_encode(context[: len(context) - spaces])
+        head = self.tok_encode(context.rstrip(" "))
         return head, self.tok_encode(context + continuation)[len(head) :]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
