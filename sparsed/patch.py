@@ -37,15 +37,16 @@ def sparsify(
 
     It works on this package's classes and on the hub's remote code, and with any sampler that calls the model once a
     denoising step. After `steps` forwards, or when batch or length changes, the next forward starts a new generation; a
-    sampler that stops before calls `reset()`. This package's own samplers say when theirs begins. What wraps a patched
-    method inside the context stays when it ends, around the method as it was before.
+    sampler that stops before calls `reset()`. This package's own samplers say when theirs begins and ends: it then has
+    as many forwards as it takes, and one of another batch or length meanwhile has full attention and is no step. What
+    wraps a patched method inside the context stays when it ends, around the method as it was before.
 
     Args:
         model: recognised by the structure of its attention modules.
         config: skip, select, block_size, dense_answer.
         steps: denoising steps of one generation, one forward each.
         gen_length: tokens of the generated region, at the end of every forward's sequence.
-        backend: auto, flash, triton or gather.
+        backend: auto, or a name in `BACKENDS`.
         rule: how blocks are chosen, for comparisons with other methods.
 
     Yields:
@@ -53,7 +54,8 @@ def sparsify(
 
     Raises:
         ValueError: no Dream or LLaDA attention in the model, or a number out of range.
-        RuntimeError: the model is inside another `sparsify`; or (at the end) another thread is inside a forward.
+        RuntimeError: the model is inside another `sparsify`; or (in a forward) another forward is running; or (in a
+            sampler) another generation is; or (at the end) another thread is inside a forward.
         BackendError: (in the step that chooses the blocks) the named backend cannot run.
     """
     if not isinstance(config, SparseDConfig):

@@ -29,7 +29,8 @@ class Run:
         schedule: when attention is over kept blocks.
         step: index of the next denoising step (inside a forward: of the current one).
         committed: share of the generated tokens that are committed, if the sampler tells; no schedule by steps asks.
-        backend, backend_reason: the kernel of the sparse steps and why it was taken; None until blocks are chosen.
+        backend, backend_reason: the kernel of the sparse steps and why it was taken, FULL where every block is kept;
+            None until blocks are wanted.
         compile_seconds: time spent choosing and compiling kernels, part of the time of the step that chooses.
         phase: what the next step (inside a forward: the current one) computes: FULL, SELECTING or SPARSE.
         pattern_version: changes whenever the chosen blocks do.
@@ -43,8 +44,10 @@ class Run:
         self._shape: tuple[int, ...] | None = None
         self._keeps_all = False
         self._running = threading.Lock()
-        # the sampler has told the sequence; this forward can only be full; forwards count for nothing
-        self._told = self._only_full = self._uncounted = False
+        self._told = threading.Lock()  # held while a sampler's sequence is open
+        self._uncounted = False
+        # of the forward that is running: its sequence's length, and whether it can neither choose nor be sparse
+        self._length, self._only_full = 0, False
         self.reset()
 
     @property
@@ -56,7 +59,8 @@ class Run:
 
     @property
     def phase(self) -> str:
-        """The first step for which the schedule wants blocks selects; a run that keeps every block stays full."""
+        """The first whole forward for which the schedule wants blocks selects; one of another sequence is full, and so
+        are a window before blocks are chosen and a run that keeps every block."""
         if self._only_full or self._keeps_all or not self._wants_pattern:
             return FULL
         return SPARSE if self._complete else SELECTING
@@ -92,14 +96,13 @@ class Run:
         Raises:
             RuntimeError: inside another sequence.
         """
-        if self._told:
+        if not self._told.acquire(blocking=False):
             raise RuntimeError("sparsify: a generation began inside another one of the same model")
-        self._begin(shape)
-        self._told = True
         try:
+            self._begin(shape)
             yield
         finally:
-            self._told = False
+            self._told.release()
 
     def _begin(self, shape: tuple[int, ...]) -> None:
         if shape[1] < self.gen_length:
@@ -120,9 +123,13 @@ class Run:
         if not self._running.acquire(blocking=False):
             raise RuntimeError("sparsify: a forward began inside another one of the same model, or in another thread")
         try:
-            aside = self._told and shape != self._shape  # of another sequence
-            if not self._told and (shape != self._shape or self.schedule.is_over(Progress(self.step, self.committed))):
+            told, other = self._told.locked(), shape != self._shape
+            aside = told and other  # of another sequence
+            # a window is never the first of a generation, for its cache was filled by it
+            is_over = whole and self.schedule.is_over(Progress(self.step, self.committed))
+            if not told and (other or is_over):
                 self._begin(shape)
+            self._length = shape[1]
             self._only_full = aside or not (whole or self._complete)
             selecting = self.phase == SELECTING
             if selecting:
@@ -175,6 +182,8 @@ class Run:
             start: place of the first query in the sequence; None: the queries are the last ones.
         """
         phase = self.current_phase()
+        if start is not None and k.shape[2] != self._length:
+            raise ValueError("sparsify: `rows` must be an argument of the model that was given to sparsify")
         if phase == FULL:
             return full()
         if phase == SPARSE:

@@ -123,6 +123,70 @@ def test_a_window_does_not_choose(model):
         assert run.density is not None and run.phase == "sparse"
 
 
+@torch.no_grad()
+def test_a_window_does_not_begin_a_generation(model):
+    """Outside a told sequence: whole forwards are counted, and a window after the last of them stays sparse."""
+    ids, cache = torch.randint(0, 90, (1, LENGTH)), model.kv_cache(1, LENGTH)
+    with sparsify(model, SparseDConfig(0, 0.4, 16), steps=3, gen_length=GEN_LENGTH) as run:
+        for _ in range(3):
+            model(ids, cache=cache)
+        for step in (4, 5):
+            window_of(model, ids, None, 20, 60, cache)
+            assert (run.step, run.phase) == (step, "sparse")
+        model(ids, cache=cache)
+        assert run.step == 1, "a whole forward begins the next one"
+
+
+@torch.no_grad()
+def test_a_window_that_a_part_makes_itself_is_an_error(model):
+    """`sparsify` would take its tokens for a shorter sequence."""
+    ids, cache = torch.randint(0, 90, (1, LENGTH)), model.kv_cache(1, LENGTH)
+    with sparsify(model.model, SparseDConfig(0, 0.4, 16), steps=3, gen_length=GEN_LENGTH):
+        model(ids, cache=cache)
+        with pytest.raises(ValueError, match="`rows` must be an argument of the model that was given to sparsify"):
+            window_of(model, ids, None, 20, 60, cache)
+
+
+@torch.no_grad()
+def test_a_refresh_that_failed_does_not_count(model):
+    """Its first layers hold the new tokens' keys, its last ones the old ones'."""
+    ids, cache = torch.randint(0, 90, (2, LENGTH)), model.kv_cache(1, LENGTH)
+    model(ids[:1], cache=cache)
+    last = [module for module in model.modules() if hasattr(module, "attend")][-1]
+    hook = last.k_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids[1:], cache=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match="the cache is not filled"):
+        window_of(model, ids[1:], None, 20, 60, cache)
+    plain = model(ids[1:], cache=cache)
+    out = window_of(model, ids[1:], None, 20, 60, cache)
+    torch.testing.assert_close(out, plain[:, 20:60], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_traced_window_serves_others_of_its_size(model, sequences):
+    """What a CUDA graph reads are the tensors of `Rows`: traced over one window, the forward is right for another."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    ids, mask = sequences
+    cache = model.kv_cache(*ids.shape)
+    plain = model(ids, mask, cache=cache)
+
+    def forward(tokens, slots, positions, places):
+        rows = Rows(16, 26, LENGTH, slots, positions)
+        return model(tokens, mask, rows=rows, cache=cache, first_row=18, logit_rows=places)
+
+    def given(start):
+        rows = model.rows(start, start + 10, LENGTH, mask)
+        places = torch.tensor([start + 2, start + 5, (len(ids) - 1) * LENGTH + start + 9])
+        return (ids[:, start : start + 10].clone(), rows.slots, rows.positions, places), places
+
+    traced = make_fx(forward)(*given(16)[0])
+    inputs, places = given(50)
+    torch.testing.assert_close(traced(*inputs), plain.flatten(0, 1)[places], atol=1e-5, rtol=0)
+
+
 def test_a_cache_is_as_large_as_it_says(model):
     config, cache = model.config, model.kv_cache(3, LENGTH)
     sizes = config.sizes
@@ -144,26 +208,34 @@ def test_rows_that_are_not_there(start, stop):
 
 
 WRONG = {
-    "no cache": (lambda m, ids: m(ids[:, 3:9], rows=m.rows(3, 9, LENGTH)), "need a cache"),
+    "no cache": (lambda m, ids: m(ids[:, 3:9], rows=m.rows(3, 9, LENGTH, None)), "need a cache"),
     "other ids": (
-        lambda m, ids: m(ids, rows=m.rows(3, 9, LENGTH), cache=m.kv_cache(1, LENGTH)),
+        lambda m, ids: m(ids, rows=m.rows(3, 9, LENGTH, None), cache=m.kv_cache(1, LENGTH)),
         "the 6 tokens of rows",
     ),
     "empty": (
-        lambda m, ids: m(ids[:, 3:9], rows=m.rows(3, 9, LENGTH), cache=m.kv_cache(1, LENGTH)),
-        "the cache is empty",
+        lambda m, ids: m(ids[:, 3:9], rows=m.rows(3, 9, LENGTH, None), cache=m.kv_cache(1, LENGTH)),
+        "the cache is not filled",
     ),
     "other length": (
-        lambda m, ids: m(ids[:, 3:9], rows=m.rows(3, 9, LENGTH), cache=m.kv_cache(1, 50)),
+        lambda m, ids: m(ids[:, 3:9], rows=m.rows(3, 9, LENGTH, None), cache=m.kv_cache(1, 50)),
         r"the cache is of sequences \[1, 50\]",
+    ),
+    "longer mask, no rows": (
+        lambda m, ids: m(ids, torch.ones(1, 90), cache=m.kv_cache(1, 90)),
+        r"attention_mask must be \[1, 77\]",
+    ),
+    "mask of another length": (
+        lambda m, ids: m.rows(3, 9, LENGTH, torch.ones(1, 50)),
+        r"attention_mask must be \[batch, 77\]",
     ),
     "other batch": (lambda m, ids: m(ids, cache=m.kv_cache(2, LENGTH)), r"the cache is of sequences \[2, 77\]"),
     "mask of the window": (
-        lambda m, ids: m(ids[:, 3:9], torch.ones(1, 6), rows=m.rows(3, 9, LENGTH), cache=m.kv_cache(1, LENGTH)),
-        r"attention_mask must be \[1, 77\]",
+        lambda m, ids: m(ids[:, 3:9], torch.ones(1, 6), rows=m.rows(3, 9, LENGTH, None), cache=m.kv_cache(1, LENGTH)),
+        r"attention_mask must be \[1, 77\], that of the whole",
     ),
     "first_row": (
-        lambda m, ids: m(ids[:, 3:9], rows=m.rows(3, 9, LENGTH), cache=m.kv_cache(1, LENGTH), first_row=9),
+        lambda m, ids: m(ids[:, 3:9], rows=m.rows(3, 9, LENGTH, None), cache=m.kv_cache(1, LENGTH), first_row=9),
         "first_row must be one of the rows 3 to 8",
     ),
 }

@@ -37,13 +37,13 @@ def test_the_selection_is_compared_with_forwards_of_as_many_rows():
 @pytest.mark.parametrize(("phases", "n_full"), [("ffff", 4), ("f-fSs-s", 4), ("Sss", 1), ("f-", 2), ("ffS-", 3)])
 def test_a_schedule_of_full_steps_first_is_told_as_before(phases, n_full):
     seconds = [0.0 if phase == "-" else 1.0 for phase in phases]
-    found = summary.schedule(forwards(phases, seconds))
+    found = summary.prefix_fields(forwards(phases, seconds))
     assert (found["step_seconds"], found["full_steps"]) == (seconds, n_full)
 
 
 @pytest.mark.parametrize("phases", ["fSsf", "sf", "fSsSs", "SfS"])
 def test_any_other_order_has_no_schedule(phases):
-    assert summary.schedule(forwards(phases, [1.0] * len(phases))) == {}
+    assert summary.prefix_fields(forwards(phases, [1.0] * len(phases))) == {}
 
 
 def test_a_run_of_any_order_is_grouped_by_phase():

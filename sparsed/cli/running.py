@@ -15,7 +15,7 @@ from ..chat import Speller, answer_length, decode, stop_ids
 from ..models.common import DiffusionLM
 from ..prompts import answer_found
 from ..report.record import Mode, Phase, RunRecord, forwards_of
-from ..report.summary import LABELS, schedule, typical
+from ..report.summary import LABELS, prefix_fields, typical
 from ..run import Run, synchronize
 from ..sampling.common import Step, attention_of
 from ..schedule import FULL
@@ -62,7 +62,7 @@ class StepClock:
         compiled = 0.0 if self.run is None else self.run.compile_seconds
         self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if step.ran else 0.0)
         self.compile_seconds = compiled
-        # that every block is kept, a run finds out in its first step
+        # that every block is kept, a run finds out when it first wants blocks
         kept = self.run is not None and self.run.backend == FULL
         self.phases.append(Phase.IDLE if not step.ran else Phase.FULL if kept else self.phase)
         self.steps.append(step)
@@ -122,7 +122,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             prompt_tokens=len(job.input_ids),
             seconds=sum(clock.step_seconds),
             forwards=forwards,
-            **schedule(forwards),
+            **prefix_fields(forwards),
             compile_seconds=clock.compile_seconds,
             density=None if run is None else run.density,
             layers=choices.layers(),

@@ -10,7 +10,8 @@ from .rows import Rows
 class KVCache:
     """Keys after rotation and values of all layers, for sequences [batch, length], allocated at once.
 
-    A forward writes its rows' keys and values in place, and attends to all of them; the first one computes all rows.
+    A forward writes its rows' keys and values in place, and attends to all of them; the first one computes all rows. No
+    gradient goes through it.
 
     Args:
         like: a tensor for each layer, whose device and dtype the layer's have.
@@ -42,9 +43,11 @@ class KVCache:
         if self.shape != (k.shape[0], rows.length):
             raise ValueError(f"the cache is of sequences {list(self.shape)}, not of {[k.shape[0], rows.length]}")
         if rows.whole:
+            if layer == 0:  # should this forward fail, the deeper layers hold another one's
+                self._filled.clear()
             self._filled.add(layer)
         elif layer not in self._filled:
-            raise ValueError("the cache is empty: its first forward must compute all tokens of the sequence")
+            raise ValueError("the cache is not filled: a forward must compute all tokens of the sequence first")
         keys, values = self._layers[layer]
         slots = rows.slots.to(keys.device)
         keys.index_copy_(2, slots, k)

@@ -212,19 +212,27 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def take_rows(hidden: Tensor, rows: Tensor | None, first: int, length: int) -> Tensor:
-    """The rows whose logits are wanted, of hidden [B, n, width], the tokens from `first` on of `length`.
+def take_rows(hidden: Tensor, rows: Tensor | None, slots: Tensor, length: int) -> Tensor:
+    """The rows whose logits are wanted, of hidden [B, n, width], the tokens at the last n of `slots`, of `length`.
 
     Args:
         rows: [m] int64 flat positions b * length + t, none of other tokens; None for all.
+        slots: int64, one after the other.
 
     Returns:
         [B, n, width], or [m, width].
     """
     if rows is None:
         return hidden
-    rows = rows.to(hidden.device)
+    rows, first = rows.to(hidden.device), slots[-hidden.shape[1]].to(hidden.device)
     return hidden.flatten(0, 1)[rows - first - rows // length * (length - hidden.shape[1])]
+
+
+def _check_mask(mask: Tensor | None, length: int, batch: int | None = None) -> None:
+    """Raise ValueError unless the mask is of sequences of `length` tokens, and of so many if `batch` says."""
+    if mask is not None and (mask.shape[1] != length or batch not in (None, len(mask))):
+        wanted = f"{'batch' if batch is None else batch}, {length}"
+        raise ValueError(f"attention_mask must be [{wanted}], that of the whole sequences, got {list(mask.shape)}")
 
 
 class DiffusionLM(nn.Module):
@@ -241,15 +249,16 @@ class DiffusionLM(nn.Module):
         """Cosines and sines of positions [B or 1, n], as the layers take them: [B or 1, 1, n, D]."""
         raise NotImplementedError
 
-    def rows(self, start: int, stop: int, length: int, attention_mask: Tensor | None = None) -> Rows:
+    def rows(self, start: int, stop: int, length: int, attention_mask: Tensor | None) -> Rows:
         """The tokens `start` ... `stop` - 1 of sequences of `length` tokens, for `forward`.
 
         Args:
-            attention_mask: of the whole sequences, [B, length], 1 = real, 0 = left padding.
+            attention_mask: of the whole sequences, [B, length], 1 = real, 0 = left padding; None if all are real.
 
         Raises:
-            ValueError: the window is empty or reaches past the sequence.
+            ValueError: the window is empty or reaches past the sequence, or the mask is of other sequences.
         """
+        _check_mask(attention_mask, length)
         return Rows.of(start, stop, self.positions(length, self.device, attention_mask))
 
     def kv_cache(self, batch: int, length: int) -> KVCache:
@@ -272,14 +281,13 @@ class DiffusionLM(nn.Module):
             ValueError: rows, ids, mask, cache and first_row do not fit each other.
         """
         batch, computed = input_ids.shape
+        _check_mask(attention_mask, computed if rows is None else rows.length, batch)
         if rows is None:
             rows = Rows.of(0, computed, self.positions(computed, input_ids.device, attention_mask))
         if rows.stop - rows.start != computed:
             raise ValueError(f"input_ids must be the {rows.stop - rows.start} tokens of rows, got {computed}")
         if not rows.whole and cache is None:
             raise ValueError("rows that are a part of the sequence need a cache, which holds the others' keys")
-        if attention_mask is not None and attention_mask.shape != (batch, rows.length):
-            raise ValueError(f"attention_mask must be {[batch, rows.length]}, got {list(attention_mask.shape)}")
         first_row = rows.start if first_row is None else first_row
         if not rows.start <= first_row < rows.stop:
             raise ValueError(f"first_row must be one of the rows {rows.start} to {rows.stop - 1}, got {first_row}")

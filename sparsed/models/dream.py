@@ -144,7 +144,7 @@ class DreamBackbone(nn.Module):
     def forward(self, input_ids: Tensor, given: Forward, logit_rows: Tensor | None) -> Tensor:
         """Hidden rows for the head."""
         x = given.through(self.layers, self.embed_tokens(input_ids))
-        return self.norm(take_rows(x, logit_rows, given.first_row, given.rows.length))
+        return self.norm(take_rows(x, logit_rows, given.rows.slots, given.rows.length))
 
 
 class DreamModel(DiffusionLM):

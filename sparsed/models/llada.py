@@ -161,7 +161,7 @@ class LLaDABackbone(nn.Module):
     def forward(self, input_ids: Tensor, given: Forward, logit_rows: Tensor | None) -> Tensor:
         """The head's logits."""
         x = given.through(self.transformer["blocks"].children(), self.transformer["wte"](input_ids))
-        x = self.transformer["ln_f"](take_rows(x, logit_rows, given.first_row, given.rows.length))
+        x = self.transformer["ln_f"](take_rows(x, logit_rows, given.rows.slots, given.rows.length))
         return self.transformer["ff_out"](x)
 
 

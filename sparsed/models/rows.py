@@ -9,7 +9,8 @@ from torch import Tensor
 class Rows(NamedTuple):
     """The tokens `start` ... `stop` - 1 of sequences of `length` tokens, in all layers.
 
-    The tensors are what kernels read, so that a CUDA graph of one window serves every other one of its size.
+    The tensors are what kernels read, so that a CUDA graph of one window with full attention serves every other one of
+    its size.
 
     Args:
         start, stop, length: on the host, for checks and shapes.

@@ -84,7 +84,8 @@ class KeptBlocks(Struct, frozen=True):
 
 
 class RunRecord(Struct, frozen=True, kw_only=True):
-    """One mode's run; earlier versions lack some fields with a default, and `summary.schedule` says who lacks three."""
+    """One mode's run. Earlier versions lack some fields, which have a default here; `summary.prefix_fields` says when
+    `step_seconds`, `full_steps` and `selection_seconds` are absent."""
 
     mode: Mode
     token_ids: Annotated[list[Whole], Meta(min_length=1)]

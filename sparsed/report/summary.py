@@ -53,7 +53,7 @@ def selection_seconds(forwards: Sequence[Forward]) -> float | None:
     return sum(forward.seconds - median(full) for forward in selecting) if full and selecting else None
 
 
-def schedule(forwards: Sequence[Forward]) -> dict[str, Any]:
+def prefix_fields(forwards: Sequence[Forward]) -> dict[str, Any]:
     """What a record says beside `forwards` if they are a prefix of full ones, the last selecting, then sparse ones."""
     kinds = attention(forwards)
     n_full, seconds = len(kinds) - kinds.count(Phase.SPARSE), [forward.seconds for forward in forwards]
