@@ -10,7 +10,7 @@ from tiny_folders import SPECIALS, special_id, tiny_folder
 
 from sparsed import llada_generate, load_model, load_tokenizer
 from sparsed.chat import TurnsError, encode_chat, encode_raw, turns_of
-from sparsed.cli import arguments, main_dream, main_llada
+from sparsed.cli import arguments, main_dream, main_llada, running
 from sparsed.cli import main as main_module
 from sparsed.cli.advice import command_of
 from sparsed.cli.families import DREAM, LLADA
@@ -207,22 +207,31 @@ def test_lladas_settings_of_the_end_tokens(flag, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ empty answers
 
 
+def write(monkeypatch, written):
+    """Have the sampler's answer be these tokens."""
+    generate = running.generate
+
+    def written_instead(job, clock):
+        out = generate(job, clock)
+        out[0, len(job.input_ids) :] = torch.tensor(written)
+        return out
+
+    monkeypatch.setattr(running, "generate", written_instead)
+
+
 @pytest.mark.parametrize("kind", ["ends", "masks", "masks and an end"])
 @pytest.mark.parametrize("quiet", [False, True])
 def test_an_answer_of_ends_and_masks_is_said_to_be_empty(call, monkeypatch, kind, quiet, family):
     end, mask = special_id(family, "<|endoftext|>"), 255 + len(SPECIALS[family])
     written = {"ends": [end] * 16, "masks": [mask] * 16, "masks and an end": [mask] * 8 + [end] * 8}[kind]
-    run_mode = main_module.run_mode
-    monkeypatch.setattr(main_module, "run_mode", lambda *args: {**run_mode(*args), "token_ids": written})
+    write(monkeypatch, written)
     code, out, err, record = call("--prompt_text", QUESTION, *["--quiet"] * quiet)
     assert (code, out, record["runs"][0]["answer_tokens"], record["runs"][0]["text"]) == (0, "\n", 0, "")
     assert err.count("warning: the answer is empty") == (not quiet) and (err == "") == quiet
 
 
 def test_an_answer_with_text_is_not(call, monkeypatch):
-    run_mode = main_module.run_mode
-    written = load_tokenizer(call.folder)("a" * 16)["input_ids"]
-    monkeypatch.setattr(main_module, "run_mode", lambda *args: {**run_mode(*args), "token_ids": written})
+    write(monkeypatch, load_tokenizer(call.folder)("a" * 16)["input_ids"])
     _, _, err, record = call("--prompt_text", QUESTION)
     assert "empty" not in err and record["runs"][0]["answer_tokens"] == 16
 
