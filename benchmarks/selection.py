@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsed import SparseDConfig
 from sparsed.blocks import BlockGrid, Pattern
-from sparsed.config import share
+from sparsed.config import ceil_share
 from sparsed.kernels import block_scores, full_attention
 from sparsed.selection import isolated_top_k
 
@@ -93,7 +93,7 @@ def top_k_gate(pattern: Pattern, scores: Tensor, select: float, slack: float = 0
     worst = 0.0
     for part in pattern.grid.parts:
         chosen, score = kept[..., part], scores[..., part]
-        if (chosen.sum(-1) != share(select, chosen.shape[-1])).any():
+        if (chosen.sum(-1) != ceil_share(select, chosen.shape[-1])).any():
             return Gate(float("inf"), slack)
         lowest = score.masked_fill(~chosen, torch.inf).amin(-1)
         highest = score.masked_fill(chosen, -torch.inf).amax(-1)

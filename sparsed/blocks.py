@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import share
+from .config import ceil_share
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -82,11 +82,11 @@ class BlockGrid:
 
         Each part keeps max(1, ceil(select * its blocks that hold a real token)), and none if there is no such block.
         """
-        return [tuple(share(select, n) if n else 0 for n in row) for row in self.real_blocks]
+        return [tuple(ceil_share(select, n) if n else 0 for n in row) for row in self.real_blocks]
 
     def keeps_all(self, select: float) -> bool:
         """Whether the budgets hold every block; padding changes nothing about it, as fewer blocks are kept sooner."""
-        return all(share(select, part.stop - part.start) >= part.stop - part.start for part in self.parts)
+        return all(ceil_share(select, part.stop - part.start) >= part.stop - part.start for part in self.parts)
 
 
 def head_chunks(heads: int, elements: int) -> list[slice]:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 
-def share(fraction: float, total: int) -> int:
+def ceil_share(fraction: float, total: int) -> int:
     """How many of `total` things a `fraction` of them is: at least one, rounded up.
 
     Products such as 0.07 * 100 = 7.000000000000001 are cleaned of float noise first.
@@ -53,7 +53,7 @@ class SparseDConfig:
 
     def n_full(self, steps: int) -> int:
         """Number of leading steps, of `steps` in all, that use full attention; the last of them chooses the blocks."""
-        return min(steps, share(self.skip, steps))
+        return min(steps, ceil_share(self.skip, steps))
 
 
 def _is_number(value: object) -> bool:

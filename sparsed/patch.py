@@ -66,7 +66,7 @@ def sparsify(
     if not seams:
         raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
     # a rule that looks at nothing needs no full step
-    schedule = ByStep(steps, 0 if rule.blind else config.n_full(steps))
+    schedule = ByStep(steps, config.n_full(steps) if rule.needs_scores else 0)
     run = Run(config, schedule, gen_length, backend, rule)
     with ExitStack() as undo:
         with PATCHING:

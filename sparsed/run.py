@@ -192,7 +192,7 @@ class Run:
         return self._select(layer, q, k, v, mask, full)
 
     def _select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
-        """Full attention, and the blocks that the sparse steps will attend to; a blind rule's at once."""
+        """Full attention, and the blocks of the sparse steps; a rule without scores attends to its blocks at once."""
         length = q.shape[2]
         if k.shape[2] != length:
             raise ValueError(f"sparsify needs all tokens in every forward, got {length} queries and {k.shape[2]} keys")
@@ -201,7 +201,7 @@ class Run:
             self._grid = BlockGrid(length, length - self.gen_length, config.block_size, valid, config.dense_answer)
         grid = self._grid.to(q.device)
         out = lse = None
-        if not self.rule.blind:
+        if self.rule.needs_scores:
             # ours is the model's own full attention then, and can give the log-sum-exp along with it
             ours = only_pads(mask, k)
             out, lse = full_attention(q, k, v, grid.key_valid) if ours else (full(), None)
@@ -218,7 +218,7 @@ class Run:
         self._densities.append(pattern.density)
         assert self.backend is not None  # `_prepare` has chosen it
         sparse = self._sparse[layer, q.device] = sparse_attention(self.backend, pattern)
-        return sparse(q, k, v) if self.rule.blind else out
+        return out if self.rule.needs_scores else sparse(q, k, v)
 
     def _sparse_attention(self, layer: int, device: torch.device) -> SparseAttention:
         """What the layer was given when it selected."""
@@ -234,7 +234,7 @@ class Run:
         padded = grid.key_valid is not None
         problem = Problem(q.device, q.dtype, batch, heads, k.shape[1], head_dim, grid.block_size, padded)
         self.backend, self.backend_reason = choose_backend(self._wanted, problem, grid.length)
-        if self.backend != "gather" and not self.rule.blind:
+        if self.backend != "gather" and self.rule.needs_scores:
             compile_selection(q, k, grid, lse)
 
     def _timed(self, work: Callable[[], Any], device: torch.device) -> None:

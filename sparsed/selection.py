@@ -86,11 +86,11 @@ class Rule:
 
     Args:
         choose: (q [B, Hq, T, D], score, grid, select) -> Pattern; score() gives the block scores [B, Hq, nQ, nK].
-        blind: the choice reads no scores, so it needs no full attention first, and holds from step 0 on.
+        needs_scores: False if the choice reads none: it then needs no full attention first, and holds from step 0 on.
     """
 
     choose: Callable[[Tensor, Callable[[], Tensor], BlockGrid, float], Pattern]
-    blind: bool = False
+    needs_scores: bool = True
 
 
 SPARSED = Rule(lambda q, score, grid, select: isolated_top_k(score(), grid, select))

@@ -51,7 +51,7 @@ def test_a_setting_is_what_a_run_would_compute(model, method, dense):
     window, mask_id = window_of(model), model.config.mask_token_id
     canvases = [window.canvas(share, mask_id) for share in (0, 0.5)]
     rule = METHODS[method].rule
-    config = SparseDConfig(skip=0.5 if not rule.blind else 0.0, select=0.3, block_size=16, dense_answer=dense)
+    config = SparseDConfig(skip=0.5 if rule.needs_scores else 0.0, select=0.3, block_size=16, dense_answer=dense)
     with torch.no_grad():
         full = model(canvases[1]).log_softmax(-1)
         with sparsify(model, config, steps=2, gen_length=NEW, rule=rule):

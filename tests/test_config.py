@@ -7,7 +7,7 @@ from math import ceil, inf, nan
 import pytest
 from reference import exact_share, n_full
 
-from sparsed.config import SparseDConfig, check_numbers, share
+from sparsed.config import SparseDConfig, ceil_share, check_numbers
 
 
 def test_defaults_are_the_papers():
@@ -114,4 +114,4 @@ def test_share_over_a_grid_of_exact_fractions():
     for thousandths in [1, 7, 29, 70, 125, 290, 300, 333, 550, 570, 580, 999, 1000]:
         for total in range(1, 600):
             exact = max(1, ceil(Fraction(thousandths, 1000) * total))
-            assert share(thousandths / 1000, total) == exact == exact_share(thousandths / 1000, total)
+            assert ceil_share(thousandths / 1000, total) == exact == exact_share(thousandths / 1000, total)

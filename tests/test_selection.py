@@ -395,7 +395,7 @@ def test_highest_places_in_plain_torch():
 def test_highest_places_interpreted():
     interpret(
         "from test_selection import check_places\n"
-        "from sparsed.kernels.compiled import highest_places_triton\n"
+        "from sparsed.kernels.availability import highest_places_triton\n"
         "check_places(highest_places_triton)"
     )
 

@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from ..blocks import BlockGrid
-from ..config import SparseDConfig, share
+from ..config import SparseDConfig, ceil_share
 from ..console.endings import TooLittleMemory
 from ..models.common import DiffusionLM
 from ..models.loading import GIB, free_bytes, resolve_device, weight_bytes
@@ -44,7 +44,7 @@ def peak_bytes(
     if config is not None:
         grid = BlockGrid(length, prompt_tokens, config.block_size)
         if not grid.keeps_all(config.select):  # indices of all layers, scores of one
-            each = sum(share(config.select, part.stop - part.start) for part in grid.parts)
+            each = sum(ceil_share(config.select, part.stop - part.start) for part in grid.parts)
             kept = sizes.heads * grid.n_blocks * (sizes.layers * each * INDEX + grid.n_blocks * SCORE)
     return weight_bytes(model) + batch * (length * row * model.dtype.itemsize + logits + kept)
 

@@ -74,8 +74,8 @@ METHODS = {
     "sparsed": Method("SparseD", SPARSED),
     "no_skip": Method("SparseD without skipping", SPARSED, skips=False),
     "no_isolation": Method("SparseD without isolated selection", Rule(joint_top_k)),
-    "window": Method("sliding window", Rule(window, blind=True), skips=False),
-    "streaming": Method("StreamingLLM", Rule(streaming, blind=True), skips=False),
+    "window": Method("sliding window", Rule(window, needs_scores=False), skips=False),
+    "streaming": Method("StreamingLLM", Rule(streaming, needs_scores=False), skips=False),
 }
 
 

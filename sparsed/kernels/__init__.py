@@ -1,8 +1,8 @@
 """Compute kernels, each beside its plain-torch twin."""
 
 from .accuracy import error_and_bound
+from .availability import block_sparse_attention, highest_places_triton, triton_fault, usable
 from .block_scores import block_scores, block_scores_torch
-from .compiled import block_sparse_attention, highest_places_triton, triton_fault, usable
 from .elementwise import add_rms_norm, rms_norm, rotate, silu_product
 from .flash import flash_block_sparse, flash_fault
 from .full_attention import full_attention

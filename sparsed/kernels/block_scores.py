@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import block_scores_triton, usable
+from .availability import block_scores_triton, usable
 
 # float32 elements of one chunk of attention probabilities in plain torch, which holds at least one block of queries:
 # small ones stay in a CPU's cache, large ones fill a GPU

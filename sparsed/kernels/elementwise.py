@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import elementwise_triton, usable
+from .availability import elementwise_triton, usable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -156,7 +156,7 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     return angles.cos(), angles.sin()
 
 
-class Forward(NamedTuple):
+class ForwardContext(NamedTuple):
     """What the layers of one forward share.
 
     Args:
@@ -274,7 +274,7 @@ class DiffusionLM(nn.Module):
         rows: Rows | None,
         cache: KVCache | None,
         first_row: int | None,
-    ) -> Forward:
+    ) -> ForwardContext:
         """What the layers share, checked; without `rows` all of the sequence is computed.
 
         Raises:
@@ -292,7 +292,7 @@ class DiffusionLM(nn.Module):
         if not rows.start <= first_row < rows.stop:
             raise ValueError(f"first_row must be one of the rows {rows.start} to {rows.stop - 1}, got {first_row}")
         key_valid = None if attention_mask is None else attention_mask.bool()
-        return Forward(rows, self.rope(rows.positions), key_valid, cache, first_row)
+        return ForwardContext(rows, self.rope(rows.positions), key_valid, cache, first_row)
 
     @property
     def device(self) -> torch.device:

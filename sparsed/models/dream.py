@@ -10,7 +10,7 @@ from ..kernels import silu_product
 from .cache import KVCache
 from .common import (
     DiffusionLM,
-    Forward,
+    ForwardContext,
     RMSNorm,
     Sizes,
     attend,
@@ -99,7 +99,7 @@ class DreamAttention(nn.Module):
         """Attention of the tokens from `start` on over all tokens."""
         return attend(q, k, v, key_valid)
 
-    def forward(self, x: Tensor, given: Forward, layer: int, first: int) -> Tensor:
+    def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
         """Attention of the computed tokens x [B, n, width], from the `first` of them on -> [B, n - first, width]."""
         q = split_heads(self.q_proj(x[:, first:]), self.heads)
         k = split_heads(self.k_proj(x), self.kv_heads)
@@ -126,7 +126,7 @@ class DreamLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DreamMLP(config)
 
-    def forward(self, x: Tensor, given: Forward, layer: int, first: int) -> Tensor:
+    def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
         """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys alone."""
         attended = self.self_attn(self.input_layernorm(x), given, layer, first)
         x, normed = self.post_attention_layernorm(x[:, first:], attended)
@@ -141,7 +141,7 @@ class DreamBackbone(nn.Module):
         self.layers = nn.ModuleList(DreamLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, given: Forward, logit_rows: Tensor | None) -> Tensor:
+    def forward(self, input_ids: Tensor, given: ForwardContext, logit_rows: Tensor | None) -> Tensor:
         """Hidden rows for the head."""
         x = given.through(self.layers, self.embed_tokens(input_ids))
         return self.norm(take_rows(x, logit_rows, given.rows.slots, given.rows.length))

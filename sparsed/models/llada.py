@@ -10,7 +10,7 @@ from ..kernels import silu_product
 from .cache import KVCache
 from .common import (
     DiffusionLM,
-    Forward,
+    ForwardContext,
     RMSNorm,
     Sizes,
     attend,
@@ -131,7 +131,7 @@ class LLaDABlock(nn.Module):
         """Attention of the tokens from `start` on over all tokens."""
         return attend(q, k, v, key_valid)
 
-    def forward(self, x: Tensor, given: Forward, layer: int, first: int) -> Tensor:
+    def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
         """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys alone."""
         normed = self.attn_norm(x)
         q = split_heads(self.q_proj(normed[:, first:]), self.heads)
@@ -158,7 +158,7 @@ class LLaDABackbone(nn.Module):
             parts["ff_out"].weight = parts["wte"].weight
         self.transformer = nn.ModuleDict(parts)
 
-    def forward(self, input_ids: Tensor, given: Forward, logit_rows: Tensor | None) -> Tensor:
+    def forward(self, input_ids: Tensor, given: ForwardContext, logit_rows: Tensor | None) -> Tensor:
         """The head's logits."""
         x = given.through(self.transformer["blocks"].children(), self.transformer["wte"](input_ids))
         x = self.transformer["ln_f"](take_rows(x, logit_rows, given.rows.slots, given.rows.length))
