@@ -7,7 +7,7 @@ import reference
 import torch
 from interpreter import interpret
 
-from sparsed.kernels import add_rms_norm, compiled, full_attention, rms_norm, rotate, silu_product
+from sparsed.kernels import add_rms_norm, availability, full_attention, rms_norm, rotate, silu_product
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -154,12 +154,12 @@ def test_elementwise_kernels_interpreted():
 
 
 def test_kernels_are_left_where_a_gradient_is_wanted(monkeypatch):
-    monkeypatch.setattr(compiled, "triton_fault", lambda device: None)
+    monkeypatch.setattr(availability, "triton_fault", lambda device: None)
     plain, wanted = torch.zeros(2), torch.zeros(2, requires_grad=True)
-    assert compiled.usable(plain, plain)
-    assert not compiled.usable(plain, wanted) and not compiled.usable(wanted, plain)
+    assert availability.usable(plain, plain)
+    assert not availability.usable(plain, wanted) and not availability.usable(wanted, plain)
     with torch.no_grad():
-        assert compiled.usable(plain, wanted)
+        assert availability.usable(plain, wanted)
 
 
 @pytest.mark.gpu
