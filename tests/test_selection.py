@@ -258,8 +258,8 @@ def test_ranking_in_chunks_of_heads(monkeypatch, chunk):
 
 INTERPRETED = """
 from test_selection import SCORE_CASES, attention_inputs, check_scores, log_sum_exp, masks
-from sparsed.kernels import block_scores, compiled
-compiled.triton_fault = lambda device: None
+from sparsed.kernels import availability, block_scores
+availability.triton_fault = lambda device: None
 for length, block_size, heads, pads in SCORE_CASES:
     for width in (16, 32) if pads is None else (16,):
         q, k = attention_inputs(length, heads, batch=2, width=width)
