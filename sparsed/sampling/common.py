@@ -1,7 +1,7 @@
 """What an observer is told of a step, and SparseD around a sampler's forwards."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,11 @@ def attention_of(
     return sparsify(model, config, steps=steps, gen_length=gen_length, **options)
 
 
-def sequence_of(run: Run | None, batch: int, length: int) -> AbstractContextManager[None]:
-    """Tells the run, if there is one, that its forwards are now those of one sequence [batch, length]."""
-    return nullcontext() if run is None else run.sequence((batch, length))
+@contextmanager
+def sequence_of(
+    model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int, shape: tuple[int, ...], **options: Any
+) -> Iterator[Run | None]:
+    """`attention_of`, whose run, if there is one, is told that its forwards are those of sequences [batch, length]."""
+    with attention_of(model, config, steps, gen_length, **options) as run:
+        with nullcontext() if run is None else run.sequence(shape):
+            yield run

@@ -17,7 +17,7 @@ from ..models.common import DiffusionLM
 from ..run import Run
 from ..schedule import SPARSE
 from .canvas import check_prompt
-from .common import attention_of, sequence_of
+from .common import sequence_of
 from .denoiser import Denoiser
 from .settings import FAMILIES
 
@@ -73,8 +73,7 @@ def log_likelihood(
     masks = draw_masks(samples, len(target), generator)
     losses: dict[tuple, float] = {}
     total = 0.0
-    attention = attention_of(model, config, samples, len(target), backend=backend)
-    with attention as run, sequence_of(run, *ids.shape):
+    with sequence_of(model, config, samples, len(target), ids.shape, backend=backend) as run:
         denoiser = _denoiser(model, run, prompt, target)
         for mask in masks:
             draw = (run is not None and run.phase == SPARSE, *mask.tolist())
@@ -97,8 +96,7 @@ def is_greedy(
     """
     ids = _sequence(model, prompt, target)
     hidden = len(prompt) + torch.arange(len(target), device=ids.device)
-    attention = attention_of(model, config, len(target), len(target), backend=backend)
-    with attention as run, sequence_of(run, *ids.shape):
+    with sequence_of(model, config, len(target), len(target), ids.shape, backend=backend) as run:
         denoiser = _denoiser(model, run, prompt, target)
         while len(hidden):
             confidence, tokens = _logits(denoiser, ids, hidden).softmax(-1).max(-1)

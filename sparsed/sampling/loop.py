@@ -10,7 +10,7 @@ from ..models.common import DiffusionLM
 from ..run import Run
 from ..selection import SPARSED, Rule
 from .canvas import Canvas
-from .common import OnStep, Step, attention_of, sequence_of
+from .common import OnStep, Step, sequence_of
 from .denoiser import Denoiser
 from .guidance import Guided
 from .settings import Settings
@@ -44,8 +44,9 @@ def generate(
     vocabulary = model.config.vocab_size
     canvas = Canvas.of(input_ids.to(model.device), attention_mask, settings.gen_length, mask_id, vocabulary)
     halves = 2 if settings.cfg_scale else 1
-    attention = attention_of(model, config, settings.steps, settings.gen_length, backend=backend, rule=rule)
-    with attention as run, sequence_of(run, halves * len(canvas.ids), canvas.length):
+    shape = halves * len(canvas.ids), canvas.length
+    attention = sequence_of(model, config, settings.steps, settings.gen_length, shape, backend=backend, rule=rule)
+    with attention as run:
         denoiser = reader(model, run, canvas, settings, halves)
         denoise(canvas, denoiser, settings, settings.turns(canvas), model.config, generator, on_step)
     return canvas.ids
