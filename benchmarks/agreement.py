@@ -1,4 +1,4 @@
-"""What choosing the blocks later changes on a demo checkpoint: the first step's choice beside the last full step's.
+"""What selecting the blocks later changes on a demo checkpoint: the first step's choice beside the last full step's.
 
     python -m benchmarks.agreement --family llada --out FILE.json
 
@@ -43,12 +43,12 @@ Layers = list[tuple[Tensor, Pattern]]  # block scores [1, Hq, nQ, nK] and kept b
 
 @torch.no_grad()
 def watch(model: DiffusionLM, input_ids: Tensor) -> dict[int, Layers]:
-    """What each of the steps that count would see and choose in a generation with full attention; input_ids [1, T]."""
+    """What each of the steps that count would see and select in a generation with full attention; input_ids [1, T]."""
     seen: Layers = []
     found: dict[int, Layers] = {}
     rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
     settings = settings_for(model.family, gen_length=NEW_TOKENS, steps=STEPS, block_length=BLOCK_LENGTH)
-    # every step is the first of a run of two, which chooses, and never gets to the second
+    # every step is the first of a run of two, which selects, and never gets to the second
     with sparsify(model, replace(CONFIG, skip=0), steps=2, gen_length=NEW_TOKENS, rule=rule) as run:
 
         def begin_anew(step: Step) -> None:

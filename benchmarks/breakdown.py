@@ -1,4 +1,4 @@
-"""Where the GPU's time goes in a full step, in the one that chooses the blocks, and in a sparse step.
+"""Where the GPU's time goes in a full step, in the one that selects the blocks, and in a sparse step.
 
     python -m benchmarks.breakdown --family llada --lengths 4k,64k --out FILE.json
 
@@ -26,7 +26,7 @@ from .common import LENGTHS, NEW_TOKENS, build_parser, markdown, new_record, par
 from .latency import sample
 from .shapes import random_model
 
-FULL, SPARSE = 2, 2  # steps; the second full one chooses
+FULL, SPARSE = 2, 2  # steps; the second full one selects
 COUNTED = {"full": 0, "choosing": 1, "sparse": 3}  # which of the steps stands for its kind
 # what a kernel does, by the first pattern that its name contains; attention's come first, for they name CUTLASS too
 PURPOSES = {

@@ -24,7 +24,7 @@ NEW_TOKENS = 32
 
 @torch.no_grad()
 def measure(family: str, pairs: int) -> dict:
-    """Seconds of `pairs` sparse and full steps, sparse first, after the step that chooses the blocks."""
+    """Seconds of `pairs` sparse and full steps, sparse first, after the step that selects the blocks."""
     folder = str(demo_path(family))
     sparse_model, full_model = load_model(folder), load_model(folder)
     prompt = build_prompt("4k", load_tokenizer(folder))

@@ -4,7 +4,7 @@
         --random_weights --out FILE.json
 
 Batch 1, 128 new tokens, bfloat16, greedy, blocks of 128. The settings generate in turn, in a few steps each. Only full
-attention has full steps: the others choose in their first one, and `selection` is what that takes more than the median
+attention has full steps: the others select in their first one, and `selection` is what that takes more than the median
 full step. Whole runs under each --skip (the paper's setting: its own) are put together from medians. All ran once
 before, at the first of --lengths (`warm_up`: the seconds they compiled). At each length their attention is first held
 against float64 on random heads; the record is written whenever a setting is done. Prompts of 1k and less replay CUDA
@@ -21,11 +21,10 @@ import torch
 from torch.nn import Module
 
 from sparsed import SparseDConfig
-from sparsed.backends import Problem, choose_backend, sparse_attention
+from sparsed.backends import DENSE, Problem, choose_backend, sparse_attention
 from sparsed.blocks import BlockGrid
 from sparsed.console.parser import Parser
 from sparsed.console.readers import config_field, list_of, number_in, whole
-from sparsed.schedule import FULL
 
 from .attention import random_pattern
 from .common import LENGTHS, NEW_TOKENS, build_parser, markdown, new_record, parse_arguments, require_gpu, save, summary
@@ -46,7 +45,7 @@ class Setting:
     skips: tuple[float, ...] = ()
 
     def generate(self, model: Module, tokens: int, steps: int) -> Generation:
-        """After so many prompt tokens: in so many full steps, or in one that chooses and so many sparse ones."""
+        """After so many prompt tokens: in so many full steps, or in one that selects and so many sparse ones."""
         torch.manual_seed(0)  # the same prompt for every setting; ids below the mask token's, which it must not hold
         prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
         schedule = Schedule(steps) if self.config is None else Schedule(1, steps)
@@ -65,7 +64,7 @@ def settings(selects: list[float], skips: list[float]) -> list[Setting]:
 
 def check(setting: Setting, family: str, length: int, device: torch.device) -> dict[str, Any]:
     """The beginning of its record at a length: the kernel that a run chooses, held against float64, or WrongKernel."""
-    config, backend, checked = setting.config or SparseDConfig(), FULL, checked_kernel
+    config, backend, checked = setting.config or SparseDConfig(), DENSE, checked_kernel
     if setting.config and not BlockGrid(length, length - NEW_TOKENS, config.block_size).keeps_all(config.select):
         problem = Problem(device, DTYPE, 1, *attention_shape(family), config.block_size, False)
         backend, _ = choose_backend("auto", problem, length)
@@ -157,7 +156,7 @@ def measure(model: Module, row: dict[str, Any], wanted: list[Setting], repeats: 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a line for each length and setting; seconds a step, and of whole runs with what they gain."""
     skips = list(dict.fromkeys(skip for record in records for skip in record["skips"]))
-    columns = ["model", "prompt", "setting", "density", "full step", "sparse step", "choosing"]
+    columns = ["model", "prompt", "setting", "density", "full step", "sparse step", "selecting"]
     columns += [f"{steps:,} steps, skip {skip}" for skip in skips for steps in WHOLE]
     rows = [(record["family"], row) for record in records for row in record["rows"]]
     return markdown(columns, [line for family, row in rows for line in _lines(family, row, skips)])

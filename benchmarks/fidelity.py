@@ -4,9 +4,9 @@
 
 FOLDER is a Dream or LLaDA checkpoint, FILE.bin.xz (or .bin) uint16 ids in its vocabulary, of documents that end with
 id 0. A window is so many tokens of one document, the last of them the generated region. A part of the region is
-unmasked in a random order: blocks are chosen while all of it is masked, or once the share --skip of it is there, and
+unmasked in a random order: blocks are selected while all of it is masked, or once the share --skip of it is there, and
 each setting's attention over them is then measured with half of it masked. Nothing is sampled, so no setting's errors
-add up. The blocks are chosen by the package's own rules and read by its own kernels, in float32.
+add up. The blocks are selected by the package's own rules and read by its own kernels, in float32.
 
 The settings "only ..." say where the paper's rule loses: dense masks have only some rows, or only some keys of the
 answer's rows, follow the kept blocks. Intervals are 95 % bootstrap intervals over documents.
@@ -50,21 +50,21 @@ class Setting:
     """What is measured: a method of the evaluation with its numbers, or one of PARTS.
 
     Args:
-        chosen_at: share of the generated region that was there when the blocks were chosen.
+        selected_at: share of the generated region that was there when the blocks were selected.
     """
 
     method: str
     select: float
     block_size: int
     dense_answer: bool = False
-    chosen_at: float = 0.0
+    selected_at: float = 0.0
     part: str | None = None
 
     @property
     def title(self) -> str:
         if self.part is not None:
             return f"only {self.part}, select {self.select:g}, block_size {self.block_size}"
-        at = f", chosen at {self.chosen_at:g}" if self.chosen_at else ""
+        at = f", selected at {self.selected_at:g}" if self.selected_at else ""
         return title_of({**asdict(self), "skip": None}) + at
 
 
@@ -128,8 +128,8 @@ def attending(model: DiffusionLM, attention: Callable[..., Tensor]) -> Iterator[
             del module.attend
 
 
-class Chooser:
-    """Block scores of all layers in one forward with full attention, by block size; every setting chooses from them."""
+class Selector:
+    """Block scores of all layers in one forward with full attention, by block size; every setting selects from them."""
 
     def __init__(self, model: DiffusionLM, canvas: Tensor, sizes: set[int]):
         self.scores: dict[int, list[Tensor]] = {size: [] for size in sizes}
@@ -151,7 +151,7 @@ class Chooser:
         grid = BlockGrid(length, length - new_tokens, setting.block_size, None, setting.dense_answer)
         rule = METHODS[setting.method].rule
         q = scores[0].new_empty(self.shape)  # rules read its shape and device alone
-        patterns = [rule.choose(q, lambda layer=layer: layer, grid, setting.select) for layer in scores]
+        patterns = [rule.select(q, lambda layer=layer: layer, grid, setting.select) for layer in scores]
         if setting.part is not None:
             return [masked(part_mask(pattern.as_mask(), grid, setting.part)) for pattern in patterns]
         # plain torch: in float32 it is several times as fast as the Triton kernel
@@ -188,12 +188,12 @@ def measure(model: DiffusionLM, window: Window, wanted: list[Setting], mask_id: 
     truth = window.tokens.to(model.device)[places]
     full = model(canvas, logit_rows=rows).log_softmax(-1)
     sums = [_sums(full, full, truth)]
-    choosers: dict[float, Chooser] = {}
-    for at in {setting.chosen_at for setting in wanted}:
-        sizes = {setting.block_size for setting in wanted if setting.chosen_at == at}
-        choosers[at] = Chooser(model, window.canvas(at, mask_id).to(model.device), sizes)
+    selectors: dict[float, Selector] = {}
+    for at in {setting.selected_at for setting in wanted}:
+        sizes = {setting.block_size for setting in wanted if setting.selected_at == at}
+        selectors[at] = Selector(model, window.canvas(at, mask_id).to(model.device), sizes)
     for setting in wanted:
-        layers = choosers[setting.chosen_at].attention(setting, new_tokens)
+        layers = selectors[setting.selected_at].attention(setting, new_tokens)
         with attending(model, lambda layer, q, k, v, layers=layers: layers[layer](q, k, v)):
             sums.append(_sums(full, model(canvas, logit_rows=rows).log_softmax(-1), truth))
     return sums

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 
 from sparsed import SparseDConfig, load_model, sparsify
-from sparsed.backends import BACKENDS
+from sparsed.backends import BACKENDS, DENSE
 from sparsed.console.parser import Parser
 from sparsed.console.readers import config_field, number_in, some_of, whole
 from sparsed.kernels import full_attention
 from sparsed.run import synchronize
 from sparsed.sampling import generate, settings_for
 from sparsed.sampling.common import OnStep, Step
-from sparsed.schedule import FULL
 
 from . import reference
 from .attention import random_pattern
@@ -123,13 +122,13 @@ class WrongKernel(RuntimeError):
 
 
 def checked_kernel(backend: str, family: str, tokens: int, config: SparseDConfig, device: torch.device) -> Gate:
-    """Hold some rows of a layer's attention by a backend, or FULL, on random heads against float64.
+    """Hold some rows of a layer's attention by a backend, or DENSE, on random heads against float64.
 
     Raises:
         WrongKernel: they err more than the gate allows.
     """
     heads = random_heads(family, tokens, device)
-    if backend == FULL:
+    if backend == DENSE:
         gate = attention_gate(full_attention(heads.q, heads.k, heads.v)[0], heads)
     else:
         pattern = random_pattern(heads, config.select, config.block_size)
@@ -177,7 +176,7 @@ def measure(model: torch.nn.Module, tokens: int, modes: list[str], settings: Set
     prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
     first = {"origin": Schedule(2), "sparsed": Schedule(1, 2)}
     warm = {mode: generation(model, prompt, first[mode], settings) for mode in modes}
-    kernels = {mode: run.kernel.get("backend", FULL) for mode, run in warm.items()}
+    kernels = {mode: run.kernel.get("backend", DENSE) for mode, run in warm.items()}
     length = tokens + NEW_TOKENS
     gates = {
         mode: checked_kernel(kernel, model.family, length, settings.config, model.device)

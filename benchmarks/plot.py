@@ -35,7 +35,7 @@ def table(records: list[dict[str, Any]]) -> str:
 def overview(records: list[dict[str, Any]]) -> str:
     """A line for each length: our steps, how many times faster a whole run with SparseD is than others, memory."""
     columns = [
-        "model", "prompt", "full step", "sparse step", "choosing blocks", f"{WHOLE[0]} steps", "than --origin",
+        "model", "prompt", "full step", "sparse step", "selecting blocks", f"{WHOLE[0]} steps", "than --origin",
         "than released --origin", "than released SparseD", "peak memory (released)",
     ]  # fmt: skip
     rows = [(record["family"], row) for record in records for row in record["rows"] if "sparsed" in row["runs"]]

@@ -54,7 +54,7 @@ def selection_entries(heads: Heads, lse: Tensor | None, select: float, block_siz
     scores = score()
     slack = 1e-5 * scores.max().item()  # a second pass may add in another order
 
-    def choose() -> Pattern:
+    def top_k() -> Pattern:
         return isolated_top_k(scores, grid, select)
 
     def both() -> Pattern:
@@ -62,7 +62,7 @@ def selection_entries(heads: Heads, lse: Tensor | None, select: float, block_siz
 
     return [
         first,
-        entry("top-k", choose, lambda out: top_k_gate(out, scores, select), None),
+        entry("top-k", top_k, lambda out: top_k_gate(out, scores, select), None),
         entry("both", both, lambda out: top_k_gate(out, scores, select, slack), heads.matmul_flops),
     ]
 

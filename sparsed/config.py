@@ -52,7 +52,7 @@ class SparseDConfig:
             raise ValueError(f"dense_answer must be True or False, got {self.dense_answer!r}")
 
     def n_full(self, steps: int) -> int:
-        """Number of leading steps, of `steps` in all, that use full attention; the last of them chooses the blocks."""
+        """Number of leading steps, of `steps` in all, that use full attention; the last of them selects the blocks."""
         return min(steps, ceil_share(self.skip, steps))
 
 

@@ -1,6 +1,6 @@
 """`sparsify`: run SparseD inside a loaded Dream or LLaDA, whoever wrote its classes and whoever samples from it.
 
-A denoising step is one forward of the patched model; what it computes, its `Run` decides.
+A denoising step is one forward of the patched model; what it computes, its `SparseRun` decides.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .backends import check_backend
 from .config import SparseDConfig, check_numbers
-from .run import Run
+from .run import SparseRun
 from .schedule import FULL, ByStep
 from .selection import SPARSED, Rule
 
@@ -32,7 +32,7 @@ def sparsify(
     gen_length: int,
     backend: str = "auto",
     rule: Rule = SPARSED,
-) -> Iterator[Run]:
+) -> Iterator[SparseRun]:
     """Patch the attention of any loaded Dream or LLaDA with SparseD while the context is open.
 
     It works on this package's classes and on the hub's remote code, and with any sampler that calls the model once a
@@ -47,16 +47,16 @@ def sparsify(
         steps: denoising steps of one generation, one forward each.
         gen_length: tokens of the generated region, at the end of every forward's sequence.
         backend: auto, or a name in `BACKENDS`.
-        rule: how blocks are chosen, for comparisons with other methods.
+        rule: how blocks are selected, for comparisons with other methods.
 
     Yields:
-        The `Run`, with `reset()` and what was measured.
+        The `SparseRun`, with `reset()` and what was measured.
 
     Raises:
         ValueError: no Dream or LLaDA attention in the model, or a number out of range.
         RuntimeError: the model is inside another `sparsify`; or (in a forward) another forward is running; or (in a
             sampler) another generation is; or (at the end) another thread is inside a forward.
-        BackendError: (in the step that chooses the blocks) the named backend cannot run.
+        BackendError: (in the step that selects the blocks) the named backend cannot run.
     """
     if not isinstance(config, SparseDConfig):
         raise ValueError(f"config must be a SparseDConfig, got {config!r}")
@@ -67,7 +67,7 @@ def sparsify(
         raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
     # a rule that looks at nothing needs no full step
     schedule = ByStep(steps, config.n_full(steps) if rule.needs_scores else 0)
-    run = Run(config, schedule, gen_length, backend, rule)
+    run = SparseRun(config, schedule, gen_length, backend, rule)
     with ExitStack() as undo:
         with PATCHING:
             if _is_patched(model):
@@ -82,7 +82,7 @@ def sparsify(
         run.check_idle()
 
 
-def run_of(model: nn.Module) -> Run | None:
+def run_of(model: nn.Module) -> SparseRun | None:
     """The run of the `sparsify` that was given the model, while it is open."""
     return getattr(model.__dict__.get("forward"), "sparsed_run", None)
 
@@ -93,7 +93,7 @@ def _is_patched(model: nn.Module) -> bool:
     return any(isinstance(value, _Shadow) and value.sparsed_run is not None for value in own)
 
 
-def _replace(undo: ExitStack, module: nn.Module, name: str, function: Callable, run: Run) -> None:
+def _replace(undo: ExitStack, module: nn.Module, name: str, function: Callable, run: SparseRun) -> None:
     """Shadow a method on the instance; `undo` puts back what the instance had, or takes the shadow away."""
     own = {name: module.__dict__[name]} if name in module.__dict__ else {}
     shadow = module.__dict__[name] = _Shadow(function, getattr(module, name), run)
@@ -113,10 +113,10 @@ class _Shadow:
     It cannot be copied or pickled: a copy of the model would go on computing with the weights of the original.
     """
 
-    def __init__(self, function: Callable, original: Callable, run: Run):
+    def __init__(self, function: Callable, original: Callable, run: SparseRun):
         functools.update_wrapper(self, original)
         self.function, self.original = function, original
-        self.sparsed_run: Run | None = run
+        self.sparsed_run: SparseRun | None = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -129,7 +129,7 @@ class _Shadow:
         raise RuntimeError("sparsify: a patched model can be neither copied nor pickled: do it outside the context")
 
 
-def _counted(run: Run, forward: Callable) -> Callable:
+def _counted(run: SparseRun, forward: Callable) -> Callable:
     """The model's top-level forward: one denoising step, counted when it has succeeded."""
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ def _seam(module: nn.Module) -> tuple[str, Callable] | None:
     return None
 
 
-def _patched_attend(run: Run, layer: int, module: nn.Module, original: Callable) -> Callable:
+def _patched_attend(run: SparseRun, layer: int, module: nn.Module, original: Callable) -> Callable:
     """`attend` of this package's models."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, start: int) -> Tensor:
@@ -167,7 +167,7 @@ def _patched_attend(run: Run, layer: int, module: nn.Module, original: Callable)
     return attention
 
 
-def _patched_sdpa(run: Run, layer: int, module: nn.Module, original: Callable) -> Callable:
+def _patched_sdpa(run: SparseRun, layer: int, module: nn.Module, original: Callable) -> Callable:
     """The hub's LLaDA block's method (q, k, v, mask, ...) -> heads."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -177,7 +177,7 @@ def _patched_sdpa(run: Run, layer: int, module: nn.Module, original: Callable) -
     return attention
 
 
-def _patched_dream(run: Run, layer: int, module: Any, original: Callable) -> Callable:
+def _patched_dream(run: SparseRun, layer: int, module: Any, original: Callable) -> Callable:
     """The whole forward of the hub's DreamAttention, which has no inner method to replace."""
     signature = inspect.signature(original)
     extra = next(

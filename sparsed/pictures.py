@@ -43,10 +43,10 @@ OFF, PROMPT_KEPT, ANSWER_KEPT = "#f2f2f2", "#3b6ea5", "#e07b39"
 
 @dataclass(frozen=True)
 class Seen:
-    """What SparseD would see and choose in some steps of a run with full attention.
+    """What SparseD would see and select in some steps of a run with full attention.
 
     Args:
-        scores: [layers, heads, nQ, nK] block scores, of the step that chooses.
+        scores: [layers, heads, nQ, nK] block scores, of the step that selects.
         kept: bool [steps, layers, heads, nQ, nK], of every step that was looked at.
         steps: their indices, ascending.
         border: the first block of the answer.
@@ -58,8 +58,8 @@ class Seen:
     border: int
 
     @property
-    def chosen(self) -> Tensor:
-        """What the step that chooses keeps."""
+    def selected(self) -> Tensor:
+        """What the step that selects keeps."""
         return self.kept[self.steps.index(SELECTING)]
 
 
@@ -99,10 +99,10 @@ def _draw(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def look(model: DiffusionLM, input_ids: Tensor) -> Seen:
-    """Generate with full attention, and see what every `STRIDE`-th step would choose; input_ids [1, prompt]."""
+    """Generate with full attention, and see what every `STRIDE`-th step would select; input_ids [1, prompt]."""
     canvases = denoise(model, input_ids)
     steps = list(range(SELECTING % STRIDE, STEPS, STRIDE))
-    found = {step: choose(model, canvases[step]) for step in steps}
+    found = {step: selection_of(model, canvases[step]) for step in steps}
     grid = found[SELECTING][0][1].grid
     return Seen(
         scores=torch.stack([scores[0] for scores, _ in found[SELECTING]]),
@@ -127,8 +127,8 @@ def denoise(model: DiffusionLM, input_ids: Tensor) -> list[Tensor]:
     return read
 
 
-def choose(model: DiffusionLM, ids: Tensor) -> list[tuple[Tensor, Pattern]]:
-    """Block scores [1, heads, nQ, nK] and kept blocks of every layer, if the step that reads `ids` were to choose."""
+def selection_of(model: DiffusionLM, ids: Tensor) -> list[tuple[Tensor, Pattern]]:
+    """Block scores [1, heads, nQ, nK] and kept blocks of every layer, if the step that reads `ids` were to select."""
     seen: list[tuple[Tensor, Pattern]] = []
     first_step_chooses = replace(CONFIG, skip=0)
     rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
@@ -150,7 +150,7 @@ def between_heads(kept: Tensor) -> Tensor:
 
 def heads_figure(seen: Seen) -> Any:
     """The layer whose heads agree least: block scores above, kept blocks below, a head a column."""
-    layer = int(between_heads(seen.chosen).argmin())
+    layer = int(between_heads(seen.selected).argmin())
     heads = min(MOST_HEADS, seen.scores.shape[1])
     figure = _figure(3.1 * heads, 6.6)
     panels = figure.subplots(2, heads, squeeze=False)
@@ -158,7 +158,7 @@ def heads_figure(seen: Seen) -> Any:
         shades = seen.scores[layer, head].pow(0.3)  # few blocks have most of the attention
         panels[0, head].imshow(shades, cmap="Blues", vmin=shades.quantile(0.02), vmax=shades.quantile(0.99))
         panels[0, head].set_title(f"head {head}: attention", fontsize=10)
-        _show_kept(panels[1, head], seen.chosen[layer, head], seen.border)
+        _show_kept(panels[1, head], seen.selected[layer, head], seen.border)
         panels[1, head].set_title(f"head {head}: kept blocks", fontsize=10)
     for panel in panels.flat:
         panel.set(xticks=[], yticks=[])
@@ -166,7 +166,7 @@ def heads_figure(seen: Seen) -> Any:
         panel.set_xlabel("key blocks", fontsize=9)
     for panel in panels[:, 0]:
         panel.set_ylabel("query blocks", fontsize=9)
-    shared = between_heads(seen.chosen)[layer]
+    shared = between_heads(seen.selected)[layer]
     figure.suptitle(
         f"Heads differ: layer {layer}, step {SELECTING + 1} of {STEPS}; "
         f"two heads share {shared:.0%} of their blocks, on average",
@@ -185,8 +185,8 @@ def _show_kept(panel: Any, kept: Tensor, border: int) -> None:
 
 
 def steps_figure(seen: Seen) -> Any:
-    """One head's blocks at all pairs of steps; every head's blocks against those that the step that chooses keeps."""
-    alike = common(seen.kept, seen.chosen)  # [steps, layers, heads]
+    """One head's blocks at all pairs of steps; every head's blocks against those that the step that selects keeps."""
+    alike = common(seen.kept, seen.selected)  # [steps, layers, heads]
     layer, head = _typical_head(alike)
     figure = _figure(11.5, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
@@ -201,18 +201,18 @@ def steps_figure(seen: Seen) -> Any:
     right.plot(numbers, mean, color=PROMPT_KEPT, linewidth=2.5, label="the same head; thick: mean of all heads")
     heads = between_heads(seen.kept).mean(-1)
     right.plot(numbers, heads, color=ANSWER_KEPT, linewidth=2.5, label="two heads of a layer at the same step, mean")
-    density = seen.chosen.float().mean().item()
+    density = seen.selected.float().mean().item()
     right.axhline(density, color="gray", linestyle=":", label="blocks taken at random")
     right.axvline(SELECTING + 1, color="black", linewidth=1)
-    right.annotate(f"step {SELECTING + 1} chooses", (SELECTING + 2, 0.02), fontsize=9)
-    right.set(xlabel="step", ylabel="blocks in common", ylim=(0, 1.02), title="against the step that chooses")
+    right.annotate(f"step {SELECTING + 1} selects", (SELECTING + 2, 0.02), fontsize=9)
+    right.set(xlabel="step", ylabel="blocks in common", ylim=(0, 1.02), title="against the step that selects")
     right.legend(loc="lower right", bbox_to_anchor=(1, 0.05), fontsize=8)
     figure.suptitle(f"Steps agree: {alike[_later(seen)].mean():.0%} of the blocks, over all later steps", fontsize=12)
     return figure
 
 
 def _later(seen: Seen) -> slice:
-    """The steps that SparseD would run on the chosen blocks."""
+    """The steps that SparseD would run on the selected blocks."""
     return slice(seen.steps.index(SELECTING) + 1, None)
 
 

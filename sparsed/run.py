@@ -1,6 +1,6 @@
-"""The kept blocks of one sequence: chosen once in every layer, then what its forwards attend to.
+"""The kept blocks of one sequence: selected once in every layer, then what its forwards attend to.
 
-When they are chosen, a schedule says; the forward that chooses computes full attention itself (arXiv 2509.24014,
+When they are selected, a schedule says; the forward that selects computes full attention itself (arXiv 2509.24014,
 section 4).
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Problem, SparseAttention, choose_backend, sparse_attention
+from .backends import DENSE, Problem, SparseAttention, choose_backend, sparse_attention
 from .blocks import BlockGrid
 from .config import SparseDConfig
 from .kernels import block_scores, full_attention
@@ -22,18 +22,18 @@ from .schedule import FULL, SELECTING, SPARSE, Progress, Schedule
 from .selection import Rule, compile_selection
 
 
-class Run:
+class SparseRun:
     """State of the generations inside one `sparsify`, all of it: nothing stays on the model.
 
     Attributes:
         schedule: when attention is over kept blocks.
         step: index of the next denoising step (inside a forward: of the current one).
         committed: share of the generated tokens that are committed, if the sampler tells; no schedule by steps asks.
-        backend, backend_reason: the kernel of the sparse steps and why it was taken, FULL where every block is kept;
+        backend, backend_reason: the kernel of the sparse steps and why it was taken, DENSE where every block is kept;
             None until blocks are wanted.
         compile_seconds: time spent choosing and compiling kernels, part of the time of the step that chooses.
         phase: what the next step (inside a forward: the current one) computes: FULL, SELECTING or SPARSE.
-        pattern_version: changes whenever the chosen blocks do.
+        pattern_version: changes whenever the selected blocks do.
     """
 
     def __init__(self, config: SparseDConfig, schedule: Schedule, gen_length: int, backend: str, rule: Rule):
@@ -46,21 +46,21 @@ class Run:
         self._running = threading.Lock()
         self._told = threading.Lock()  # held while a sampler's sequence is open
         self._uncounted = False
-        # of the forward that is running: its sequence's length, and whether it can neither choose nor be sparse
+        # of the forward that is running: its sequence's length, and whether it can neither select nor be sparse
         self._length, self._only_full = 0, False
         self.reset()
 
     @property
     def density(self) -> float | None:
         """Attended over all valid (query, key) pairs in the sparse steps, mean over layers and heads."""
-        if self.backend == FULL:
+        if self.backend == DENSE:
             return 1.0
         return torch.stack([d.cpu() for d in self._densities]).mean().item() if self._densities else None
 
     @property
     def phase(self) -> str:
         """The first whole forward for which the schedule wants blocks selects; one of another sequence is full, and so
-        are a window before blocks are chosen and a run that keeps every block."""
+        are a window before blocks are selected and a run that keeps every block."""
         if self._only_full or self._keeps_all or not self._wants_pattern:
             return FULL
         return SPARSE if self._complete else SELECTING
@@ -70,7 +70,7 @@ class Run:
         return self.schedule.wants_pattern(Progress(self.step, self.committed))
 
     def reset(self) -> None:
-        """Drop the chosen blocks: the next forward is step 0 of a new generation."""
+        """Drop the selected blocks: the next forward is step 0 of a new generation."""
         self.step, self.committed = 0, 0.0
         self.backend: str | None = None
         self.backend_reason: str | None = None
@@ -85,7 +85,7 @@ class Run:
         self.pattern_version += 1
 
     def release(self) -> None:
-        """Free the chosen blocks and keep what was measured."""
+        """Free the selected blocks and keep what was measured."""
         self._grid, self._sparse = None, {}
 
     @contextmanager
@@ -133,7 +133,7 @@ class Run:
             self._only_full = aside or not (whole or self._complete)
             selecting = self.phase == SELECTING
             if selecting:
-                self._forget()  # what an earlier try at this step chose before it failed
+                self._forget()  # what an earlier try at this step selected before it failed
             yield
             self._complete = self._complete or selecting
             if not aside and not self._uncounted:
@@ -145,7 +145,7 @@ class Run:
     def count(self) -> None:
         """The step is done, if without a forward of the model: it was replayed, or needed none."""
         if self._keeps_all and self._wants_pattern:
-            self.backend, self.backend_reason = FULL, "every block is kept"
+            self.backend, self.backend_reason = DENSE, "every block is kept"
         self.step += 1
 
     @contextmanager
@@ -214,7 +214,7 @@ class Run:
             compiled = self.backend != "gather"
             return block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid, lse=lse, compiled=compiled)
 
-        pattern = self.rule.choose(q, score, grid, self.config.select)
+        pattern = self.rule.select(q, score, grid, self.config.select)
         self._densities.append(pattern.density)
         assert self.backend is not None  # `_prepare` has chosen it
         sparse = self._sparse[layer, q.device] = sparse_attention(self.backend, pattern)
@@ -224,7 +224,7 @@ class Run:
         """What the layer was given when it selected."""
         if (layer, device) not in self._sparse:
             raise RuntimeError(
-                f"sparsify: no blocks were chosen on {device} for attention {layer}; reset() after moving a model"
+                f"sparsify: no blocks were selected on {device} for attention {layer}; reset() after moving a model"
             )
         return self._sparse[layer, device]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-# what a forward computes: full attention; the same, and chooses the blocks; attention over the chosen blocks
+# what a forward computes: full attention; the same, and selects the blocks; attention over the selected blocks
 FULL, SELECTING, SPARSE = "full", "selecting", "sparse"
 
 
@@ -18,7 +18,7 @@ class Schedule(Protocol):
     """When attention should be over kept blocks, and when a generation is over."""
 
     def wants_pattern(self, at: Progress) -> bool:
-        """Whether the next forward needs kept blocks: it chooses them if none are chosen yet."""
+        """Whether the next forward needs kept blocks: it selects them if none are selected yet."""
 
     def is_over(self, at: Progress) -> bool:
         """Whether the next forward belongs to another generation, for all that the schedule knows."""
@@ -26,9 +26,9 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class ByStep:
-    """The paper's: of `steps` forwards the first `n_full` have full attention, and the last of these chooses.
+    """The paper's: of `steps` forwards the first `n_full` have full attention, and the last of these selects.
 
-    Where no forward is left to be sparse, none chooses. With `n_full` 0 the first one chooses and is sparse itself.
+    Where no forward is left to be sparse, none selects. With `n_full` 0 the first one selects and is sparse itself.
     """
 
     steps: int

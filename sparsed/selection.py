@@ -82,14 +82,14 @@ def highest(scores: Tensor, keep: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a layer's key blocks are chosen.
+    """How a layer's key blocks are selected.
 
     Args:
-        choose: (q [B, Hq, T, D], score, grid, select) -> Pattern; score() gives the block scores [B, Hq, nQ, nK].
+        select: (q [B, Hq, T, D], score, grid, select) -> Pattern; score() gives the block scores [B, Hq, nQ, nK].
         needs_scores: False if the choice reads none: it then needs no full attention first, and holds from step 0 on.
     """
 
-    choose: Callable[[Tensor, Callable[[], Tensor], BlockGrid, float], Pattern]
+    select: Callable[[Tensor, Callable[[], Tensor], BlockGrid, float], Pattern]
     needs_scores: bool = True
 
 

@@ -1,4 +1,4 @@
-"""Watching a rule choose: the share of the attention that the kept blocks hold, and a picture of them."""
+"""Watching a rule select: the share of the attention that the kept blocks hold, and a picture of them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,13 +13,13 @@ from .selection import SPARSED, Rule, highest
 def watched(see: Callable[[Tensor, Pattern], None], rule: Rule = SPARSED) -> Rule:
     """The same rule, which shows `see` the block scores [B, Hq, nQ, nK] and its choice, for every layer in turn."""
 
-    def choose(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float) -> Pattern:
+    def shown(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float) -> Pattern:
         scores = score()
-        pattern = rule.choose(q, lambda: scores, grid, select)
+        pattern = rule.select(q, lambda: scores, grid, select)
         see(scores, pattern)
         return pattern
 
-    return replace(rule, choose=choose)
+    return replace(rule, select=shown)
 
 
 def recall(scores: Tensor, pattern: Pattern) -> Tensor:

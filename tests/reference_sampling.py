@@ -11,7 +11,7 @@ import torch
 from reference import dense_rows, expand, forward, n_full, select
 
 
-class Denoiser:
+class StepRunner:
     """The model as one row's sampler sees it: (token ids [T], step) -> logits [T, V], dense or with SparseD."""
 
     def __init__(self, family, weights, config, *, prompt_len, steps, valid=None, sparse=None):
@@ -167,7 +167,7 @@ def generate(family, weights, config, prompts, *, valid=None, sparse=None, steps
         if valid is not None:
             row_valid = torch.cat([valid[b].bool(), torch.ones(gen_length, dtype=torch.bool)])[None]
         halves = [
-            Denoiser(family, weights, config, prompt_len=len(prompt), steps=steps, valid=row_valid, sparse=sparse)
+            StepRunner(family, weights, config, prompt_len=len(prompt), steps=steps, valid=row_valid, sparse=sparse)
             for _ in range(2)
         ]
         guidance = {"unconditional": halves[1]} if family == "llada" else {}

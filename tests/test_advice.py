@@ -137,7 +137,7 @@ class FakeDenoiser:
 
 
 def test_each_kind_of_step_is_timed_as_what_it_is(make_job, monkeypatch):
-    monkeypatch.setattr(advice, "Denoiser", FakeDenoiser)
+    monkeypatch.setattr(advice, "StepRunner", FakeDenoiser)
     monkeypatch.setattr(running.time, "perf_counter", lambda: FakeDenoiser.now)
     found = time_steps(make_job("--block_size 16"), 300)
     assert (found.prompt_tokens, found.full, found.selecting, found.sparse) == (300, 4.0, 7.0, 2.0)
@@ -179,7 +179,7 @@ def test_idle_steps_take_no_time():
     times = StepTimes(4096, 4.0, 7.0, 2.0, 0.3, "gather")
     ran = [False, False, True, True, True, False, True, False]
     assert whole_runs(times, ran, 4) == (16.0, 4.0 + 7.0 + 2 * 2.0)
-    assert whole_runs(times, ran, 2) == (16.0, 7.0 + 4 * 2.0)  # the step that chooses runs in any case
+    assert whole_runs(times, ran, 2) == (16.0, 7.0 + 4 * 2.0)  # the step that selects runs in any case
     assert whole_runs(times, ran, 8) == (16.0, 16.0)
     assert whole_runs(StepTimes(64, 4.0, 4.0, 4.0, 1.0, FULL), ran, 4) == (16.0, 16.0)
 
@@ -255,7 +255,7 @@ def test_dense_answer_rows_are_timed_with_fewer_blocks(make_job, monkeypatch):
     assert timed[-2:] == [(0.5, True), (0.25, True)] and not any(dense for _, dense in timed[:-2])
     own = seconds_at(100)
     for other, select in zip(found["dense_answer"], ("0.5", "0.25"), strict=True):
-        # two of four steps are full, as long as the job's own; the second chooses
+        # two of four steps are full, as long as the job's own; the second selects
         assert other["seconds"] == pytest.approx(99.0 + own.selecting + 2 * own.sparse / 2)
         assert f"--select {select}" in other["command"] and "--dense_answer" in other["command"]
     lines = advice_lines({**found, "origin_seconds": 400.0, "sparsed_seconds": 300.0}, 100, 4)

@@ -243,7 +243,7 @@ def test_phases_by_hand():
 
 def test_whole_runs_by_hand():
     skips = dense_run()["skips"]
-    # ceil(0.2 * 128) = 26 full steps, ceil(0.05 * 128) = 7; choosing takes 3.5 s
+    # ceil(0.2 * 128) = 26 full steps, ceil(0.05 * 128) = 7; selecting takes 3.5 s
     seconds = {
         "0.2": {"128": 26 * 4.0 + 3.5 + 102 * 1.0, "1024": 205 * 4.0 + 3.5 + 819 * 1.0},
         "0.05": {"128": 7 * 4.0 + 3.5 + 121 * 1.0, "1024": 52 * 4.0 + 3.5 + 972 * 1.0},
@@ -270,7 +270,7 @@ def test_table():
     header, _, *lines = dense_answer.table([{"family": "llada", "skips": ["0.2", "0.05"], "rows": rows}]).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in [header, *lines]]
     assert cells == [
-        ["model", "prompt", "setting", "density", "full step", "sparse step", "choosing",
+        ["model", "prompt", "setting", "density", "full step", "sparse step", "selecting",
          "128 steps, skip 0.2", "1,024 steps, skip 0.2", "128 steps, skip 0.05", "1,024 steps, skip 0.05"],
         ["llada", "64k", NAMES[0], "-", "4 s", "-", "-", "512 s", "4096 s", "512 s", "4096 s"],
         ["llada", "64k", NAMES[1], "0.200", "-", "1 s", "3.5 s", "210 s (2.44x)", "1642 s (2.49x)", "-", "-"],

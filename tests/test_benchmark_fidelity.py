@@ -47,7 +47,7 @@ def test_a_canvas_hides_what_is_not_yet_revealed():
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("method", ["sparsed", "no_isolation", "window"])
 def test_a_setting_is_what_a_run_would_compute(model, method, dense):
-    """The same forward under `sparsify`: blocks chosen on the masked region, read with half of it revealed."""
+    """The same forward under `sparsify`: blocks selected on the masked region, read with half of it revealed."""
     window, mask_id = window_of(model), model.config.mask_token_id
     canvases = [window.canvas(share, mask_id) for share in (0, 0.5)]
     rule = METHODS[method].rule
@@ -120,7 +120,7 @@ def test_from_end_to_end(model, tmp_path, capsys):
         assert len(found) == 1 + len(settings(0.2)) and found["full attention"]["kl"] == [0, 0, 0]
         paper = found["SparseD, select 0.3, block_size 128"]
         assert paper["kl_to_paper"] == [0, 0, 0]
-    assert "| SparseD, dense answer rows, select 0.1, block_size 128, chosen at 0.2 |" in capsys.readouterr().out
+    assert "| SparseD, dense answer rows, select 0.1, block_size 128, selected at 0.2 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_sparse_window_is_masked_attention(model, sequences, start, stop, dens
     rule = watched(lambda scores, pattern: patterns.append(pattern))
     cache = model.kv_cache(*ids.shape)
     with sparsify(model, config, steps=3, gen_length=GEN_LENGTH, rule=rule) as run, run.sequence(ids.shape):
-        for _ in range(2):  # one that chooses, with full attention, and a sparse one
+        for _ in range(2):  # one that selects, with full attention, and a sparse one
             model(ids, mask, cache=cache)
         out = window_of(model, ids, mask, start, stop, cache)
         assert run.step == 3 and len(patterns) == sum(1 for m in model.modules() if hasattr(m, "attend"))
@@ -107,7 +107,7 @@ def test_a_sparse_window_is_masked_attention(model, sequences, start, stop, dens
 
 @torch.no_grad()
 def test_a_window_does_not_choose(model):
-    """Where blocks are wanted and none chosen yet, it has full attention; the next whole forward chooses."""
+    """Where blocks are wanted and none selected yet, it has full attention; the next whole forward selects."""
     ids = torch.randint(0, 90, (1, LENGTH))
     cache, plain = model.kv_cache(1, LENGTH), model(ids)
     with sparsify(model, SparseDConfig(0, 0.4, 16), steps=9, gen_length=GEN_LENGTH) as run, run.sequence(ids.shape):

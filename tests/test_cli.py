@@ -118,7 +118,7 @@ def test_steps_without_a_forward_are_idle(family, call):
     assert [forward["committed"] for forward in run["forwards"]] == shares(run)
 
 
-@pytest.mark.parametrize("skip", [0.1, 0.2], ids=["the first step would choose", "a later step would"])
+@pytest.mark.parametrize("skip", [0.1, 0.2], ids=["the first step would select", "a later step would"])
 def test_a_run_that_keeps_every_block_has_full_forwards_alone(skip, call):
     _, _, err, record = call("llada", "--select", 1, "--skip", skip)
     (run,) = record["runs"]

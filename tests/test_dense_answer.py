@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from interpreter import interpret
 from patch_cases import GEN_LENGTH, PROMPT_LEN, SPARSE, STEPS, logits_of, published_config, run, sequences, snapshot
-from reference_sampling import Denoiser
+from reference_sampling import StepRunner
 from sampling_cases import GENERATE, options_of
 from standins import tiny_dream, tiny_llada
 from test_attention import SHAPES, check_error, exact, flash_twin, problem
@@ -24,7 +24,7 @@ from sparsed.backends import BACKENDS, Problem, flash, sparse_attention
 from sparsed.blocks import BlockGrid, Pattern
 from sparsed.evaluation.methods import METHODS
 from sparsed.kernels import block_scores, full_attention
-from sparsed.sampling import denoiser
+from sparsed.sampling import runner
 from sparsed.schedule import FULL
 from sparsed.selection import isolated_top_k
 from sparsed.watching import pooled, recall, watched
@@ -223,7 +223,7 @@ def test_every_forward_equals_the_twin(any_model, weights, pads):
     valid, before = left_padding(LENGTH, pads), snapshot(model)
     mask = None if valid.all() else valid
     options = {"prompt_len": PROMPT_LEN, "steps": STEPS, "sparse": DENSE}
-    twins = [Denoiser(family, weights[family], published_config(family), valid=row[None], **options) for row in valid]
+    twins = [StepRunner(family, weights[family], published_config(family), valid=row[None], **options) for row in valid]
     steps = sequences(STEPS, rows=len(pads))
     with run(model):
         plain = [logits_of(model, ids, mask) for ids in steps]
@@ -246,7 +246,7 @@ def test_a_generated_region_of_any_length(any_model, weights, gen_length):
     """Its border on both sides of a block's, one token of it, one of the prompt, and no prompt."""
     model, family = any_model
     options = {"prompt_len": LENGTH - gen_length, "steps": 2, "sparse": DENSE}
-    twin = Denoiser(family, weights[family], published_config(family), **options)
+    twin = StepRunner(family, weights[family], published_config(family), **options)
     ids = sequences(1)[0]
     full = logits_of(model, ids)
     with run(model, config=SparseDConfig(*DENSE), steps=2, gen_length=gen_length) as state:
@@ -272,15 +272,15 @@ def test_keeping_every_block_is_full_attention(any_model, backend):
 @pytest.mark.parametrize("build", [tiny_dream, tiny_llada])
 @pytest.mark.parametrize("name", ["no_isolation", "window", "streaming"])
 def test_under_every_rule_the_prompt_s_rows_alone_follow_it(name, build, pads):
-    model, rule, chosen = build(), METHODS[name].rule, []
+    model, rule, selected = build(), METHODS[name].rule, []
     twin = model.family, model.state_dict(), published_config(model.family)
     steps, valid = sequences(3, rows=len(pads)), left_padding(LENGTH, pads)
     mask = None if valid.all() else valid
     sizes = {"steps": 3, "gen_length": GEN_LENGTH, "config": METHODS[name].config(SparseDConfig(*SPARSE))}
-    with run(model, **sizes, rule=watched(lambda scores, pattern: chosen.append(pattern.as_mask()), rule)):
+    with run(model, **sizes, rule=watched(lambda scores, pattern: selected.append(pattern.as_mask()), rule)):
         for ids in steps:
             logits_of(model, ids, mask)
-    allowed = [reference.dense_rows(reference.expand(keep, 16, LENGTH), PROMPT_LEN) for keep in chosen]
+    allowed = [reference.dense_rows(reference.expand(keep, 16, LENGTH), PROMPT_LEN) for keep in selected]
     sizes["config"] = replace(sizes["config"], dense_answer=True)
     with run(model, **sizes, rule=rule) as state:
         found = [logits_of(model, ids, mask) for ids in steps]
@@ -335,10 +335,10 @@ def test_a_row_padded_by_whole_blocks_equals_the_row_alone(request, family):
 def test_replayed_tokens_are_the_same(monkeypatch, family, pads):
     model = (tiny_dream if family == "dream" else tiny_llada)().cuda()
     prompts, mask = torch.randint(0, 90, (len(pads), 61)).cuda(), left_padding(61, pads).long().cuda()
-    config, captured, capture = SparseDConfig(0.2, 0.4, 16, dense_answer=True), [], denoiser.Denoiser._capture
-    monkeypatch.setattr(denoiser.Denoiser, "_capture", lambda self, ids: captured.append(1) or capture(self, ids))
+    config, captured, capture = SparseDConfig(0.2, 0.4, 16, dense_answer=True), [], runner.StepRunner._capture
+    monkeypatch.setattr(runner.StepRunner, "_capture", lambda self, ids: captured.append(1) or capture(self, ids))
     options = options_of(family, {"gen_length": 48, "steps": 24, "attention_mask": mask, "config": config})
     replayed = GENERATE[family](model, prompts, **options)
     assert len(captured) == 2, "one graph a phase"
-    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
     assert torch.equal(GENERATE[family](model, prompts, **options), replayed)

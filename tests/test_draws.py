@@ -10,7 +10,7 @@ from sampling_cases import CONFIG, GENERATE, head_of, inputs_of, options_of
 from standins import MASK
 
 from sparsed import SparseDConfig, dream_generate, llada_generate
-from sparsed.run import Run
+from sparsed.run import SparseRun
 
 # ------------------------------------------------------------------------------------------------- randomness
 
@@ -234,14 +234,14 @@ def test_steps_that_commit_nothing_run_no_forward_but_count(request, family, opt
 @contextmanager
 def looking_at_runs():
     """The runs that the samplers open meanwhile."""
-    runs, make = [], Run.__init__
+    runs, make = [], SparseRun.__init__
 
     def noting(run, *args):
         runs.append(run)
         make(run, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "__init__", noting)
+        patch.setattr(SparseRun, "__init__", noting)
         yield runs
 
 

@@ -91,7 +91,7 @@ def test_joint_choice_is_the_highest_of_all_blocks():
 def test_fixed_patterns_hold_from_the_first_step_on(monkeypatch, build, name):
     """Every forward is one under the expanded mask, computed here by dense attention."""
     block, select, length = 16, 0.3, PROMPT_LEN + GEN_LENGTH
-    pattern = METHODS[name].rule.choose(
+    pattern = METHODS[name].rule.select(
         torch.zeros(1, 1, length, 4), never, BlockGrid(length, PROMPT_LEN, block), select
     )
     mask = torch.zeros(length, length, dtype=torch.bool)
@@ -137,7 +137,7 @@ def test_recall_is_the_attention_that_the_kept_blocks_hold(select):
     recalls = []
     rule = watched(lambda scores, pattern: recalls.extend(recall(scores, pattern).tolist()))
     exact = reference.block_scores(q, k, block)
-    pattern = rule.choose(q, lambda: exact.float(), grid, select)
+    pattern = rule.select(q, lambda: exact.float(), grid, select)
     held = torch.zeros(2, dtype=torch.float64)
     for row in range(2):
         for head in range(4):

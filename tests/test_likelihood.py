@@ -88,7 +88,7 @@ def test_the_draws_hide_every_number_of_tokens_alike():
 
 @pytest.mark.parametrize("config, forwards", [(None, 1), (SparseDConfig(0.5, 0.3, 16), 3)])
 def test_a_lone_token_takes_one_forward_of_each_kind(model, config, forwards):
-    """Full, choosing the blocks, sparse."""
+    """Full, selecting the blocks, sparse."""
     with inputs_of(model) as seen:
         log_likelihood(model, PROMPT, [7], samples=10, generator=seeded(), config=config, backend="gather")
     assert len(seen) == forwards

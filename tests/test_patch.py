@@ -17,7 +17,7 @@ from patch_cases import (
     run,
     sequences,
 )
-from reference_sampling import Denoiser, decided
+from reference_sampling import StepRunner, decided
 from standins import DREAM, LLADA, MASK, HubDream
 from standins_llada import llada_sampler
 
@@ -31,10 +31,10 @@ from sparsed.schedule import ByStep
 
 def test_every_forward_equals_the_twin(any_model, weights):
     model, family = any_model
-    twin = Denoiser(
+    twin = StepRunner(
         family, weights[family], published_config(family), prompt_len=PROMPT_LEN, steps=STEPS, sparse=SPARSE
     )
-    dense = Denoiser(family, weights[family], published_config(family), prompt_len=PROMPT_LEN, steps=STEPS)
+    dense = StepRunner(family, weights[family], published_config(family), prompt_len=PROMPT_LEN, steps=STEPS)
     with run(model) as state:
         for step, ids in enumerate(sequences(STEPS)):
             assert state.step == step
@@ -51,7 +51,7 @@ def test_padded_batches_equal_the_twin(any_model, weights, pads):
     length = PROMPT_LEN + GEN_LENGTH
     valid = torch.tensor([[t >= pad for t in range(length)] for pad in pads])
     twins = [
-        Denoiser(
+        StepRunner(
             family,
             weights[family],
             published_config(family),
@@ -175,7 +175,7 @@ def test_one_row_of_mask_stands_for_the_batch():
 
 def test_density_is_the_share_of_pairs(any_model, weights):
     model, family = any_model
-    twin = Denoiser(
+    twin = StepRunner(
         family, weights[family], published_config(family), prompt_len=PROMPT_LEN, steps=STEPS, sparse=SPARSE
     )
     ids = sequences(STEPS)
@@ -238,7 +238,7 @@ def test_a_generation_cut_short_starts_anew(any_model, change, done):
 
 @pytest.mark.parametrize("at_step", [0, 1, 3])
 def test_a_step_that_failed_can_be_tried_again(any_model, at_step):
-    """Out of memory, for one; what the first try chose must not count."""
+    """Out of memory, for one; what the first try selected must not count."""
     model, family = any_model
     layers = model.model.layers if family == "dream" else model.model.transformer["blocks"]
     early = layers[0].mlp if family == "dream" else layers[0].ff_out

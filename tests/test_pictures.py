@@ -10,7 +10,7 @@ from standins import tiny_dream, tiny_llada
 from tiny_folders import tiny_folder
 
 from sparsed import dream_generate, llada_generate, pictures, sparsify
-from sparsed.pictures import CONFIG, NEW_TOKENS, SELECTING, STEPS, between_heads, choose, common, denoise, look
+from sparsed.pictures import CONFIG, NEW_TOKENS, SELECTING, STEPS, between_heads, common, denoise, look, selection_of
 from sparsed.watching import watched
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def test_what_is_drawn_is_what_a_sparse_run_chooses(model, prompt):
     rule = watched(lambda scores, pattern: real.append((scores, pattern)))
     with sparsify(model, CONFIG, steps=STEPS, gen_length=NEW_TOKENS, rule=rule):
         generate(model, prompt)
-    assert torch.equal(seen.chosen, torch.stack([pattern.as_mask()[0] for _, pattern in real]))
+    assert torch.equal(seen.selected, torch.stack([pattern.as_mask()[0] for _, pattern in real]))
     torch.testing.assert_close(seen.scores, torch.stack([scores[0] for scores, _ in real]))
     # 264 tokens are 9 blocks of 32; the prompt's 200 end inside of the seventh
     assert seen.border == 7 and seen.kept.shape[-2:] == (9, 9)
@@ -58,7 +58,7 @@ def test_what_is_drawn_is_what_a_sparse_run_chooses(model, prompt):
 
 def test_choosing_leaves_no_trace(model, prompt):
     before = generate(model, prompt)
-    choose(model, before)
+    selection_of(model, before)
     assert torch.equal(generate(model, prompt), before)
 
 

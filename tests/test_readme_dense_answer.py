@@ -12,12 +12,12 @@ TEXT = " ".join(README.split())
 LENGTHS = ("16k", "128k")
 TITLES = {"llada": "LLaDA", "dream": "Dream"}
 SPARSED, DENSE = "SparseD, select {}, block_size {}", "SparseD, dense answer rows, select {}, block_size {}"
-LATER = ", chosen at 0.2"
+LATER = ", selected at 0.2"
 FIDELITY = {  # the README's label: the record's title
     "the paper's rule, `--select` 0.3": SPARSED.format(0.3, 128),
     **{f"the paper's rule, {select}": SPARSED.format(select, 128) for select in (0.15, 0.1)},
     **{f"dense answer rows, {select}": DENSE.format(select, 128) for select in (0.5, 0.3, 0.2, 0.15, 0.1, 0.05)},
-    "chosen after a fifth of the answer: the paper's rule, 0.3": SPARSED.format(0.3, 128) + LATER,
+    "selected after a fifth of the answer: the paper's rule, 0.3": SPARSED.format(0.3, 128) + LATER,
     **{f"the same, dense answer rows, {select}": DENSE.format(select, 128) + LATER for select in (0.3, 0.15, 0.1)},
     "blocks of 32: the paper's rule, 0.3": SPARSED.format(0.3, 32),
     "blocks of 32: dense answer rows, 0.3": DENSE.format(0.3, 32),

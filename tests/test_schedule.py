@@ -6,7 +6,7 @@ from standins import tiny_dream
 
 from sparsed import SparseDConfig
 from sparsed.patch import sparsify
-from sparsed.run import Run
+from sparsed.run import SparseRun
 from sparsed.schedule import FULL, SELECTING, SPARSE, ByCommitted, ByStep, Progress
 from sparsed.selection import SPARSED
 
@@ -15,7 +15,7 @@ CONFIG = SparseDConfig(0.2, 0.4, 16)
 
 def phases(schedule, progress):
     """What forwards of one sequence would compute, by how far the generation is before each of them."""
-    run, found = Run(CONFIG, schedule, 16, "gather", SPARSED), []
+    run, found = SparseRun(CONFIG, schedule, 16, "gather", SPARSED), []
     with run.sequence((1, 100)):
         for run.committed in progress:
             found.append(run.phase)
@@ -57,7 +57,7 @@ def test_by_what_is_committed(skip, committed, expected):
 
 
 def test_the_step_that_chooses_counts_when_it_has_succeeded():
-    run = Run(CONFIG, ByCommitted(0.5), 16, "gather", SPARSED)
+    run = SparseRun(CONFIG, ByCommitted(0.5), 16, "gather", SPARSED)
     with run.sequence((1, 100)):
         run.committed = 0.6
         with pytest.raises(ZeroDivisionError), run.forward((1, 100)):

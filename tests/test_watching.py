@@ -12,7 +12,7 @@ from standins import LLADA, tiny_llada
 
 from sparsed import SparseDConfig, sparsify
 from sparsed.blocks import BlockGrid, Pattern
-from sparsed.cli.recording import Choices
+from sparsed.cli.recording import SelectedBlocks
 from sparsed.watching import pooled, watched
 
 
@@ -52,7 +52,7 @@ def test_the_pooled_picture_is_the_definition_s(blocks, kept, most):
 
 def test_layers_and_bits_are_those_of_a_float64_twin():
     model, steps, config = tiny_llada(), sequences(4), SparseDConfig(0.5, 0.3, 16)
-    choices = Choices()
+    choices = SelectedBlocks()
     with sparsify(model, config, steps=4, gen_length=GEN_LENGTH, rule=watched(choices)) as run:
         outputs(model, steps)
         density = run.density
@@ -80,5 +80,5 @@ def test_layers_and_bits_are_those_of_a_float64_twin():
 
 
 def test_nothing_chosen_is_nothing_noted():
-    choices = Choices()
+    choices = SelectedBlocks()
     assert choices.layers() is None and choices.pattern() is None

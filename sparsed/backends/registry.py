@@ -11,6 +11,9 @@ from .gather import GATHER
 from .self_check import self_check
 from .triton import TRITON
 
+# what a run and its record name where every block is kept, so that no backend runs: the model's own full attention
+DENSE = "full"
+
 # in the order in which "auto" tries those that it may take
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (FLASH, TRITON, FLEX, GATHER)}
 

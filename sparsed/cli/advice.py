@@ -9,17 +9,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..backends import DENSE
 from ..backends.flash import FLASH_FROM
 from ..patch import sparsify
 from ..report.record import Phase, prefix
 from ..report.summary import ORDER
 from ..sampling.common import Step
-from ..sampling.denoiser import REPLAYED_TOKENS, Denoiser
-from ..schedule import FULL
+from ..sampling.runner import REPLAYED_TOKENS, StepRunner
 from ..watching import watched
 from .arguments import Call
 from .progress import bar
-from .recording import Choices
+from .recording import SelectedBlocks
 from .running import Job, StepClock
 
 # prompt tokens of the shorter measurement: on a GPU, those from which on the kernels are the ones of long prompts
@@ -35,7 +35,7 @@ FEWER_BLOCKS, FEWEST = (1, 2), 0.1
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one step of each kind on a prompt of `prompt_tokens`; `selecting` is a full step that also chooses."""
+    """Seconds of one step of each kind on a prompt of `prompt_tokens`; `selecting` is a full step that also selects."""
 
     prompt_tokens: int
     full: float
@@ -100,7 +100,7 @@ def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, A
     """What whole runs with dense answer rows would take; their full steps last as long as the job's own."""
     found: list[dict[str, Any]] = []
     given = job.args.config
-    if own.backend == FULL or given.dense_answer:
+    if own.backend == DENSE or given.dense_answer:
         return found
     for select in (given.select / fewer for fewer in FEWER_BLOCKS):
         if select < FEWEST:
@@ -124,19 +124,19 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     # as many as the first step of a generation reads
     rows = prompt_tokens - 1 + torch.arange(sampler.most_rows, device=device)
     each = REPLAYED_STEPS if canvas.numel() <= REPLAYED_TOKENS and device.type == "cuda" else 1
-    steps = 2 * each + 1  # the full ones, one that chooses the blocks, the sparse ones
+    steps = 2 * each + 1  # the full ones, one that selects the blocks, the sparse ones
     config = replace(args.config, skip=(each + 1) / steps)
     sparsed = sparsify(
-        model, config, steps=steps, gen_length=sampler.gen_length, backend=args.backend, rule=watched(Choices())
+        model, config, steps=steps, gen_length=sampler.gen_length, backend=args.backend, rule=watched(SelectedBlocks())
     )
     with sparsed as run, run.sequence(canvas.shape), bar(steps, f"{prompt_tokens} tokens, ", args.quiet) as show:
-        denoiser = Denoiser(model, run, None, prompt_tokens - 1, len(rows))
+        runner = StepRunner(model, run, None, prompt_tokens - 1, len(rows))
         clock = StepClock(device, run, show)
         clock.start()
         for index in range(steps):
-            denoiser(canvas, rows)
+            runner(canvas, rows)
             clock.tick(Step(index, ran=True))
-        denoiser.check()
+        runner.check()
         seconds = dict(zip(clock.phases, clock.step_seconds, strict=True))  # of the last step of each phase
         full, selecting, sparse = (seconds.get(phase, seconds[Phase.FULL]) for phase in ORDER)
         return StepTimes(prompt_tokens, full, selecting, sparse, run.density, run.backend)
@@ -146,10 +146,10 @@ def whole_runs(times: StepTimes, ran: list[bool], n_full: int) -> tuple[float, f
     """Seconds of a whole run with full attention, and of one with SparseD that begins with `n_full` full steps.
 
     Args:
-        ran: which of the steps call the model; the one that chooses the blocks always does.
+        ran: which of the steps call the model; the one that selects the blocks always does.
     """
     origin = sum(ran) * times.full
-    if times.backend == FULL or n_full == len(ran):
+    if times.backend == DENSE or n_full == len(ran):
         return origin, origin
     seconds = dict(zip(ORDER, (times.full, times.selecting, times.sparse), strict=True)) | {Phase.IDLE: 0.0}
     return origin, sum(seconds[phase] for phase in prefix(ran, n_full, selects=True))
@@ -176,14 +176,14 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     idle = steps - advice["steps_that_run"]
     some = f"{steps} steps, {idle} of which commit nothing and run no model," if idle else f"{steps} steps"
     whole = f"{some} with full attention (--origin) would take {origin:.1f} s"
-    if own["backend"] == FULL:
+    if own["backend"] == DENSE:
         lines = [
             f"one step on {prompt_tokens} prompt tokens: {own['full']:.3f} s",
             f"{whole}, with SparseD the same: every block would be kept",
         ]
     else:
         lines = [
-            f"one step on {prompt_tokens} prompt tokens: full {own['full']:.3f} s, full and choosing the blocks "
+            f"one step on {prompt_tokens} prompt tokens: full {own['full']:.3f} s, full and selecting the blocks "
             f"{own['selecting']:.3f} s, sparse {own['sparse']:.3f} s (backend {own['backend']}, "
             f"density {own['density']:.1%})",
             f"{whole}, with SparseD {sparsed:.1f} s: {origin / sparsed:.2f}x as fast",

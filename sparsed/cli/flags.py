@@ -15,7 +15,7 @@ USAGE = """%(prog)s [--demo | --model_path PATH]
        [--prompt NAME | --prompt_text TEXT | --prompt_file FILE | --chat FILE]
        [--origin | --compare | --advise] [option ...]"""
 SPARSED = (
-    "The first steps use full attention. The last of them chooses, for every head, the blocks of keys that matter to "
+    "The first steps use full attention. The last of them selects, for every head, the blocks of keys that matter to "
     "each block of queries; the remaining steps attend to those."
 )
 EPILOG = """\

@@ -1,4 +1,4 @@
-"""What the record keeps of a run beside its times: what the layers chose, and how the answer came about."""
+"""What the record keeps of a run beside its times: what the layers selected, and how the answer came about."""
 
 import base64
 import math
@@ -16,7 +16,7 @@ from ..watching import pooled, recall
 MOST_CELLS = 128
 
 
-class Choices:
+class SelectedBlocks:
     """Shown every layer's choice (`watching.watched`), notes what the record says of it; waits for no device."""
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class Choices:
         self._cells.append(pooled(pattern, MOST_CELLS))
 
     def layers(self) -> list[Layer] | None:
-        """Density and recall of every layer in turn, mean over heads and batch rows; None if nothing was chosen."""
+        """Density and recall of every layer in turn, mean over heads and batch rows; None if nothing was selected."""
         return [Layer(density.item(), recall.item()) for density, recall in self._shares] or None
 
     def pattern(self) -> KeptBlocks | None:
-        """The first batch row's kept blocks; None if nothing was chosen."""
+        """The first batch row's kept blocks; None if nothing was selected."""
         if self._grid is None:
             return None
         cells = torch.stack([layer.cpu() for layer in self._cells])

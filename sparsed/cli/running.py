@@ -11,18 +11,19 @@ from msgspec import structs
 from torch import Tensor
 
 from .. import sampling
+from ..backends import DENSE
 from ..chat import Speller, answer_length, decode, stop_ids
 from ..models.common import DiffusionLM
 from ..prompts import answer_found
 from ..report.record import Mode, Phase, RunRecord, forwards_of
 from ..report.summary import LABELS, prefix_fields, typical
-from ..run import Run, synchronize
+from ..run import SparseRun, synchronize
 from ..sampling.common import Step, attention_of
 from ..schedule import FULL
 from ..watching import watched
 from .arguments import Call
 from .progress import Answer, Show, bar, screen, terminal
-from .recording import Choices, history
+from .recording import SelectedBlocks, history
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class StepClock:
     The compile time that `run` reports is taken out of the step in which it was spent, and showing is in none.
     """
 
-    def __init__(self, device: torch.device, run: Run | None, show: Show):
+    def __init__(self, device: torch.device, run: SparseRun | None, show: Show):
         self.device, self.run, self.show = device, run, show
         self.steps: list[Step] = []
         self.step_seconds: list[float] = []
@@ -63,7 +64,7 @@ class StepClock:
         self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if step.ran else 0.0)
         self.compile_seconds = compiled
         # that every block is kept, a run finds out when it first wants blocks
-        kept = self.run is not None and self.run.backend == FULL
+        kept = self.run is not None and self.run.backend == DENSE
         self.phases.append(Phase.IDLE if not step.ran else Phase.FULL if kept else self.phase)
         self.steps.append(step)
         self._show()
@@ -100,7 +101,7 @@ def run_mode(job: Job, mode: Mode) -> RunRecord:
 def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
     """Generate once from the call's seed; seconds are of forwards and sampling only, without compilation."""
     args, device = job.args, job.model.device
-    steps, gen_length, choices = args.sampler.steps, args.sampler.gen_length, Choices()
+    steps, gen_length, choices = args.sampler.steps, args.sampler.gen_length, SelectedBlocks()
     config = args.config if mode == "sparsed" else None
     attention = attention_of(job.model, config, steps, gen_length, backend=args.backend, rule=watched(choices))
     # all if the model is on one, for it may be spread; elsewhere nothing counts what PyTorch holds

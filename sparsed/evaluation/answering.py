@@ -35,7 +35,7 @@ class Answerer:
     settings: dict[int, Settings]
     backend: str
 
-    def answer(self, samples: list[Sample], variant: Variant, new_tokens: int, on_step: OnStep) -> list[Record]:
+    def answer(self, samples: list[Sample], variant: Variant, gen_length: int, on_step: OnStep) -> list[Record]:
         """A line of results for each of the samples, which are of one length and make one batch.
 
         Args:
@@ -45,7 +45,7 @@ class Answerer:
             BackendError: the named backend cannot run.
             FloatingPointError: the model's logits were not finite.
         """
-        settings = self.settings[new_tokens]
+        settings = self.settings[gen_length]
         ids = torch.tensor([sample.input_ids for sample in samples], device=self.model.device)
         layers: list[tuple[Tensor, Tensor]] = []  # density, and recall [B], of each layer's pattern
         rule = watched(
@@ -76,7 +76,7 @@ class Answerer:
                     "text": text,
                     "answers": list(sample.answers),
                     "prompt_tokens": len(sample.input_ids),
-                    "new_tokens": new_tokens,
+                    "new_tokens": gen_length,
                     "steps": settings.steps,
                     "density": density,
                     "recall": [shares[row].item() for _, shares in layers] or None,

@@ -104,7 +104,7 @@ def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batc
             tell(f"{args.out}: {len(finished)} samples are there already")
         tell("if this is interrupted, the same command goes on from there")
     made, samples = None, list[Sample]()
-    steps = sum(answerer.settings[batch.new_tokens].steps for batch, _ in todo)
+    steps = sum(answerer.settings[batch.gen_length].steps for batch, _ in todo)
     with Progress(steps, hidden=not told) as bar:
         for number, (batch, variant) in enumerate(todo, 1):
             if batch is not made:
@@ -114,7 +114,7 @@ def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batc
             missing = batch.missing(variant, finished)
             asked = [sample for sample in samples if sample.id in missing]
             with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
-                lines = answerer.answer(asked, variant, batch.new_tokens, bar.step)
+                lines = answerer.answer(asked, variant, batch.gen_length, bar.step)
             with blame(args, "--out", (OSError,)):
                 folder.append(lines)
 

@@ -54,8 +54,8 @@ class Method:
 
     Args:
         title: its name in tables.
-        rule: chooses the blocks; None for full attention throughout.
-        skips: whether the first `skip` of the steps use full attention; else the pattern is chosen at step 0.
+        rule: selects the blocks; None for full attention throughout.
+        skips: whether the first `skip` of the steps use full attention; else the pattern is selected at step 0.
     """
 
     title: str

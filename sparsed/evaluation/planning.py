@@ -24,13 +24,13 @@ class Batch:
     Args:
         ids: the samples' names.
         make, indices: gives a sample by its index, and the samples' indices.
-        new_tokens: of each answer.
+        gen_length: new tokens of each answer.
     """
 
     ids: tuple[str, ...]
     make: Callable[[int], Sample]
     indices: Sequence[int]
-    new_tokens: int
+    gen_length: int
 
     def keys(self, variant: Variant) -> list[tuple]:
         """What the samples' lines of results are known by."""
@@ -79,10 +79,10 @@ def of_one_length(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
 def samplers(args: Arguments, family: str, batches: list[Batch]) -> dict[int, Settings]:
     """How the family's sampler is set, by the number of new tokens."""
     found = {}
-    for new_tokens in dict.fromkeys(batch.new_tokens for batch in batches):
-        steps = args.steps or new_tokens
+    for gen_length in dict.fromkeys(batch.gen_length for batch in batches):
+        steps = args.steps or gen_length
         try:
-            found[new_tokens] = settings_for(family, gen_length=new_tokens, steps=steps, block_length=args.block_length)
+            found[gen_length] = settings_for(family, gen_length=gen_length, steps=steps, block_length=args.block_length)
         except BlocksError as error:
             args.parser.error(f"argument --{error.argument}: {error.must}")
     return found

@@ -10,14 +10,14 @@ from .results import VARIANT, Record, groups, title_of, variant_of
 
 
 def draw(summary: dict[str, list[Record]], folder: Path) -> None:
-    """Write `accuracy.png`, where densities differ `density.png`, and where blocks were chosen `recall.png`."""
+    """Write `accuracy.png`, where densities differ `density.png`, and where blocks were selected `recall.png`."""
     rows, averages = summary["rows"], summary["averages"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     _chart(folder / "accuracy.png", rows, partial(_bars, tasks, _titles(rows)), width=3 + 1.3 * len(tasks))
     if len({round(row["density"], 3) for row in averages if row["method"] != "origin"}) > 1:
         _chart(folder / "density.png", averages, _curves)
-    if chosen := [row for row in rows if row["recall_layers"]]:
-        _chart(folder / "recall.png", chosen, partial(_layers, _titles(chosen)))
+    if selected := [row for row in rows if row["recall_layers"]]:
+        _chart(folder / "recall.png", selected, partial(_layers, _titles(selected)))
 
 
 def _titles(rows: list[Record]) -> dict[tuple, str]:
@@ -75,7 +75,7 @@ def _curves(panel: Any, averages: list[Record]) -> None:
 
 
 def _layers(titles: dict[tuple, str], panel: Any, rows: list[Record]) -> None:
-    """The share of attention that the chosen blocks hold, layer by layer, the mean over tasks."""
+    """The share of attention that the selected blocks hold, layer by layer, the mean over tasks."""
     for place, (variant, title) in enumerate(titles.items()):
         found = [row["recall_layers"] for row in rows if variant_of(row) == variant]
         if found:

@@ -58,7 +58,7 @@ class Layer(Struct, frozen=True):
 
 
 class KeptBlocks(Struct, frozen=True):
-    """The chosen blocks: bits [layers, heads, rows, columns] in C order, a byte's most significant first, in base64."""
+    """Kept blocks: bits [layers, heads, rows, columns] in C order, a byte's most significant first, in base64."""
 
     block_size: Size
     prompt_tokens: Whole

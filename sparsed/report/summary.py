@@ -14,7 +14,7 @@ ORDER = (Phase.FULL, Phase.SELECTING, Phase.SPARSE)
 
 
 def attention(forwards: Sequence[Forward]) -> list[Phase]:
-    """Full, selecting or sparse for each step: an idle one counts as sparse once blocks are chosen, else as full."""
+    """Full, selecting or sparse for each step: an idle one counts as sparse once blocks are selected, else as full."""
     kinds, idle = [], Phase.FULL
     for forward in forwards:
         idle = Phase.SPARSE if forward.phase == Phase.SELECTING else idle
@@ -25,7 +25,7 @@ def attention(forwards: Sequence[Forward]) -> list[Phase]:
 def phases(run: RunRecord) -> dict[str, float | None]:
     """Seconds of a run's full steps (without the selection), of the selection, and of its sparse steps.
 
-    The selection is None where no pattern was chosen, or where there is no other full step to compare with; its time
+    The selection is None where no pattern was selected, or where there is no other full step to compare with; its time
     then counts as that of a full step.
     """
     kinds = attention(run.forwards)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import SparseDConfig
 from ..patch import run_of, sparsify
-from ..run import Run
+from ..run import SparseRun
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ OnStep = Callable[[Step], None]
 
 def attention_of(
     model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int, **options: Any
-) -> AbstractContextManager[Run | None]:
+) -> AbstractContextManager[SparseRun | None]:
     """SparseD around `steps` forwards, with `sparsify`'s options; without a config, what the model is inside of."""
     if config is None:
         return nullcontext(run_of(model))
@@ -56,7 +56,7 @@ def attention_of(
 @contextmanager
 def sequence_of(
     model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int, shape: tuple[int, ...], **options: Any
-) -> Iterator[Run | None]:
+) -> Iterator[SparseRun | None]:
     """`attention_of`, whose run, if there is one, is told that its forwards are those of sequences [batch, length]."""
     with attention_of(model, config, steps, gen_length, **options) as run:
         with nullcontext() if run is None else run.sequence(shape):

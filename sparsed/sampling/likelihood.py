@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..config import SparseDConfig, check_numbers
 from ..models.common import DiffusionLM
-from ..run import Run
+from ..run import SparseRun
 from ..schedule import SPARSE
 from .canvas import check_prompt
 from .common import sequence_of
-from .denoiser import Denoiser
+from .runner import StepRunner
 from .settings import FAMILIES
 
 Ids = Sequence[int]
@@ -53,7 +53,7 @@ def log_likelihood(
     """Monte Carlo estimate of log p(target | prompt), in nats.
 
     The draws are SparseD's steps, in the order of a generation: those that hide most come first, with full attention,
-    and choose the blocks. A draw that repeats with the same attention is computed once, so a target of one token takes
+    and select the blocks. A draw that repeats with the same attention is computed once, so a target of one token takes
     one forward with full attention, and its estimate is exact.
 
     Args:
@@ -74,15 +74,15 @@ def log_likelihood(
     losses: dict[tuple, float] = {}
     total = 0.0
     with sequence_of(model, config, samples, len(target), ids.shape, backend=backend) as run:
-        denoiser = _denoiser(model, run, prompt, target)
+        runner = _runner(model, run, prompt, target)
         for mask in masks:
             draw = (run is not None and run.phase == SPARSE, *mask.tolist())
-            if draw not in losses or not denoiser.skip():
+            if draw not in losses or not runner.skip():
                 hidden = len(prompt) + mask.nonzero().squeeze(-1).to(ids.device)
-                loss = F.cross_entropy(_logits(denoiser, ids, hidden), ids[0, hidden], reduction="sum").item()
+                loss = F.cross_entropy(_logits(runner, ids, hidden), ids[0, hidden], reduction="sum").item()
                 losses[draw] = loss * len(target) / len(hidden)
             total += losses[draw]
-        denoiser.check()
+        runner.check()
     return -total / samples
 
 
@@ -97,14 +97,14 @@ def is_greedy(
     ids = _sequence(model, prompt, target)
     hidden = len(prompt) + torch.arange(len(target), device=ids.device)
     with sequence_of(model, config, len(target), len(target), ids.shape, backend=backend) as run:
-        denoiser = _denoiser(model, run, prompt, target)
+        runner = _runner(model, run, prompt, target)
         while len(hidden):
-            confidence, tokens = _logits(denoiser, ids, hidden).softmax(-1).max(-1)
+            confidence, tokens = _logits(runner, ids, hidden).softmax(-1).max(-1)
             best = confidence.argmax()
             if tokens[best] != ids[0, hidden[best]]:
                 return False
             hidden = torch.cat((hidden[:best], hidden[best + 1 :]))
-        denoiser.check()
+        runner.check()
     return True
 
 
@@ -117,13 +117,13 @@ def _sequence(model: DiffusionLM, prompt: Ids, target: Ids) -> Tensor:
     return ids
 
 
-def _denoiser(model: DiffusionLM, run: Run | None, prompt: Ids, target: Ids) -> Denoiser:
+def _runner(model: DiffusionLM, run: SparseRun | None, prompt: Ids, target: Ids) -> StepRunner:
     first_row = FAMILIES[model.family].sources(torch.tensor(len(prompt)), len(prompt) + len(target))
-    return Denoiser(model, run, None, int(first_row), len(target))
+    return StepRunner(model, run, None, int(first_row), len(target))
 
 
-def _logits(denoiser: Denoiser, ids: Tensor, hidden: Tensor) -> Tensor:
+def _logits(runner: StepRunner, ids: Tensor, hidden: Tensor) -> Tensor:
     """float32 logits [n, V] of the places [n] of ids [1, T], whose tokens are hidden from the model."""
-    model, masked = denoiser.model, ids.clone()
+    model, masked = runner.model, ids.clone()
     masked[0, hidden] = model.config.mask_token_id
-    return denoiser(masked, FAMILIES[model.family].sources(hidden, ids.shape[1])).float()
+    return runner(masked, FAMILIES[model.family].sources(hidden, ids.shape[1])).float()

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from ..config import SparseDConfig
 from ..models.common import DiffusionLM
-from ..run import Run
+from ..run import SparseRun
 from ..selection import SPARSED, Rule
 from .canvas import Canvas
 from .common import OnStep, Step, sequence_of
-from .denoiser import Denoiser
 from .guidance import Guided
+from .runner import StepRunner
 from .settings import Settings
 from .unmasking import Turn
 
@@ -47,24 +47,26 @@ def generate(
     shape = halves * len(canvas.ids), canvas.length
     attention = sequence_of(model, config, settings.steps, settings.gen_length, shape, backend=backend, rule=rule)
     with attention as run:
-        denoiser = reader(model, run, canvas, settings, halves)
-        denoise(canvas, denoiser, settings, settings.turns(canvas), model.config, generator, on_step)
+        runner = reader(model, run, canvas, settings, halves)
+        denoise(canvas, runner, settings, settings.turns(canvas), model.config, generator, on_step)
     return canvas.ids
 
 
-def reader(model: DiffusionLM, run: Run | None, canvas: Canvas, settings: Settings, halves: int) -> Denoiser | Guided:
+def reader(
+    model: DiffusionLM, run: SparseRun | None, canvas: Canvas, settings: Settings, halves: int
+) -> StepRunner | Guided:
     """What gives the candidates' logits, in one forward a step of as many sequences as the canvas has, or twice."""
     valid = None if canvas.valid is None else canvas.valid.repeat(halves, 1)
     most_rows = halves * len(canvas.ids) * settings.most_rows
-    denoiser = Denoiser(model, run, valid, canvas.prompt_len - 1, most_rows)
+    runner = StepRunner(model, run, valid, canvas.prompt_len - 1, most_rows)
     if not settings.cfg_scale:
-        return denoiser
-    return Guided(denoiser, settings.cfg_scale, canvas.prompt_len, canvas.mask_id)
+        return runner
+    return Guided(runner, settings.cfg_scale, canvas.prompt_len, canvas.mask_id)
 
 
 def denoise(
     canvas: Canvas,
-    denoiser: Denoiser | Guided,
+    runner: StepRunner | Guided,
     settings: Settings,
     turns: Iterable[Turn],
     config: object,
@@ -74,13 +76,13 @@ def denoise(
     """Take the turns one after the other, and fill in the canvas."""
     for index, turn in enumerate(turns):
         step = Step(index, ran=False)
-        if not turn.idle or not denoiser.skip():
+        if not turn.idle or not runner.skip():
             rows = canvas.candidates(turn.end)
-            logits = denoiser(canvas.ids, settings.sources(rows, canvas.length))
+            logits = runner(canvas.ids, settings.sources(rows, canvas.length))
             tokens, probability, ranking = settings.propose(logits, config, generator)
             chosen = turn.choose(canvas.ids.shape, rows, ranking, generator)
             canvas.commit(rows, tokens, chosen)
             step = Step(index, True, rows, tokens, probability, chosen)
         if on_step is not None:
             on_step(step)
-    denoiser.check()
+    runner.check()

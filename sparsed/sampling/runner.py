@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..models.common import DiffusionLM
-from ..run import Run
+from ..run import SparseRun
 from ..schedule import FULL, SELECTING, SPARSE
 
 # up to so many tokens, batch rows together, a GPU waits for the host to launch kernels; beyond, a graph gains nothing
 REPLAYED_TOKENS = 2048
 
 
-class Denoiser:
+class StepRunner:
     """Logits of some rows, step after step, of sequences of one shape.
 
     The first step of each phase (full, sparse) runs as it is, and has its kernels compiled; the second is captured, and
@@ -27,7 +27,7 @@ class Denoiser:
         most_rows: of so many rows at most a step wants logits; a step that wants more runs as it is.
     """
 
-    def __init__(self, model: DiffusionLM, run: Run | None, mask: Tensor | None, first_row: int, most_rows: int):
+    def __init__(self, model: DiffusionLM, run: SparseRun | None, mask: Tensor | None, first_row: int, most_rows: int):
         self.model, self.run, self.mask, self.first_row, self.most_rows = model, run, mask, first_row, most_rows
         self.replayable = _replayable(model)
         self.warm: set[str] = set()
@@ -71,7 +71,7 @@ class Denoiser:
             raise FloatingPointError("the model's logits are not finite: float32 may hold what another dtype cannot")
 
     def _phase(self) -> str:
-        """The step's phase; a graph that reads blocks which have been chosen anew since is dropped."""
+        """The step's phase; a graph that reads blocks which have been selected anew since is dropped."""
         if self.run is None:
             return FULL
         if self.run.pattern_version != self.pattern_version:

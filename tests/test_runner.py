@@ -11,9 +11,9 @@ from sampling_cases import GENERATE, head_of, options_of
 from standins import tiny_dream, tiny_llada
 
 from sparsed import SparseDConfig, sparsify
-from sparsed.sampling import denoiser
+from sparsed.sampling import runner
 from sparsed.sampling.common import Step
-from sparsed.sampling.denoiser import Denoiser
+from sparsed.sampling.runner import StepRunner
 from sparsed.watching import watched
 
 if importlib.util.find_spec("triton"):
@@ -26,24 +26,24 @@ SPARSE = SparseDConfig(0.2, 0.4, 16)
 @pytest.fixture
 def captured(monkeypatch):
     """How many forwards were captured so far, one entry each."""
-    calls, capture = [], Denoiser._capture
-    monkeypatch.setattr(Denoiser, "_capture", lambda self, ids: calls.append(self.run) or capture(self, ids))
+    calls, capture = [], StepRunner._capture
+    monkeypatch.setattr(StepRunner, "_capture", lambda self, ids: calls.append(self.run) or capture(self, ids))
     return calls
 
 
 class FakeGraph:
     """Stands for a CUDA graph where there is no GPU: computes what was captured, over the blocks of that time."""
 
-    def __init__(self, denoiser):
-        self.denoiser, run = denoiser, denoiser.run
+    def __init__(self, runner):
+        self.runner, run = runner, runner.run
         self.then = None if run is None else (run._sparse, run.step, run._complete)
-        self.logits = torch.empty(denoiser.most_rows, denoiser.model.config.vocab_size)
+        self.logits = torch.empty(runner.most_rows, runner.model.config.vocab_size)
 
     def pool(self):
         return None
 
     def replay(self):
-        one, run = self.denoiser, self.denoiser.run
+        one, run = self.runner, self.runner.run
         if run is not None:
             now = run._sparse, run.step, run._complete
             run._sparse, run.step, run._complete = self.then
@@ -64,8 +64,8 @@ def faked(monkeypatch):
         graph = FakeGraph(self)
         return graph, graph.logits
 
-    monkeypatch.setattr(denoiser, "_replayable", lambda model: True)
-    monkeypatch.setattr(Denoiser, "_capture", capture)
+    monkeypatch.setattr(runner, "_replayable", lambda model: True)
+    monkeypatch.setattr(StepRunner, "_capture", capture)
     return captures
 
 
@@ -93,7 +93,7 @@ def test_what_is_loaded_and_counted_around_a_replay(monkeypatch, faked, family, 
 
     replayed = generate()
     assert faked == (["full", "sparse"] if config is SPARSE else ["full"]), "one graph a phase"
-    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
     assert torch.equal(generate(), replayed)
 
 
@@ -102,7 +102,7 @@ def test_no_replay_over_blocks_that_were_chosen_anew(monkeypatch, faked, every):
     """The caller resets in the sampler's midst, and calls the model itself."""
     model, prompts, tokens = MODELS["dream"](), torch.randint(0, 90, (1, 61)), []
     for most in (2048, 0):
-        monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", most)
+        monkeypatch.setattr(runner, "REPLAYED_TOKENS", most)
         with sparsify(model, SPARSE, steps=48, gen_length=48) as run:
 
             def call(step, run=run):
@@ -117,10 +117,10 @@ def test_no_replay_over_blocks_that_were_chosen_anew(monkeypatch, faked, every):
 
 @pytest.mark.parametrize("steps", [9, 48])
 def test_a_sampler_s_generation_is_its_own(steps):
-    """Whatever steps `sparsify` was told, and whatever else the model is asked meanwhile: blocks are chosen once, by a
-    sampler that ended early as well."""
-    model, prompts, chosen = MODELS["dream"](), torch.randint(0, 90, (2, 61)), []
-    rule = watched(lambda scores, pattern: chosen.append(pattern))
+    """Whatever steps `sparsify` was told, and whatever else the model is asked meanwhile: blocks are selected once, by
+    a sampler that ended early as well."""
+    model, prompts, selected = MODELS["dream"](), torch.randint(0, 90, (2, 61)), []
+    rule = watched(lambda scores, pattern: selected.append(pattern))
     aside = torch.randint(0, 90, (1, 77))
     with torch.no_grad():
         expected = model(aside)
@@ -135,9 +135,9 @@ def test_a_sampler_s_generation_is_its_own(steps):
     with sparsify(model, SPARSE, steps=steps, gen_length=48, rule=rule) as run:
         with pytest.raises(KeyboardInterrupt):
             GENERATE["dream"](model, prompts[:1], gen_length=48, steps=48, on_step=stop)
-        first = len(chosen)
+        first = len(selected)
         tokens = GENERATE["dream"](model, prompts[1:], gen_length=48, steps=48, on_step=call)
-        assert run.step == 48 and len(chosen) == 2 * first
+        assert run.step == 48 and len(selected) == 2 * first
         with pytest.raises(RuntimeError, match="inside another one"), run.sequence((1, 109)):
             GENERATE["dream"](model, prompts[1:], gen_length=48, steps=48)
     alone = GENERATE["dream"](
@@ -149,7 +149,7 @@ def test_a_sampler_s_generation_is_its_own(steps):
 def test_a_step_with_more_rows_than_the_graphs_take_runs_as_it_is(faked):
     model = MODELS["llada"]()
     ids = torch.randint(0, 90, (1, 40))
-    one = Denoiser(model, None, None, 20, 4)
+    one = StepRunner(model, None, None, 20, 4)
     with torch.no_grad():
         for rows in ([20, 21, 22, 23], [21, 22, 30], [20, 25, 30, 35, 39], [39]):
             rows = torch.tensor(rows)
@@ -158,7 +158,7 @@ def test_a_step_with_more_rows_than_the_graphs_take_runs_as_it_is(faked):
 
 
 def test_a_model_that_cannot_be_captured_runs_as_it_is(monkeypatch):
-    monkeypatch.setattr(denoiser, "_replayable", lambda model: True)
+    monkeypatch.setattr(runner, "_replayable", lambda model: True)
     model, prompts = MODELS["llada"](), torch.randint(0, 90, (1, 30))
     options = {"gen_length": 16, "steps": 16, "block_length": 16, "config": SPARSE}
     tries = []
@@ -167,9 +167,9 @@ def test_a_model_that_cannot_be_captured_runs_as_it_is(monkeypatch):
         tries.append(ids)
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(Denoiser, "_capture", failing)
+    monkeypatch.setattr(StepRunner, "_capture", failing)
     tokens = GENERATE["llada"](model, prompts, **options)
-    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
     assert len(tries) == 1 and torch.equal(GENERATE["llada"](model, prompts, **options), tokens)
 
 
@@ -181,7 +181,7 @@ def test_a_capture_that_fails_at_its_end_counts_no_step(monkeypatch):
         yield
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(denoiser, "_replayable", lambda model: True)
+    monkeypatch.setattr(runner, "_replayable", lambda model: True)
     monkeypatch.setattr(torch.cuda, "graph", failing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
@@ -190,7 +190,7 @@ def test_a_capture_that_fails_at_its_end_counts_no_step(monkeypatch):
     with sparsify(model, SPARSE, steps=16, gen_length=16) as run:
         tokens = GENERATE["llada"](model, prompts, on_step=lambda _: steps.append(run.step), **options)
     assert steps == list(range(1, 17))
-    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
     assert torch.equal(GENERATE["llada"](model, prompts, config=SPARSE, **options), tokens)
 
 
@@ -227,7 +227,7 @@ def test_replayed_tokens_are_the_same(monkeypatch, captured, family, options, ba
 
     replayed = generate()
     assert len(captured) == (2 if config is SPARSE else 1), "one graph a phase"
-    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
     assert torch.equal(generate(), replayed)
     assert len(captured) <= 2
 
@@ -236,10 +236,10 @@ def test_replayed_tokens_are_the_same(monkeypatch, captured, family, options, ba
 def test_a_compiled_backend_is_replayed_too(monkeypatch, captured):
     model, prompts = MODELS["dream"]().cuda(), torch.randint(0, 90, (1, 61)).cuda()
     options = options_of("dream", {"gen_length": 48, "steps": 24, "config": SPARSE, "backend": "flex"})
-    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 2048)
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 2048)
     replayed = GENERATE["dream"](model, prompts, **options)
     assert len(captured) == 2, "one graph a phase"
-    monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
     assert torch.equal(GENERATE["dream"](model, prompts, **options), replayed)
 
 
@@ -250,20 +250,20 @@ def test_padded_batches_are_replayed_too(monkeypatch, captured):
         prompts, mask = torch.randint(0, 90, (2, 61)).cuda(), torch.ones(2, 61).cuda()
         mask[1, :20] = 0
         options = options_of(family, {"gen_length": 24, "steps": 12, "attention_mask": mask, "config": SPARSE})
-        monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 2048)
+        monkeypatch.setattr(runner, "REPLAYED_TOKENS", 2048)
         replayed = GENERATE[family](model, prompts, **options)
-        monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", 0)
+        monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
         assert torch.equal(GENERATE[family](model, prompts, **options), replayed)
     assert captured
 
 
 @pytest.mark.gpu
 def test_a_graph_is_not_replayed_over_blocks_of_another_generation(monkeypatch):
-    """One sampler call, in whose midst the caller resets: it chooses blocks twice."""
+    """One sampler call, in whose midst the caller resets: it selects blocks twice."""
     model, prompts = MODELS["dream"]().cuda(), torch.randint(0, 90, (1, 61)).cuda()
     tokens = []
     for most in (2048, 0):
-        monkeypatch.setattr(denoiser, "REPLAYED_TOKENS", most)
+        monkeypatch.setattr(runner, "REPLAYED_TOKENS", most)
         with sparsify(model, SPARSE, steps=24, gen_length=48) as run:
             reset = lambda step, run=run: run.reset() if step.index == 11 else None  # noqa: E731
             tokens.append(GENERATE["dream"](model, prompts, gen_length=48, steps=24, on_step=reset))
