@@ -2,12 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as symbolic_shapes
 
 from ..blocks import FlexLists, Pattern
 from ..kernels import triton_fault
@@ -35,8 +37,7 @@ def flex_attention(pattern: Pattern) -> SparseAttention:
 
     def attention(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
         q, blocks, lead = from_block_start(q, grid, start)
-        # no gradient goes through the sparse steps of any backend; traced for one, it would be another compilation
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=COMPILED, specialize_int=True):
+        with _tracing():
             out = _compiled()(q, k, v, lists_of(blocks.start, blocks.stop), grid.block_size, options)
         return out[:, :, lead:]
 
@@ -50,13 +51,24 @@ def kernel_options(block_size: int) -> "FlexKernelOptions":
     return {"BACKEND": "TRITON"} if tile == 128 else {"BACKEND": "TRITON", "BLOCK_M": tile, "BLOCK_N": tile}
 
 
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """How `_compiled` is to be called: sizes that happen to be equal are not taken to be equal for all lengths (each
+    would be another compilation), and numbers are constants. No gradient goes through the sparse steps of any backend;
+    traced for one, it would be another compilation, too."""
+    numbers = torch._dynamo.config.patch(recompile_limit=COMPILED, specialize_int=True)
+    sizes = symbolic_shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]  # a config module gets it later
+    with torch.no_grad(), numbers, sizes:
+        yield
+
+
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     """FlexAttention over a pattern's lists, compiled when it is first used.
 
     The tensors' sizes are dynamic, so that what the self-check compiles serves every length. The block size and the
     tiles must not be: torch's cache of compiled graphs tells no block sizes apart that are dynamic, and the kernel of
-    another one is wrong. Hence `specialize_int` where it is called, and a mask made inside, whose lengths are sizes of
+    another one is wrong. Hence `specialize_int` in `_tracing`, and a mask made inside, whose lengths are sizes of
     tensors.
     """
     from torch.nn.attention.flex_attention import flex_attention  # a second to import
