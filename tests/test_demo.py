@@ -177,40 +177,15 @@ def test_the_recorded_evaluation_meets_the_targets(name):
     assert full["qa_1"] >= 95 and full["qa_1"] - sparse["qa_1"] <= 1
 
 
-def test_the_readme_shows_the_recorded_evaluation():
-    lines = (REPO / "README.md").read_text().splitlines()
-    for family, title in TITLES.items():
-        rows = evaluation(f"{family}-4k")["rows"]
-        for method, average in averages(f"{family}-4k").items():
-            cells = [row["accuracy"] for row in rows if row["method"] == method]
-            density = statistics.mean(row["density"] for row in rows if row["method"] == method)
-            shown = [f"{title}, {METHODS[method]}", f"{density:.2f}", *(f"{value:.1f}" for value in cells)]
-            last = "-" if method == "origin" else difference(average)
-            assert f"| {' | '.join(shown)} | {statistics.mean(cells):.1f} | {last} |" in lines
-        assert averages(f"{family}-4k").keys() == METHODS.keys()
-
-
-def shown(family, found):
-    """What the README says of the averages of three methods."""
-    full, sparse, window = (found[method] for method in ("origin", "sparsed", "window"))
-    return (
-        f"{TITLES[family]} {full['accuracy']:.1f} with full attention, "
-        f"{sparse['accuracy']:.1f} with SparseD, {difference(sparse)}, "
-        f"{window['accuracy']:.1f} with the window, {difference(window)}"
-    )
-
-
 @pytest.mark.parametrize("family", TITLES)
-def test_the_readme_shows_the_held_out_seed(family):
-    readme = " ".join((REPO / "README.md").read_text().split())
+def test_a_held_out_seed_gives_the_same_averages(family):
     found, before = averages(f"{family}-4k-held-out"), averages(f"{family}-4k")
     assert {seed for row in evaluation(f"{family}-4k-held-out")["rows"] for seed in row["seeds"]} == {1}
     assert {seed for row in evaluation(f"{family}-4k")["rows"] for seed in row["seeds"]} == {0}
     assert all(level(row, before[method]) for method, row in found.items())
-    assert shown(family, found) in readme
 
 
-def test_the_readme_names_the_cells_in_which_the_seeds_differ():
+def test_the_seeds_differ_in_one_cell_of_48():
     def cells(name):
         return {(row["method"], row["task"]): row for row in evaluation(name)["rows"]}
 
@@ -221,21 +196,15 @@ def test_the_readme_names_the_cells_in_which_the_seeds_differ():
     ]
     apart = [pair for pair in pairs if not level(*pair[3:])]
     assert [pair[:3] for pair in apart] == [("dream", "window", "niah_single_2")]
-    first, second = (row["accuracy"] for row in apart[0][3:])
-    text = (
-        f"{len(pairs) - 1} of {len(pairs)} cells agree within their intervals, the window in Dream's `niah_single_2` "
-        f"does not ({first:.1f} and {second:.1f} %)"
-    )
-    assert text in " ".join((REPO / "README.md").read_text().split())
+    assert len(pairs) == 48
 
 
 @pytest.mark.parametrize("family", TITLES)
-def test_the_readme_shows_8k(family):
+def test_8k(family):
     """Issue 5: the demo models solve several tasks at 8k."""
     rows = evaluation(f"{family}-8k")["rows"]
     assert all(row["n"] >= 100 and row["length"] == 8192 for row in rows)
     assert sum(row["accuracy"] >= 90 for row in rows if row["method"] == "origin") == 8
-    assert shown(family, averages(f"{family}-8k")) in " ".join((REPO / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("family", TITLES)
@@ -244,40 +213,12 @@ def test_without_one_of_its_parts_sparsed_is_as_good_with_blocks_of_128(family):
     assert all(level(found[method], found["sparsed"]) for method in ("no_skip", "no_isolation"))
 
 
-def test_the_readme_shows_accuracy_against_density():
-    readme = " ".join((REPO / "README.md").read_text().split())
-    found, lost = {}, {}
-    for family in TITLES:
-        found[family] = evaluation(f"{family}-4k-curve")
-        assert all(row["n"] == 100 for row in found[family]["rows"]) and len(found[family]["rows"]) == 3 * 16
-        sparse = [row for row in found[family]["averages"] if row["method"] == "sparsed"]
-        lost[family] = {row["select"]: f"{-row['difference']:.1f}" for row in sparse}
-        # level: no difference lies in the interval
-        assert all(row["difference_high"] >= 0 for row in sparse if row["select"] >= 0.2)
-    text = "loses {} points at 0.1 and {} at 0.05 (Dream {} and {}, and {} at 0.2;"
-    figures = [lost[family][select] for family in ("llada", "dream") for select in (0.1, 0.05)]
-    assert text.format(*figures, lost["dream"][0.2]) in readme
-    rows = [row for row in found["llada"]["rows"] if (row["method"], row["task"]) == ("sparsed", "vt")]
-    recalls = [f"{100 * row['recall']:.0f}" for row in rows]
-    assert f"hold {', '.join(recalls[:-1])} and {recalls[-1]} % of the attention" in readme
-
-
-def test_the_readme_says_what_blocks_of_32_lose():
-    readme = " ".join((REPO / "README.md").read_text().split())
-    lost, right, unskipped = {}, {}, {}
-    for family in TITLES:
-        cells = {row["task"]: row for row in evaluation(f"{family}-4k-block32")["rows"] if row["method"] == "sparsed"}
-        found = averages(f"{family}-4k-block32")
-        tasks = [f"{cells[task]['accuracy']:.1f} %" for task in ("niah_multivalue", "niah_multiquery")]
-        lost[family] = (*tasks, f"{found['sparsed']['accuracy']:.1f} %", f"{-found['sparsed']['difference']:.1f}")
-        right[family] = f"{found['no_isolation']['accuracy']:.1f} %"
-        unskipped[family] = f"{found['no_skip']['accuracy']:.1f} %"
-    text = "Dream: {} in `niah_multivalue`, {} in `niah_multiquery`, {} on average, {} points below full attention"
-    assert text.format(*lost["dream"]) in readme
-    text = "LLaDA: {}, {}, and {} on average of six tasks (without `vt` and `qa_1`), {} points below"
-    assert text.format(*lost["llada"]) in readme
-    assert f"({right['dream']} on average with Dream, {right['llada']} with LLaDA)" in readme
-    assert f"({unskipped['dream']} and {unskipped['llada']})" in readme
+@pytest.mark.parametrize("family", TITLES)
+def test_sparsed_is_level_with_full_attention_down_to_a_fifth_of_the_blocks(family):
+    curve = evaluation(f"{family}-4k-curve")
+    assert all(row["n"] == 100 for row in curve["rows"]) and len(curve["rows"]) == 3 * 16
+    sparse = [row for row in curve["averages"] if row["method"] == "sparsed"]
+    assert all(row["difference_high"] >= 0 for row in sparse if row["select"] >= 0.2), "a loss outside of the interval"
 
 
 @pytest.mark.parametrize("family", ["dream", "llada"])

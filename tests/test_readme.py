@@ -1,0 +1,111 @@
+"""The README's marks hold what the committed records give, and what it says of dense answer rows follows from them."""
+
+import json
+
+import pytest
+
+from benchmarks import readme, readme_values
+from benchmarks.readme_values import TITLES, answered, evaluation, fidelity, speeds
+
+TEXT = readme.README.read_text(encoding="utf-8")
+PAPER, DENSE = "SparseD, select {}, block_size {}", "SparseD, dense answer rows, select {}, block_size {}"
+LATER = ", selected at 0.2"
+
+
+def test_the_readme_is_filled_in_from_the_records():
+    assert readme.filled(TEXT) == TEXT, "run python -m benchmarks.readme"
+
+
+def test_every_table_is_shown_and_many_figures_are():
+    assert set(readme_values.tables()) <= set(readme.names(TEXT)) and len(readme.names(TEXT)) > 60
+
+
+def test_numbers_and_tables_that_are_wrong_are_mended(monkeypatch, tmp_path):
+    """Every figure and every cell of the tables that holds a digit."""
+    spoiled = readme.FIGURE.sub(lambda found: "0" + found[1], TEXT)
+    spoiled = readme.TABLE.sub(lambda found: f"{found[1]}| nothing |\n{found[3]}", spoiled)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    readme.README.write_text(spoiled, encoding="utf-8")
+    readme.main([])
+    assert readme.README.read_text(encoding="utf-8") == TEXT != spoiled
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("1<!--=no.such-->", "give no no.such"),
+        ("<!-- table: none -->\n<!-- end -->", "give no none"),
+        ("about<!--=show.dream-->", "must follow a number"),
+        ("<!-- table: latency -->\n| a |", "must have an end"),
+    ],
+)
+def test_a_wrong_mark_is_one_line(text, fault, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    readme.README.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        readme.main([])
+    assert stop.value.code == 2 and fault in capsys.readouterr().err and readme.README.read_text() == text
+
+
+def table(name):
+    """A table of the page as it is read: {first cell: the others}."""
+    lines = TEXT.split(f"<!-- table: {name} -->\n")[1].split("<!-- end -->")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {first: others for first, *others in rows}
+
+
+def test_cells_are_the_record_s():
+    """One row of some tables, from the record's own file."""
+    results = readme.README.parent / "benchmarks/results"
+    rows = json.loads((results / "fidelity-smollm2-h200.json").read_text())["rows"][1]["settings"]
+    kl = next(row["kl"][0] for row in rows if row["title"] == DENSE.format(0.15, 128))
+    assert float(table("fidelity")["dense answer rows, 0.15"][2].split()[0]) == pytest.approx(kl, abs=5e-4)
+    runs = json.loads((results / "dense-answer-llada-h200.json").read_text())["rows"][1]["runs"]
+    seconds, whole = (
+        runs["full attention"]["full_step"]["median"],
+        table("dense-answer-speed")["LLaDA, full attention"][2],
+    )
+    assert float(whole.removesuffix(" s")) == pytest.approx(128 * seconds, abs=1)
+    steps = json.loads((results / "demo-steps-dream-cpu.json").read_text())["samples"]
+    assert float(table("demo-steps")["Dream"][0].removesuffix(" s")) == pytest.approx(
+        sorted(steps["full"])[7], abs=5e-3
+    )
+    summary = json.loads((readme.README.parent / "demo/evaluation/dream-8k/summary.json").read_text())
+    scores = [row["accuracy"] for row in summary["rows"] if row["method"] == "window"]
+    assert table("demo-others")["Dream, 8,192 tokens"][2].startswith(f"{sum(scores) / len(scores):.1f}, ")
+
+
+def test_what_follows_from_the_distances():
+    rows = readme_values.benchmark("fidelity-smollm2-h200")["rows"]
+    assert [(row["new_tokens"], row["windows"], row["documents"]) for row in rows] == [(128, 31, 18), (256, 31, 18)]
+    one, two = ({title: setting["kl"][0] for title, setting in fidelity(n).items()} for n in (128, 256))
+    paper, dense, fewer = PAPER.format(0.3, 128), DENSE.format(0.3, 128), DENSE.format(0.15, 128) + LATER
+    assert one[dense] == pytest.approx(one[dense + LATER], abs=1e-3)
+    assert one[fewer] == pytest.approx(one[paper + LATER], rel=0.03) and two[fewer] < two[paper + LATER]
+    assert one[DENSE.format(0.1, 128)] < one[paper] and two[DENSE.format(0.1, 128)] < two[paper]
+    part = "only the answer's rows{}, select 0.3, block_size 128"
+    assert one[part.format(": answer keys")] < 1e-9, "one block, which is kept"
+    assert one[part.format(": prompt keys")] == one[part.format("")]
+
+
+@pytest.mark.parametrize("family", TITLES)
+def test_what_follows_from_the_times(family):
+    assert readme_values.benchmark(f"dense-answer-{family}-h200")["environment"]["device_name"] == "NVIDIA H200"
+    runs = speeds(family, "64k")
+    sparse = {name: run["sparse_step"]["median"] for name, run in runs.items() if "sparse_step" in run}
+    assert sparse["dense answer rows, select 0.3"] / sparse["the paper's, select 0.3"] < 1.015
+
+
+@pytest.mark.parametrize("family", TITLES)
+def test_what_follows_from_the_answers(family):
+    for folder, cells in (("1k", 1 + 8), ("dense", 9 + 1 + 28 + 12), ("dense-128", 1 + 4)):
+        rows = evaluation(f"{family}-{folder}")["rows"]
+        assert len(rows) == 6 * cells and {row["n"] for row in rows} == {100}
+    near, far = (answered(family, "dense", length) for length in (4010, 4096))
+    for found, sizes in ((near, (128, 32)), (far, (128, 64, 32))):
+        assert all(found[size, select, 0.2, True]["difference"] > -1 for size in sizes for select in (0.2, 0.3))
+    assert all(far[size, 0.05, 0.2, True]["difference"] > -1 for size in (64, 32))
+    assert all(near[32, select, 0.2, False]["difference"] > -0.5 for select in (0.2, 0.3))
+    for dense in (False, True):
+        accuracies = [far[128, 0.2, skip, dense]["accuracy"] for skip in (0, 0.05, 0.2)]
+        assert max(accuracies) - min(accuracies) <= 0.5
