@@ -24,7 +24,7 @@ from sparsed.sampling.common import Step
 
 from .common import LENGTHS, NEW_TOKENS, build_parser, markdown, new_record, parse_arguments, require_gpu, save
 from .latency import sample
-from .shapes import random_model
+from .shapes import SHAPES, random_model
 
 FULL, SPARSE = 2, 2  # steps; the second full one selects
 COUNTED = {"full": 0, "choosing": 1, "sparse": 3}  # which of the steps stands for its kind
@@ -105,7 +105,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The flags, checked; a wrong call exits with code 2 after one line."""
-    parser = build_parser("breakdown", __doc__, lengths="4k,64k")
+    parser = build_parser("breakdown", __doc__, lengths="4k,64k", families=SHAPES)
     return parser, parse_arguments(parser, argv)
 
 

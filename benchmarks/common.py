@@ -4,6 +4,7 @@ import argparse
 import shlex
 import statistics
 import sys
+from collections.abc import Collection
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +22,15 @@ LENGTHS = {"short_context": 64} | {f"{k}k": 1024 * k for k in (1, 2, 4, 8, 16, 3
 KERNEL_PACKAGES = ("triton", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
-def build_parser(name: str, doc: str, lengths: str | None = None) -> Parser:
+def build_parser(
+    name: str, doc: str, lengths: str | None = None, families: Collection[str] = ("dream", "llada")
+) -> Parser:
     """The parser of `python -m benchmarks.NAME`: --family, --out, and --lengths if it has a default."""
     parser = Parser(
         prog=f"python -m benchmarks.{name}",
         description=doc,
     )
-    parser.add_argument("--family", choices=("dream", "llada"), default="llada")
+    parser.add_argument("--family", choices=families, default="llada")
     if lengths is not None:
         help_text = f"prompts, some of {', '.join(LENGTHS)}, with commas between (default: %(default)s)"
         parser.add_argument("--lengths", type=some_of(LENGTHS), default=lengths, metavar="NAMES", help=help_text)

@@ -31,7 +31,7 @@ from .common import LENGTHS, NEW_TOKENS, build_parser, markdown, new_record, par
 from .kernels import DTYPE, Gate, Heads, attention_gate, random_heads
 from .latency import Generation, Schedule, Settings, WrongKernel, checked_kernel, generation, load
 from .phases import WHOLE, bound, whole_run
-from .shapes import attention_shape
+from .shapes import SHAPES, ModelConfig, attention_shape
 
 STEPS, LONG_STEPS, LONG = 3, 2, 64 * 1024  # steps of a kind in a generation, and beyond so many prompt tokens
 
@@ -62,20 +62,22 @@ def settings(selects: list[float], skips: list[float]) -> list[Setting]:
     return found
 
 
-def check(setting: Setting, family: str, length: int, device: torch.device) -> dict[str, Any]:
+def check(setting: Setting, model: ModelConfig, length: int, device: torch.device) -> dict[str, Any]:
     """The beginning of its record at a length: the kernel that a run chooses, held against float64, or WrongKernel."""
     config, backend, checked = setting.config or SparseDConfig(), DENSE, checked_kernel
     if setting.config and not BlockGrid(length, length - NEW_TOKENS, config.block_size).keeps_all(config.select):
-        problem = Problem(device, DTYPE, 1, *attention_shape(family), config.block_size, False)
+        problem = Problem(device, DTYPE, 1, *attention_shape(model), config.block_size, False)
         backend, _ = choose_backend("auto", problem, length)
         checked = checked_dense_answer if config.dense_answer else checked_kernel
-    gate = {"backend": backend, **asdict(checked(backend, family, length, config, device))}
+    gate = {"backend": backend, **asdict(checked(backend, model, length, config, device))}
     return {"config": setting.config and asdict(config), "gate": gate}
 
 
-def checked_dense_answer(backend: str, family: str, length: int, config: SparseDConfig, device: torch.device) -> Gate:
+def checked_dense_answer(
+    backend: str, model: ModelConfig, length: int, config: SparseDConfig, device: torch.device
+) -> Gate:
     """`checked_kernel` with dense answer rows: the prompt's rows over their blocks, the answer's over every key."""
-    heads = random_heads(family, length, device)
+    heads = random_heads(model, length, device)
     kept = random_pattern(heads, config.select, config.block_size)
     pattern = replace(kept, grid=replace(kept.grid, dense_answer=True))
     attention, first = sparse_attention(backend, pattern), pattern.grid.first_dense
@@ -136,7 +138,7 @@ def measure(model: Module, row: dict[str, Any], wanted: list[Setting], repeats: 
         WrongKernel: before anything is timed.
     """
     tokens = row["prompt_tokens"]
-    row["runs"] = runs = {one.name: check(one, model.family, tokens + NEW_TOKENS, model.device) for one in wanted}
+    row["runs"] = runs = {one.name: check(one, model.config, tokens + NEW_TOKENS, model.device) for one in wanted}
     timed: dict[Setting, list[Generation]] = {one: [] for one in wanted}
     for one in wanted * repeats:
         if "error" in runs[one.name]:
@@ -183,7 +185,7 @@ def _cell(seconds: float | None, gain: float | None = None) -> str:
 
 def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """The flags, checked; a wrong call exits with code 2 after one line."""
-    parser = build_parser("dense_answer", __doc__, lengths="16k,64k")
+    parser = build_parser("dense_answer", __doc__, lengths="16k,64k", families=SHAPES)
     parser.add_argument("--random_weights", action="store_true", required=True, help="time depends on no weight")
     for name, read, default, text in (
         ("select", list_of(config_field("select", float)), "0.3,0.15,0.1", "shares of the blocks, with commas between"),

@@ -32,7 +32,7 @@ from .common import (
     save,
     summary,
 )
-from .shapes import attention_shape
+from .shapes import SHAPES, ModelConfig, attention_shape, model_config
 
 BLOCK_SIZES = ("128", "64", "32")
 PROBES = 16  # query rows of a head that a gate looks at
@@ -84,9 +84,9 @@ class Gate:
         return self.error <= self.allowed
 
 
-def random_heads(family: str, length: int, device: torch.device) -> Heads:
+def random_heads(config: ModelConfig, length: int, device: torch.device) -> Heads:
     """Normal q, k and v: zeros would make the GPU run faster than it does at work."""
-    heads, kv_heads, head_dim = attention_shape(family)
+    heads, kv_heads, head_dim = attention_shape(config)
     q, k, v = (
         torch.randn(1, length, h, head_dim, device=device, dtype=DTYPE).transpose(1, 2)
         for h in (heads, kv_heads, kv_heads)
@@ -166,7 +166,7 @@ def matmul_tflops(device: torch.device) -> float:
 
 
 def kernel_parser(name: str, doc: str) -> Parser:
-    parser = build_parser(name, doc, lengths="4k,16k")
+    parser = build_parser(name, doc, lengths="4k,16k", families=SHAPES)
     help_text = f"some of {', '.join(BLOCK_SIZES)}, with commas between (default: %(default)s)"
     parser.add_argument("--block_sizes", type=some_of(BLOCK_SIZES), default="128", metavar="SIZES", help=help_text)
     return parser
@@ -187,7 +187,7 @@ def run(parser: Parser, argv: list[str] | None, measure: Measure, ratio: str) ->
     torch.manual_seed(0)
     record = new_record(parser, args, device, DTYPE) | {"matmul_tflops": matmul_tflops(device), "rows": []}
     for name in args.lengths:
-        heads = random_heads(args.family, LENGTHS[name] + NEW_TOKENS, device)
+        heads = random_heads(model_config(args.family), LENGTHS[name] + NEW_TOKENS, device)
         for row in measure(heads, SparseDConfig(), args):
             record["rows"].append({"length": name, "tokens": heads.q.shape[2], **row})
         save(args.out, record)

@@ -36,7 +36,7 @@ from .common import LENGTHS, NEW_TOKENS, build_parser, clamp, new_record, parse_
 from .kernels import Gate, attention_gate, random_heads
 from .phases import WHOLE, Steps, derive, phases, setup_seconds, split, whole_run
 from .plot import draw, table
-from .shapes import random_model
+from .shapes import SHAPES, ModelConfig, model_config, random_model
 
 MODES = ("origin", "sparsed")
 FEWEST_FULL, FEWEST_SPARSE, FEWEST_STEPS = 3, 4, 6
@@ -121,13 +121,13 @@ class WrongKernel(RuntimeError):
     """An attention kernel is further from float64 than it may be."""
 
 
-def checked_kernel(backend: str, family: str, tokens: int, config: SparseDConfig, device: torch.device) -> Gate:
+def checked_kernel(backend: str, model: ModelConfig, tokens: int, config: SparseDConfig, device: torch.device) -> Gate:
     """Hold some rows of a layer's attention by a backend, or DENSE, on random heads against float64.
 
     Raises:
         WrongKernel: they err more than the gate allows.
     """
-    heads = random_heads(family, tokens, device)
+    heads = random_heads(model, tokens, device)
     if backend == DENSE:
         gate = attention_gate(full_attention(heads.q, heads.k, heads.v)[0], heads)
     else:
@@ -179,7 +179,7 @@ def measure(model: torch.nn.Module, tokens: int, modes: list[str], settings: Set
     kernels = {mode: run.kernel.get("backend", DENSE) for mode, run in warm.items()}
     length = tokens + NEW_TOKENS
     gates = {
-        mode: checked_kernel(kernel, model.family, length, settings.config, model.device)
+        mode: checked_kernel(kernel, model.config, length, settings.config, model.device)
         for mode, kernel in kernels.items()
     }
     schedules, rounds = plan(warm, settings)
@@ -211,7 +211,7 @@ def run_record(warm: Generation, timed: list[Generation]) -> dict[str, Any]:
 
 def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """The flags, checked; a wrong call exits with code 2 after one line."""
-    parser = build_parser("latency", __doc__, lengths="4k,16k")
+    parser = build_parser("latency", __doc__, lengths="4k,16k", families=SHAPES)
     parser.add_argument(
         "--modes", type=some_of(MODES), default=",".join(MODES), help="origin, sparsed or both (default: %(default)s)"
     )
@@ -244,6 +244,8 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 def _check_reference(parser: Parser, args: argparse.Namespace) -> None:
     if args.model_path is not None:
         parser.error("argument --reference: not allowed with argument --model_path")
+    if args.family not in reference.FAMILIES:
+        parser.error(f"argument --reference: the released code does not run {args.family}")
     lacking = reference.missing(args.reference)
     if lacking is not None:
         parser.error(f"argument --reference: {args.reference} has no {lacking}")
@@ -258,8 +260,8 @@ def load(parser: Parser, args: argparse.Namespace, device: torch.device) -> torc
         model = load_model(args.model_path, device=str(device), dtype="bfloat16")
     except (OSError, ValueError) as error:
         parser.error(f"argument --model_path: {error}")
-    if model.family != args.family:
-        parser.error(f"argument --model_path: holds a {model.family} model, not {args.family}")
+    if type(model.config) is not type(model_config(args.family)):
+        parser.error(f"argument --model_path: holds no {args.family} model, but another")
     return model
 
 

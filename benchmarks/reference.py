@@ -20,6 +20,7 @@ from .common import LENGTHS, NEW_TOKENS
 from .phases import phases, split
 from .shapes import published_config
 
+FAMILIES = ("dream", "llada")
 # up to so many prompt tokens: steps of a SparseD generation, and how many such generations; the last one counts
 PLANS = ((8192, 20, 2), (16384, 10, 2), (sys.maxsize, 6, 1))
 WARM, ORIGIN_STEPS = 1, 3  # full-attention steps: the first is a warm-up

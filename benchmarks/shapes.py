@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 
+from sparsed.models import DreamConfig, LLaDAConfig
 from sparsed.models.loading import MODELS
+
+ModelConfig = DreamConfig | LLaDAConfig
 
 DREAM_7B = {
     "model_type": "Dream",
@@ -59,20 +62,23 @@ def published_config(family: str) -> dict[str, Any]:
     return SHAPES[family]
 
 
-def attention_shape(family: str) -> tuple[int, int, int]:
-    """Query heads, key heads and head size of the published shape."""
+def model_config(family: str) -> ModelConfig:
+    """The published sizes as the model's config."""
     values = published_config(family)
-    sizes = MODELS[values["model_type"]][0].from_dict(values).sizes
+    return MODELS[values["model_type"]][0].from_dict(values)
+
+
+def attention_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """Query heads, key heads and head size of a model's attention."""
+    sizes = config.sizes
     head_dim = sizes.width // sizes.heads
     return sizes.heads, sizes.kv_width // head_dim, head_dim
 
 
 def meta_model(family: str) -> torch.nn.Module:
     """The published shape of "dream" (7B), "llada" or "illada" (8B), without memory."""
-    values = published_config(family)
-    config_class, model_class = MODELS[values["model_type"]]
     with torch.device("meta"):
-        return model_class(config_class.from_dict(values))
+        return MODELS[SHAPES[family]["model_type"]][1](model_config(family))
 
 
 def random_weight(shape: torch.Size, device: torch.device) -> torch.Tensor:

@@ -66,7 +66,7 @@ def played(tmp_path, monkeypatch):
 def unchecked(played, monkeypatch):
     """Without the gates, which take most of the time."""
 
-    def check(setting, family, length, device):
+    def check(setting, config, length, device):
         return {"config": None, "gate": {"backend": "full" if setting.config is None else "gather"}}
 
     monkeypatch.setattr(dense_answer, "check", check)
@@ -153,10 +153,10 @@ def test_without_full_steps_there_are_samples_alone(unchecked):
 def test_out_of_memory_in_a_gate_ends_a_length(unchecked, monkeypatch):
     check = dense_answer.check
 
-    def too_much(setting, family, length, device):
+    def too_much(setting, config, length, device):
         if length == 512 + 128:
             raise torch.OutOfMemoryError
-        return check(setting, family, length, device)
+        return check(setting, config, length, device)
 
     monkeypatch.setattr(dense_answer, "check", too_much)
     code, record = unchecked.run()
@@ -216,7 +216,7 @@ def test_the_kernel_that_is_checked_is_the_one_that_runs(played):
     model = dense_answer.load(None, None, CPU)
     for setting in dense_answer.settings([0.3], [0.2]):
         for tokens, expected in ((64, "full"), (512, "gather")):
-            checked = dense_answer.check(setting, "llada", tokens + 128, CPU)["gate"]["backend"]
+            checked = dense_answer.check(setting, model.config, tokens + 128, CPU)["gate"]["backend"]
             ran = setting.generate(model, tokens, 1).kernel.get("backend", "full")
             assert checked == ran == (expected if setting.config else "full")
 

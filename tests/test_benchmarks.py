@@ -247,6 +247,7 @@ LATENCY = [*OUT, "--random_weights"]
         (latency.main, [*LATENCY, "--backend", "cudnn"], "cudnn"),
         (latency.main, [*LATENCY, "--reference", "."], "models/LLaDA/generate.py"),
         (latency.main, [*OUT, "--model_path", "x", "--reference", "."], "--reference"),
+        (latency.main, [*LATENCY, "--family", "illada", "--reference", "."], "does not run illada"),
         (latency.main, [*LATENCY[2:], "--out", "."], "--out"),
         (latency.main, LATENCY, "CUDA"),
         (attention.main, OUT, "CUDA"),
@@ -449,7 +450,7 @@ def test_a_kernel_that_fails_is_not_timed(heads, monkeypatch):
 def test_a_failed_gate_is_the_exit_code(row, code, heads, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(kernels, "require_gpu", lambda parser: torch.device("cpu"))
     monkeypatch.setattr(kernels, "matmul_tflops", lambda device: 700.0)
-    monkeypatch.setattr(kernels, "random_heads", lambda family, length, device: heads)
+    monkeypatch.setattr(kernels, "random_heads", lambda config, length, device: heads)
     parser, flags = kernels.kernel_parser("attention", ""), ["--lengths", "4k", "--out", str(tmp_path / "record.json")]
     try:
         kernels.run(parser, flags, lambda *args: [{"kernel": "flash", **row}], "ratio")

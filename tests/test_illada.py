@@ -10,7 +10,7 @@ from illada_twin import ILLADA, random_illada, twin_logits
 from standins_llada import llada_sampler
 from tiny_folders import special_id, tiny_illada_folder
 
-from benchmarks.shapes import attention_shape, meta_model, random_model
+from benchmarks.shapes import attention_shape, meta_model, model_config, random_model
 from sparsed import SparseDConfig, chat, llada_generate, load_model, load_tokenizer
 from sparsed.cli import main_dream, main_llada
 from sparsed.models import DreamConfig, DreamModel
@@ -113,8 +113,8 @@ def test_the_published_shape():
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total == 32 * layer + 4096 + 155136 * 4096
     assert (round(total / 1e9, 2), round(32 * layer / 1e9, 2)) == (7.62, 6.98)  # as the model's card says
-    assert attention_shape("illada") == (32, 8, 128)
-    assert attention_shape("dream") == (28, 4, 128) and attention_shape("llada") == (32, 32, 128)
+    shapes = {"illada": (32, 8, 128), "dream": (28, 4, 128), "llada": (32, 32, 128)}
+    assert {family: attention_shape(model_config(family)) for family in shapes} == shapes
 
 
 def test_a_random_model_of_a_shape_keeps_the_head_tied(monkeypatch):
