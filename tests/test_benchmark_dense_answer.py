@@ -10,6 +10,7 @@ from checkpoints import tiny_checkpoint
 from benchmarks import dense_answer, latency
 from benchmarks.common import LENGTHS, summary
 from benchmarks.latency import Generation
+from benchmarks.shapes import model_config
 from sparsed import SparseDConfig, load_model
 from sparsed.backends import BACKENDS, sparse_attention
 from sparsed.kernels import full_attention
@@ -188,11 +189,11 @@ def forgets_how_few_come(name, pattern):
 )
 def test_the_gate_sees_what_is_wrong(attention, rows, monkeypatch):
     config = SparseDConfig(dense_answer=True)
-    gate = dense_answer.checked_dense_answer("gather", "dream", 640, config, CPU)
+    gate = dense_answer.checked_dense_answer("gather", model_config("dream"), 640, config, CPU)
     assert gate.passed
     monkeypatch.setattr(dense_answer, "sparse_attention", attention)
     with pytest.raises(latency.WrongKernel, match=f"gather, dense answer: {rows} err by"):
-        dense_answer.checked_dense_answer("gather", "dream", 640, config, CPU)
+        dense_answer.checked_dense_answer("gather", model_config("dream"), 640, config, CPU)
 
 
 @pytest.mark.parametrize("module", ["dense_answer", "latency"])
