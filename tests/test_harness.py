@@ -145,6 +145,7 @@ WRONG = {
     "max_gen_toks": (0, "max_gen_toks"),
     "max_new_tokens": ("many", "many"),
     "temperature": (-1, "temperature"),
+    "do_sample": ("maybe", "do_sample must be True or False, got 'maybe'"),
     "steps": (0, "steps"),
 }
 FAMILYS_WRONG = {
@@ -157,7 +158,7 @@ def test_a_wrong_setting_is_one_line(make):
     lm = make(origin=True)
     for name, (value, says) in (WRONG | FAMILYS_WRONG[lm.model.family]).items():
         with pytest.raises(harness.OptionError, match=says) as error:
-            ask(lm, "What?", until=[], do_sample=True, **{"temperature": 0.5, name: value})
+            ask(lm, "What?", **{"until": [], "do_sample": True, "temperature": 0.5, name: value})
         assert "\n" not in str(error.value)
 
 

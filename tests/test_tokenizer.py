@@ -9,6 +9,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sparsed.chat import encode_raw
 from sparsed.models import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,6 +212,17 @@ def test_llada_ids_equal_the_files(llada):
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == backend.token_to_id("<|endoftext|>")
 
 
+def test_text_begins_with_the_bos_token_where_the_files_say_so(llada):
+    plain = load_tokenizer(llada)("good")["input_ids"]
+    edit(llada / "tokenizer_config.json", add_bos_token=True)
+    tokenizer = load_tokenizer(llada)
+    wanted = [tokenizer.bos_token_id, *plain]
+    assert tokenizer("good")["input_ids"] == encode_raw(tokenizer, "good") == wanted
+    assert tokenizer("good", add_special_tokens=False)["input_ids"] == plain, "a chat template writes its own"
+    tokenizer.backend_tokenizer.save(str(llada / "tokenizer.json"))  # which now says so itself
+    assert load_tokenizer(llada)("good")["input_ids"] == wanted
+
+
 def test_llada_decoding_and_template(llada):
     tokenizer = load_tokenizer(llada)
     ids = tokenizer.encode("the key<|eot_id|><|endoftext|><|mdm_mask|>")
@@ -235,6 +247,7 @@ def test_tokenizer_json_wins_over_the_vocabulary_files(dream):
 
 QUIET = """
 import sys
+from sparsed.chat import encode_raw
 from sparsed.models import load_tokenizer
 tokenizer = load_tokenizer(sys.argv[1])
 tokenizer.apply_chat_template([{"role": "user", "content": "x " * 500}], tokenize=True, add_generation_prompt=True)

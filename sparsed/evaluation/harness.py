@@ -250,6 +250,8 @@ class SparseDLM(TemplateLM):
             settings: dict[str, Any] = {**normalize_gen_kwargs(given, options.max_gen_toks)}
             length, until, sampled = (settings.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
             check_numbers(max_gen_toks=length)
+            if not isinstance(sampled, bool):
+                raise ValueError(f"do_sample must be True or False, got {sampled!r}")
             # one beam means nothing, nor do filters where nothing is drawn (the temperature is then 0)
             if settings.get("num_beams") == 1:
                 del settings["num_beams"]

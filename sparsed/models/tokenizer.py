@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -51,6 +51,8 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
     for name, content in names.items():
         if backend.token_to_id(content) is None:
             raise ValueError(f"{folder}: the {name} {content!r} is not in the vocabulary")
+    if config.get("add_bos_token") is True and "bos_token" in names:
+        _begin_with(backend, names["bos_token"])
     # model_max_length stays unset: it would only make the library warn about long prompts
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -59,6 +61,16 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=bool(config.get("clean_up_tokenization_spaces", False)),
         **names,
     )
+
+
+def _begin_with(backend: Tokenizer, bos: str) -> None:
+    """Have plain text begin with this token, as `add_bos_token` says, unless it does so already."""
+    index = backend.token_to_id(bos)
+    if backend.encode("a").ids[:1] == [index]:
+        return
+    template = processors.TemplateProcessing(single=f"{bos}:0 $A:0", special_tokens=[(bos, index)])
+    found = backend.post_processor
+    backend.post_processor = template if found is None else processors.Sequence([found, template])
 
 
 def has_tokenizer(folder: Path) -> bool:
