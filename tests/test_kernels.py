@@ -1,5 +1,6 @@
 """Full attention with its log-sum-exp, and the elementwise kernels against their plain-torch twins."""
 
+import importlib
 from contextlib import nullcontext
 
 import pytest
@@ -57,6 +58,28 @@ def test_full_attention_of_padded_rows(device, dtype, length, width, pads):
         logits = q.cpu().double() @ k.cpu().double().repeat_interleave(2, 1).mT / width**0.5
         exact = logits.masked_fill(~valid[:, None, None], -torch.inf).logsumexp(-1)
         torch.testing.assert_close(lse.cpu().double()[real[..., 0]], exact[real[..., 0]], atol=1e-3, rtol=0)
+
+
+def torch_dense(q, k, v, keys=None):
+    """What a right FlashAttention-4 gives, of the first `keys` keys."""
+    k, v = (x[:, :, :keys].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "agrees"),
+    [
+        (torch_dense, True),
+        (lambda q, k, v: torch_dense(q, k, v, None if q.shape[2] == k.shape[2] else q.shape[2]), False),
+        (lambda q, k, v: (torch_dense(q, k, v)[0], torch_dense(q, k, v, -1)[1]), False),
+    ],
+    ids=["right", "few queries over as few keys", "a log-sum-exp without the last key"],
+)
+def test_a_flash_attention_that_is_wrong_is_not_taken(kernel, agrees, monkeypatch):
+    module = importlib.import_module("sparsed.kernels.full_attention")
+    monkeypatch.setattr(module, "flash_dense", kernel)
+    assert module._flash_agrees.__wrapped__(torch.device("cpu"), torch.float32, 4, 2, 32) == agrees
 
 
 @pytest.mark.gpu
