@@ -14,6 +14,18 @@ torch.manual_seed(0)  # as the fixture does in this process
 empty = torch.empty
 torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
 """
+# Triton 3.6 prepares its language anew for every call of a function inside a kernel, a third of the time; once for
+# every function is enough
+PREPARED_ONCE = """
+from triton.runtime import interpreter
+prepared = set()
+def call(function, *args, **kwargs):
+    if function.fn not in prepared:
+        prepared.add(function.fn)
+        interpreter._patch_lang(function.fn)
+    return function.rewrite()(*args, **kwargs)
+interpreter.InterpretedFunction.__call__ = call
+"""
 
 
 def interpret(code, interpreted=True):
@@ -21,6 +33,6 @@ def interpret(code, interpreted=True):
     pytest.importorskip("triton")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted)), "PYTHONPATH": paths}
-    code = f"{PREPARED}\n{code}\nprint('done')"
+    code = "\n".join([PREPARED, PREPARED_ONCE if interpreted else "", code, "print('done')"])
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "done\n", done.stderr[-3000:]

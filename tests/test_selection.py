@@ -256,17 +256,21 @@ def test_ranking_in_chunks_of_heads(monkeypatch, chunk):
     assert all(torch.equal(one, other) for one, other in zip(united_lists(whole, 2), lists, strict=True))
 
 
+# The cases above, the last one of them shorter: its tiles of 32 tokens are padding alone, padding and more, whole and
+# ragged. One of the heads is as wide as no tile.
+INTERPRETED_CASES = [*SCORE_CASES[:5], (136, 16, (2, 1), (40, 64))]
 INTERPRETED = """
-from test_selection import SCORE_CASES, attention_inputs, check_scores, log_sum_exp, masks
+from test_selection import INTERPRETED_CASES, attention_inputs, check_scores, log_sum_exp, masks
 from sparsed.kernels import availability, block_scores
 availability.triton_fault = lambda device: None
-for length, block_size, heads, pads in SCORE_CASES:
-    for width in (16, 32) if pads is None else (16,):
-        q, k = attention_inputs(length, heads, batch=2, width=width)
-        for valid in masks(length, pads):
-            for lse in (None, log_sum_exp(q, k, valid)):
-                scores = block_scores(q, k, block_size=block_size, key_valid=valid, lse=lse)
-                check_scores(scores, q, k, block_size, valid)
+for number, (length, block_size, heads, pads) in enumerate(INTERPRETED_CASES):
+    q, k = attention_inputs(length, heads, batch=2, width=(32, 16, 20, 16, 16, 16)[number])
+    for hole, valid in enumerate(masks(length, pads)):
+        # padded, with and without the log-sum-exp in turn: each of the two masks has both in several tiles
+        for given in (False, True) if valid is None else ((number + hole) % 2 == 1,):
+            lse = log_sum_exp(q, k, valid) if given else None
+            scores = block_scores(q, k, block_size=block_size, key_valid=valid, lse=lse)
+            check_scores(scores, q, k, block_size, valid)
 """
 
 
@@ -359,7 +363,7 @@ PLACE_CASES = [
     (5, 600, 590, (177, 3), 4),
     (3, 7, 7, (4,), 2),
     (3, 300, 256, (0, 5), 0),
-    (17, 20, 15, (15, 5), 1),
+    (5, 20, 15, (15, 5), 1),
     (2, 1, 0, (0, 1), 0),
     (8, 257, 256, (77, 1), 300),
 ]
