@@ -1,6 +1,7 @@
 """The model `sparsed` of lm-evaluation-harness: options, answers, scores, the harness' own command line."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -313,18 +314,33 @@ def records(folder, pattern):
 
 
 @pytest.fixture
-def evaluated(folders, tasks, monkeypatch, caplog, tmp_path):
-    """Run the harness' command line in this process, offline; returns (exit code, log, requests that ran)."""
+def run_here(tasks, monkeypatch, tmp_path):
+    """Run the harness' command line in this process, offline, with no tasks but these; returns the exit code."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", harness.evaluator.evaluate)  # puts back what main changes
+    # reading the thousands of its own tasks takes most of the time
+    manager = importlib.import_module("lm_eval.tasks").TaskManager
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(manager, include_defaults=False))
+
+    def run(options, *words):
+        model_args = ",".join(f"{name}={value}" for name, value in options.items())
+        command = ["lm_eval", "run", "--model", "sparsed", "--model_args", model_args, "--include_path", str(tasks)]
+        monkeypatch.setattr(sys, "argv", [*command, *words])
+        return harness.main()
+
+    return run
+
+
+@pytest.fixture
+def evaluated(folders, run_here, monkeypatch, caplog):
+    """Run the harness with a model that only counts; returns (exit code, log, requests that ran)."""
     ran = []
     monkeypatch.setattr(harness.SparseDLM, "_loglikelihood_tokens", lambda self, requests, **_: ran.extend(requests))
     monkeypatch.setattr(harness.SparseDLM, "_generate", lambda self, context, sampler: ran.append(sampler) or [0])
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("lm_eval.evaluator.evaluate", harness.evaluator.evaluate)  # puts back what main changes
 
     def run(*words):
-        model = ["run", "--model", "sparsed", "--model_args", f"pretrained={folders['llada']},device=cpu,mc_num=1"]
-        monkeypatch.setattr(sys, "argv", ["lm_eval", *model, "--include_path", str(tasks), *words])
-        return harness.main(), caplog.text, ran
+        code = run_here({"pretrained": folders["llada"], "device": "cpu", "mc_num": 1}, *words)
+        return code, caplog.text, ran
 
     return run
 
@@ -349,29 +365,20 @@ def test_a_cached_model_is_checked_too(evaluated, tmp_path):
     assert evaluated("--tasks", "local_whole", "--use_cache", str(tmp_path / "cache"))[0] == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "family, launcher",
-    [("llada", []), ("dream", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])],
-    ids=["llada", "dream, two processes"],
-)
-def test_the_harness_own_command_line(family, launcher, tasks, tmp_path):
-    """Both tasks offline with the demo: the right answers, and the scores that the class gives for the same texts."""
+DEMO = ["--tasks", ",".join(TASKS), "--apply_chat_template", "--log_samples", "--output_path"]
+
+
+def demo_options(family):
     # of larger blocks, the prompts of 34 and 43 tokens have too few to choose from
-    options = {"pretrained": str(demo_path(family)), "device": "cpu", "select": 0.5, "block_size": 16, "mc_num": 16}
-    model_args = ",".join(f"{name}={value}" for name, value in options.items())
-    command = [sys.executable, *launcher, "-m", "sparsed.evaluation.harness", "run", "--model", "sparsed"]
-    command += ["--model_args", model_args, "--tasks", ",".join(TASKS), "--include_path", str(tasks)]
-    command += ["--apply_chat_template", "--output_path", str(tmp_path / "out"), "--log_samples"]
-    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    # more threads would only wait for each other
-    environment = os.environ | offline | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]
+    return {"pretrained": str(demo_path(family)), "device": "cpu", "select": 0.5, "block_size": 16, "mc_num": 16}
+
+
+def check_demo(family, out):
+    """The right answers, and the scores that the class gives for the same texts."""
+    results = json.loads(next(out.rglob("results_*.json")).read_text())["results"]
     assert results["local_answers"]["exact_match,none"] == 1
-    lm, accuracies = harness.SparseDLM(**options), []
-    answers, choices = (records(tmp_path / "out", f"samples_{name}_*.jsonl") for name in TASKS)
+    lm, accuracies = harness.SparseDLM(**demo_options(family)), []
+    answers, choices = (records(out, f"samples_{name}_*.jsonl") for name in TASKS)
     assert len(answers) == len(choices) == len(QUESTIONS)
     for answer, choice in zip(answers, choices, strict=True):
         question = [{"role": "user", "content": answer["doc"]["question"]}]
@@ -381,3 +388,23 @@ def test_the_harness_own_command_line(family, launcher, tasks, tmp_path):
         assert [float(response[0][0]) for response in choice["resps"]] == pytest.approx(expected, rel=1e-4)
         accuracies.append(expected[1] > expected[0])
     assert results["local_choices"]["acc,none"] == sum(accuracies) / len(accuracies)
+
+
+def test_both_tasks_with_the_demo(run_here, tmp_path):
+    assert run_here(demo_options("llada"), *DEMO, str(tmp_path / "out")) == 0
+    check_demo("llada", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_harness_own_command_line_in_two_processes(tasks, tmp_path):
+    """The same as it is called, offline, among all of the harness' tasks."""
+    options = ",".join(f"{name}={value}" for name, value in demo_options("dream").items())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "sparsed.evaluation.harness", "run", "--model", "sparsed", "--model_args", options]
+    command += ["--include_path", str(tasks), *DEMO, str(tmp_path / "out")]
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    # more threads would only wait for each other
+    environment = os.environ | offline | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    check_demo("dream", tmp_path / "out")
