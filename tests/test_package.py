@@ -47,9 +47,10 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     """The bin folder of a fresh environment that holds the wheel and sees this environment's libraries."""
     folder = tmp_path_factory.mktemp("venv")
-    venv.create(folder, with_pip=True)
+    venv.create(folder)  # without a pip, which would take longer than all the rest
     scripts = folder / ("Scripts" if os.name == "nt" else "bin")
-    run(scripts / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+    pip = [sys.executable, "-m", "pip", "--python", scripts / "python"]
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
     own = run(scripts / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
     # a path line adds the libraries alone: an editable install of this checkout stays out of sight
     Path(own, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
