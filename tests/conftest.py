@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from checkpoints import FAMILIES, tiny_checkpoint
 from hypothesis import HealthCheck, settings
-from patch_cases import KINDS, build, family_of
-from standins import tiny_dream, tiny_llada
+
+from tests.helpers.checkpoints import FAMILIES, tiny_checkpoint
+from tests.helpers.patch_cases import KINDS, build, family_of
+from tests.helpers.standins import tiny_dream, tiny_llada
 
 # the same examples in every run; --hypothesis-profile=campaign draws many new ones
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=30, database=None)

@@ -5,8 +5,6 @@ import shlex
 
 import pytest
 import torch
-from test_prompts import MAKERS
-from tiny_folders import SPECIALS, special_id, tiny_folder
 
 from sparsed import llada_generate, load_model, load_tokenizer
 from sparsed.chat import TurnsError, encode_chat, encode_raw, turns_of
@@ -15,6 +13,8 @@ from sparsed.cli import main as main_module
 from sparsed.cli.advice import command_of
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.prompts import LENGTHS, build_prompt
+from tests.helpers.tiny_folders import SPECIALS, special_id, tiny_folder
+from tests.test_prompts import MAKERS
 
 MAIN = {"dream": main_dream, "llada": main_llada}
 SYSTEM = " Answer in one word. "

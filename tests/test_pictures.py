@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from standins import tiny_dream, tiny_llada
-from tiny_folders import tiny_folder
 
 from sparsed import dream_generate, llada_generate, pictures, sparsify
 from sparsed.pictures import CONFIG, NEW_TOKENS, SELECTING, STEPS, between_heads, common, denoise, look, selection_of
 from sparsed.watching import watched
+from tests.helpers.standins import tiny_dream, tiny_llada
+from tests.helpers.tiny_folders import tiny_folder
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"dream": tiny_dream, "llada": tiny_llada}

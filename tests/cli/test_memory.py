@@ -1,0 +1,97 @@
+"""The estimate of a run's memory against the peaks that were measured, and what is said when it is too much."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.shapes import meta_model
+from sparsed import SparseDConfig
+from sparsed.cli import main as main_module
+from sparsed.cli import main_dream, main_llada, memory
+from sparsed.console import endings
+from sparsed.models.loading import GIB, weight_bytes
+from sparsed.sampling import settings_for
+from tests.helpers.tiny_folders import tiny_folder
+
+MAIN = {"dream": main_dream, "llada": main_llada}
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RECORDS = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("latency-*-h100.json"))]
+PEAKS = [
+    (record, row["prompt_tokens"], mode, row["runs"][mode]["peak_memory_bytes"])
+    for record in RECORDS
+    for row in record["rows"]
+    for mode in ("origin", "sparsed")
+    if mode in row["runs"]
+]
+
+
+def peak(model, tokens, device="cpu", seq_len=128, config=None, **more):
+    """The estimate for a generation in one block, whose number of steps does not count."""
+    family, shared = model.family, {"gen_length": seq_len, "steps": seq_len, "block_length": seq_len}
+    return memory.peak_bytes(model, settings_for(family, **shared, **more), config, torch.device(device), tokens)
+
+
+@pytest.mark.parametrize(
+    ("record", "tokens", "mode", "measured"),
+    PEAKS,
+    ids=[f"{record['family']}-{tokens}-{mode}" for record, tokens, mode, _ in PEAKS],
+)
+def test_the_estimate_is_near_the_peaks_on_the_h100(record, tokens, mode, measured):
+    config = SparseDConfig(**record["config"]) if mode == "sparsed" else None
+    # the benchmark generates in one block
+    model = meta_model(record["family"]).to(torch.bfloat16)
+    assert peak(model, tokens, "cuda:0", record["new_tokens"], config) == pytest.approx(measured, rel=0.04)
+
+
+def test_what_small_blocks_and_guidance_add():
+    model = meta_model("llada").to(torch.bfloat16)
+    dense = peak(model, 65536)
+    # 65,664 tokens are 2,052 blocks of 32, of which 615 of the prompt's 2,048 are kept, and 2 of the answer's 4
+    kept = peak(model, 65536, config=SparseDConfig(block_size=32)) - dense
+    assert kept == 32 * (2052 * 617 * 32 * 4 + 2052 * 2052 * 4)
+    guided = peak(model, 65536, cfg_scale=1.0)
+    assert guided - weight_bytes(model) == 2 * (dense - weight_bytes(model))
+
+
+@pytest.fixture(params=MAIN)
+def checkpoint(request, tmp_path):
+    return request.param, tiny_folder(tmp_path / request.param, request.param)
+
+
+def call(checkpoint, *words):
+    family, folder = checkpoint
+    return MAIN[family](["--model_path", str(folder), "--device", "cpu", "--seq_len", "32", "--steps", "4", *words])
+
+
+def test_too_little_memory_is_said_before_loading(checkpoint, monkeypatch, capsys):
+    model = main_module.empty_model(checkpoint[1])
+    free = peak(model, 16384, seq_len=32, config=SparseDConfig())
+    monkeypatch.setattr(memory, "available_bytes", lambda *_, **__: free)
+    monkeypatch.setattr(main_module, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert call(checkpoint, "--prompt", "64k") == endings.EXIT_OUT_OF_MEMORY
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    needed = peak(model, 65536, seq_len=32, config=SparseDConfig())
+    assert f"about {needed / GIB:.1f} GiB" in err and f"cpu has {free / GIB:.1f} GiB free" in err
+    assert "--prompt 16k is the largest preset that fits" in err
+
+
+def test_a_model_that_does_not_fit_at_all(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available_bytes", lambda *_, **__: 1000)
+    assert call(checkpoint) == endings.EXIT_OUT_OF_MEMORY
+    assert "no preset fits" in capsys.readouterr().err
+
+
+def test_enough_memory_says_nothing(checkpoint, capsys):
+    assert call(checkpoint, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_all_gpus_count_where_a_model_may_be_spread(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(memory, "free_bytes", lambda index: 10 + index)
+    device = torch.device("cuda", 1)
+    assert memory.available_bytes(device, spread=True) == 33
+    assert memory.available_bytes(device, spread=False) == 11
