@@ -93,14 +93,18 @@ def test_an_answer_is_the_samplers_own(make):
 
 def test_an_answer_ends_at_the_first_stop(make, monkeypatch):
     lm = make()
-    written = lm.tokenizer.encode("one two three<|endoftext|>four")
-    monkeypatch.setattr(lm, "_generate", lambda *_: written)
+
+    def write(text):
+        new = torch.tensor([lm.tokenizer.encode(text)])
+        monkeypatch.setattr(sampling, "generate", lambda model, ids, *_, **__: torch.cat((ids, new), 1))
+
+    write("one two three<|endoftext|>four")
     assert ask(lm, "x", until=[]) == "one two three"
     assert ask(lm, "x", until="wo") == "one t"
     assert ask(lm, "x", until=["three", "two", "four", ""]) == "one "
     assert ask(lm, "x", until=[], max_gen_toks=5) == "one t"
     special = {"dream": "<|im_start|>", "llada": "<|start_header_id|>"}[lm.model.family]
-    monkeypatch.setattr(lm, "_generate", lambda *_: lm.tokenizer.encode(f"one{special}two"))
+    write(f"one{special}two")
     assert ask(lm, "x", until=[special]) == "one"
 
 
@@ -333,10 +337,10 @@ def run_here(tasks, monkeypatch, tmp_path):
 
 @pytest.fixture
 def evaluated(folders, run_here, monkeypatch, caplog):
-    """Run the harness with a model that only counts; returns (exit code, log, requests that ran)."""
+    """Run the harness with a model that notes what it runs; returns (exit code, log, what ran)."""
     ran = []
-    monkeypatch.setattr(harness.SparseDLM, "_loglikelihood_tokens", lambda self, requests, **_: ran.extend(requests))
-    monkeypatch.setattr(harness.SparseDLM, "_generate", lambda self, context, sampler: ran.append(sampler) or [0])
+    monkeypatch.setattr(harness, "log_likelihood", lambda model, context, target, **_: ran.append(target) or 0.0)
+    monkeypatch.setattr(sampling, "generate", lambda model, ids, sampler, **_: ran.append(sampler) or ids)
 
     def run(*words):
         code = run_here({"pretrained": folders["llada"], "device": "cpu", "mc_num": 1}, *words)
