@@ -25,14 +25,51 @@ def valid_keys(mask: Any, k: Tensor) -> Tensor | None:
         mask: None or a string such as "full" (no mask); bool or integer (nonzero = attend) or additive float
             (-1e4 and below = never attend), broadcastable to [B, H, T, T] or of shape [B, T].
         k: [B, Hkv, T, D].
+
+    Raises:
+        ValueError: the mask weighs keys, or hides from one query or head what it shows to another.
     """
     if mask is None or isinstance(mask, str):
         return None
     batch, length = k.shape[0], k.shape[2]
     allowed = mask > NEVER if mask.is_floating_point() else mask.bool()
+    if mask.is_floating_point() and (allowed & (mask != 0)).any():
+        raise ValueError("sparsify: the attention mask weighs keys (ALiBi?); only one that hides padding is computed")
     if allowed.shape != (batch, length):
         while allowed.ndim < 4:
             allowed = allowed[None]
-        allowed = allowed.any(dim=2).any(dim=1).expand(batch, length)
+        shown = allowed.any(dim=2).any(dim=1)  # [B or 1, T or 1]
+        _check_alike(allowed, shown)
+        allowed = shown.expand(batch, length)
     allowed = allowed | ~allowed.any(-1, keepdim=True)
     return None if allowed.all() else allowed.to(k.device)
+
+
+def _check_alike(allowed: Tensor, shown: Tensor) -> None:
+    """Raise ValueError unless every query of `allowed` [B, H, T, T] that sees a key sees all that are shown to any."""
+    # each query sees a part of what is shown, so it sees all of it if it sees as many: no further T x T tensor
+    seen, all_of_them = allowed.sum(-1), shown.sum(-1)[:, None, None]
+    if ((seen != 0) & (seen != all_of_them)).any():
+        raise ValueError(
+            "sparsify: the attention mask differs from query to query (block-causal, packed, causal or sliding); only "
+            "one that hides padding is computed"
+        )
+
+
+def check_left_padded(valid: Tensor) -> None:
+    """Raise ValueError if a row of valid [B, T], nonzero = real, ends with padding: its answer is not the last then."""
+    if ((valid[:, -1] == 0) & (valid != 0).any(-1)).any():
+        raise ValueError(
+            "sparsify: a row is padded on the right, so that its answer does not end where the sequence does: pad on "
+            "the left, or generate for prompts of one length at a time"
+        )
+
+
+def same_tensor(one: Any, other: Any) -> bool:
+    """Whether two masks are one, or the same view of one."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    return one is other or (
+        (one.data_ptr(), one.dtype, one.shape, one.stride())
+        == (other.data_ptr(), other.dtype, other.shape, other.stride())
+    )

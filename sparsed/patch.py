@@ -6,17 +6,18 @@ A denoising step is one forward of the patched model; what it computes, its `Spa
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .backends import check_backend
 from .config import SparseDConfig, check_numbers
 from .run import SparseRun
-from .schedule import FULL, ByStep
+from .schedule import ByStep
+from .seams import seam_of
 from .selection import SPARSED, Rule
 
 # held while a model is patched, lest two threads both find it unpatched
@@ -62,29 +63,46 @@ def sparsify(
         raise ValueError(f"config must be a SparseDConfig, got {config!r}")
     check_numbers(steps=steps, gen_length=gen_length)
     check_backend(backend)
-    seams = [(module, *seam) for module in model.modules() if (seam := _seam(module))]
+    model = unwrapped(model)
+    seams = [(module, *seam) for module in model.modules() if (seam := seam_of(module))]
     if not seams:
         raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
     # a rule that looks at nothing needs no full step
     schedule = ByStep(steps, config.n_full(steps) if rule.needs_scores else 0)
-    run = SparseRun(config, schedule, gen_length, backend, rule)
+    mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
+    run = SparseRun(config, schedule, gen_length, backend, rule, mask_id)
     with ExitStack() as undo:
         with PATCHING:
             if _is_patched(model):
                 raise RuntimeError(
                     "the model is inside another sparsify already: leave it, or generate without config="
                 )
-            for layer, (module, name, patched) in enumerate(seams):
-                _replace(undo, module, name, patched(run, layer, module, getattr(module, name)), run)
+            for layer, (module, name, make) in enumerate(seams):
+                _replace(undo, module, name, make(run, layer, getattr(module, name)), run)
             _replace(undo, model, "forward", _counted(run, model.forward), run)
         undo.callback(run.release)
         yield run
         run.check_idle()
+        why = run.tally.why_never_sparse(schedule.n_full, steps, gen_length)
+        if why and config.select < 1 and schedule.n_full < steps:
+            warnings.warn(f"sparsify: nothing was sparse: {why}", stacklevel=3)
 
 
 def run_of(model: nn.Module) -> SparseRun | None:
     """The run of the `sparsify` that was given the model, while it is open."""
-    return getattr(model.__dict__.get("forward"), "sparsed_run", None)
+    return getattr(unwrapped(model).__dict__.get("forward"), "sparsed_run", None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper, `torch.compile`'s or `DataParallel`: what they and its own sampler call."""
+    while True:
+        parts = dict(model.named_children())
+        if callable(base := getattr(model, "get_base_model", None)):
+            model = base()
+        elif len(parts) == 1 and parts.keys() <= {"_orig_mod", "module"}:
+            (model,) = parts.values()
+        else:
+            return model
 
 
 def _is_patched(model: nn.Module) -> bool:
@@ -131,90 +149,21 @@ class _Shadow:
 
 def _counted(run: SparseRun, forward: Callable) -> Callable:
     """The model's top-level forward: one denoising step, counted when it has succeeded."""
+    names = tuple(inspect.signature(forward).parameters)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         candidates = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         tokens = next((x for x in candidates if isinstance(x, Tensor)), None)
         if tokens is None:
             raise ValueError("sparsify: the model was called without input_ids or inputs_embeds")
-        batch, length = tokens.shape[:2]
         rows = kwargs.get("rows")
-        whole = rows is None or rows.whole
-        with run.forward((batch, length if rows is None else rows.length), whole):
+        if run.told or (rows is not None and not rows.whole):
+            batch, length = tokens.shape[:2]
+            step = run.forward((batch, length if rows is None else rows.length), rows is None or rows.whole)
+        else:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            step = run.unannounced(tokens, given.get("attention_mask"))
+        with step:
             return forward(*args, **kwargs)
 
     return counted
-
-
-def _seam(module: nn.Module) -> tuple[str, Callable] | None:
-    """(method to replace, its replacement's maker) if the module owns attention, recognised by its structure."""
-    if hasattr(module, "attend") and hasattr(module, "q_proj"):
-        return "attend", _patched_attend
-    if hasattr(module, "_scaled_dot_product_attention"):
-        return "_scaled_dot_product_attention", _patched_sdpa
-    hub_dream = ("q_proj", "k_proj", "v_proj", "o_proj", "num_heads", "num_key_value_heads", "head_dim")
-    if all(hasattr(module, name) for name in hub_dream):
-        return "forward", _patched_dream
-    return None
-
-
-def _patched_attend(run: SparseRun, layer: int, module: nn.Module, original: Callable) -> Callable:
-    """`attend` of this package's models."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, start: int) -> Tensor:
-        return run.attend(layer, q, k, v, key_valid, lambda: original(q, k, v, key_valid, start), start)
-
-    return attention
-
-
-def _patched_sdpa(run: SparseRun, layer: int, module: nn.Module, original: Callable) -> Callable:
-    """The hub's LLaDA block's method (q, k, v, mask, ...) -> heads."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mask = args[0] if args else kwargs.get("attn_mask")
-        return run.attend(layer, q, k, v, mask, lambda: original(q, k, v, *args, **kwargs))
-
-    return attention
-
-
-def _patched_dream(run: SparseRun, layer: int, module: Any, original: Callable) -> Callable:
-    """The whole forward of the hub's DreamAttention, which has no inner method to replace."""
-    signature = inspect.signature(original)
-    extra = next(
-        (name for name, parameter in signature.parameters.items() if parameter.kind == parameter.VAR_KEYWORD), ""
-    )
-
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None, Any]:
-        if run.current_phase() == FULL:
-            return original(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        given |= given.get(extra, {})
-        q, k, v = _dream_heads(module, given)
-        out = run.attend(layer, q, k, v, given.get("attention_mask"), lambda: original(*args, **kwargs))
-        if not isinstance(out, Tensor):
-            return out
-        return module.o_proj(out.transpose(1, 2).flatten(2)), None, given.get("past_key_value")
-
-    return forward
-
-
-def _dream_heads(module: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, Hq, T, D], k and v [B, Hkv, T, D] as the hub's Dream computes them, rotated in the model's dtype."""
-    x = given["hidden_states"]
-    q, k, v = (
-        projection(x).unflatten(-1, (heads, module.head_dim)).transpose(1, 2)
-        for projection, heads in (
-            (module.q_proj, module.num_heads),
-            (module.k_proj, module.num_key_value_heads),
-            (module.v_proj, module.num_key_value_heads),
-        )
-    )
-    tables = given.get("position_embeddings")
-    cos, sin = tables if tables is not None else module.rotary_emb(v, given.get("position_ids"))
-    cos, sin = cos[:, None], sin[:, None]  # [B or 1, 1, T, D]
-    return _rotated(q, cos, sin), _rotated(k, cos, sin), v
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin

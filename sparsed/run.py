@@ -1,97 +1,133 @@
-"""The kept blocks of one sequence: selected once in every layer, then what its forwards attend to.
+"""What attention the forwards inside one `sparsify` have.
 
-When they are selected, a schedule says; the forward that selects computes full attention itself (arXiv 2509.24014,
+When blocks are selected, a schedule says; the forward that selects computes full attention itself (arXiv 2509.24014,
 section 4).
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import DENSE, Problem, SparseAttention, choose_backend, sparse_attention
-from .blocks import BlockGrid
+from .backends import DENSE
 from .config import SparseDConfig
-from .kernels import block_scores, full_attention
-from .masks import only_pads, valid_keys
+from .generation import Forward, Generations
+from .kept import KeptBlocks
+from .masks import same_tensor
 from .schedule import FULL, SELECTING, SPARSE, Progress, Schedule
-from .selection import Rule, compile_selection
+from .selection import Rule
+from .tally import Tally
 
 
 class SparseRun:
     """State of the generations inside one `sparsify`, all of it: nothing stays on the model.
 
-    Attributes:
+    Args:
+        config, gen_length, backend, rule: as in `sparsify`.
         schedule: when attention is over kept blocks.
-        step: index of the next denoising step (inside a forward: of the current one).
-        committed: share of the generated tokens that are committed, if the sampler tells; no schedule by steps asks.
-        backend, backend_reason: the kernel of the sparse steps and why it was taken, DENSE where every block is kept;
-            None until blocks are wanted.
+        mask_id: of the mask token, if the model's config names it.
+
+    Attributes:
         compile_seconds: time spent choosing and compiling kernels, part of the time of the step that chooses.
-        phase: what the next step (inside a forward: the current one) computes: FULL, SELECTING or SPARSE.
-        pattern_version: changes whenever the selected blocks do.
+        tally: what a sampler that does not tell has run.
     """
 
-    def __init__(self, config: SparseDConfig, schedule: Schedule, gen_length: int, backend: str, rule: Rule):
-        self.config, self.schedule, self.gen_length, self.rule = config, schedule, gen_length, rule
-        self.compile_seconds = 0.0
-        self.pattern_version = 0
-        self._wanted = backend
-        self._shape: tuple[int, ...] | None = None
-        self._keeps_all = False
+    def __init__(
+        self,
+        config: SparseDConfig,
+        schedule: Schedule,
+        gen_length: int,
+        backend: str,
+        rule: Rule,
+        mask_id: int | None = None,
+    ):
+        self.schedule, self.gen_length = schedule, gen_length
+        self.compile_seconds, self.tally = 0.0, Tally()
+        versions = itertools.count()
+
+        def nothing_kept() -> KeptBlocks:
+            return KeptBlocks(config, gen_length, rule, backend, self._timed, next(versions))
+
+        self._generations = Generations(nothing_kept, gen_length, mask_id)
         self._running = threading.Lock()
         self._told = threading.Lock()  # held while a sampler's sequence is open
         self._uncounted = False
-        # of the forward that is running: its sequence's length, and whether it can neither select nor be sparse
-        self._length, self._only_full = 0, False
-        self.reset()
+        self._forward: Forward | None = None
+
+    @property
+    def step(self) -> int:
+        """Index of the next denoising step (inside a forward: of the current one)."""
+        return self._generations.now.step
+
+    @property
+    def committed(self) -> float:
+        """Share of the generated tokens that are committed, if the sampler tells; no schedule by steps asks."""
+        return self._generations.now.committed
+
+    @committed.setter
+    def committed(self, share: float) -> None:
+        self._generations.now.committed = share
+
+    @property
+    def backend(self) -> str | None:
+        """The kernel of the sparse steps, DENSE where every block is kept; None until blocks are wanted."""
+        return self._generations.now.kept.backend
+
+    @property
+    def backend_reason(self) -> str | None:
+        """Why that kernel was taken."""
+        return self._generations.now.kept.backend_reason
 
     @property
     def density(self) -> float | None:
         """Attended over all valid (query, key) pairs in the sparse steps, mean over layers and heads."""
-        if self.backend == DENSE:
-            return 1.0
-        return torch.stack([d.cpu() for d in self._densities]).mean().item() if self._densities else None
+        return self._generations.now.kept.density
+
+    @property
+    def pattern_version(self) -> int:
+        """Changes whenever the selected blocks do."""
+        return self._generations.now.kept.version
 
     @property
     def phase(self) -> str:
-        """The first whole forward for which the schedule wants blocks selects; one of another sequence is full, and so
-        are a window before blocks are selected and a run that keeps every block."""
-        if self._only_full or self._keeps_all or not self._wants_pattern:
+        """What the next step (inside a forward: the current one) computes: FULL, SELECTING or SPARSE.
+
+        The first whole forward for which the schedule wants blocks selects; one of another sequence is full, and so are
+        a window before blocks are selected and a run that keeps every block.
+        """
+        now = self._generations.now
+        only_full = self._forward is not None and self._forward.only_full
+        if only_full or now.keeps_all or not self._wants_pattern:
             return FULL
-        return SPARSE if self._complete else SELECTING
+        return SPARSE if now.kept.complete else SELECTING
 
     @property
     def _wants_pattern(self) -> bool:
         return self.schedule.wants_pattern(Progress(self.step, self.committed))
 
+    @property
+    def told(self) -> bool:
+        """Whether a sampler's sequence is open."""
+        return self._told.locked()
+
     def reset(self) -> None:
         """Drop the selected blocks: the next forward is step 0 of a new generation."""
-        self.step, self.committed = 0, 0.0
-        self.backend: str | None = None
-        self.backend_reason: str | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self._complete = False
-        self._grid: BlockGrid | None = None
-        self._sparse: dict[tuple[int, torch.device], SparseAttention] = {}
-        self._devices: set[torch.device] = set()
-        self._densities: list[Tensor] = []
-        self.pattern_version += 1
+        self._generations.restart()
 
     def release(self) -> None:
         """Free the selected blocks and keep what was measured."""
-        self._grid, self._sparse = None, {}
+        self._generations.release()
 
     @contextmanager
     def sequence(self, shape: tuple[int, ...]) -> Iterator[None]:
         """A new generation over [batch, length] tokens: as long as the context is open, its forwards are those of that
-        shape, however many. Without it, a new one is taken to begin after the schedule's end, and with another shape.
+        shape, however many. Without it, forwards are told apart by their tokens.
 
         Raises:
             RuntimeError: inside another sequence.
@@ -99,54 +135,76 @@ class SparseRun:
         if not self._told.acquire(blocking=False):
             raise RuntimeError("sparsify: a generation began inside another one of the same model")
         try:
-            self._begin(shape)
+            self.tally.told = True
+            self._generations.begin(shape)
             yield
         finally:
             self._told.release()
 
-    def _begin(self, shape: tuple[int, ...]) -> None:
-        if shape[1] < self.gen_length:
-            raise ValueError(f"sparsify: gen_length {self.gen_length} exceeds the forward's {shape[1]} tokens")
-        self.reset()
-        self._shape = shape
-        grid = BlockGrid(shape[1], shape[1] - self.gen_length, self.config.block_size)
-        self._keeps_all = self._wanted == "auto" and grid.keeps_all(self.config.select)
-
     @contextmanager
     def forward(self, shape: tuple[int, ...], whole: bool = True) -> Iterator[None]:
-        """A forward of the model, which is one step; if it fails, the step does not count.
+        """A forward of the generation that is going on, which is one step; if it fails, the step does not count.
 
         Args:
-            shape: [batch, length] of the sequences.
+            shape: [batch, length] of the sequences; of another shape, it has full attention and is no step.
             whole: whether it computes all of their tokens; else it cannot select, and has full attention instead.
         """
+        with self._alone(Forward(shape[1])) as forward:
+            now = self._generations.now
+            aside = shape != now.shape
+            forward.only_full = aside or not (whole or now.kept.complete)
+            self._start(forward)
+            yield
+            now.kept.complete |= forward.selecting
+            if not aside and not self._uncounted:
+                self.count()
+
+    @contextmanager
+    def unannounced(self, tokens: Tensor, attention_mask: Any = None) -> Iterator[None]:
+        """A forward of a sampler from elsewhere: a step of the generation that its tokens show, if all of its attention
+        is of all tokens; else it neither counts nor selects.
+
+        Args:
+            tokens: [B, T] ids, or [B, T, W] embeddings.
+            attention_mask: whatever the model was given under that name.
+        """
+        follow = partial(self._generations.follow, tokens, attention_mask)
+        with self._alone(Forward(tokens.shape[1], follow)) as forward:
+            yield
+            if forward.windows:
+                self.tally.windows += 1
+            elif forward.follow is not None:
+                self.tally.unseen += 1
+            else:
+                now = self._generations.now
+                self.tally.note(self.phase, self.step, now.keeps_all)
+                now.kept.complete |= forward.selecting
+                self.count()
+
+    @contextmanager
+    def _alone(self, forward: Forward) -> Iterator[Forward]:
+        """The only forward that is running."""
         if not self._running.acquire(blocking=False):
             raise RuntimeError("sparsify: a forward began inside another one of the same model, or in another thread")
         try:
-            told, other = self._told.locked(), shape != self._shape
-            aside = told and other  # of another sequence
-            # a window is never the first of a generation, for its cache was filled by it
-            is_over = whole and self.schedule.is_over(Progress(self.step, self.committed))
-            if not told and (other or is_over):
-                self._begin(shape)
-            self._length = shape[1]
-            self._only_full = aside or not (whole or self._complete)
-            selecting = self.phase == SELECTING
-            if selecting:
-                self._forget()  # what an earlier try at this step selected before it failed
-            yield
-            self._complete = self._complete or selecting
-            if not aside and not self._uncounted:
-                self.count()
+            self._forward = forward
+            yield forward
         finally:
-            self._only_full = False
+            self._forward = None
             self._running.release()
+
+    def _start(self, forward: Forward) -> None:
+        """Of a forward whose generation is known: what an earlier try at this step selected is dropped."""
+        forward.selecting = self.phase == SELECTING
+        if forward.selecting:
+            self._generations.now.kept = self._generations.nothing_kept()
 
     def count(self) -> None:
         """The step is done, if without a forward of the model: it was replayed, or needed none."""
-        if self._keeps_all and self._wants_pattern:
-            self.backend, self.backend_reason = DENSE, "every block is kept"
-        self.step += 1
+        now = self._generations.now
+        if now.keeps_all and self._wants_pattern:
+            now.kept.backend, now.kept.backend_reason = DENSE, "every block is kept"
+        now.step += 1
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -162,14 +220,8 @@ class SparseRun:
         if self._running.locked():
             raise RuntimeError("sparsify: the context ended while another thread was inside a forward of the model")
 
-    def current_phase(self) -> str:
-        """The phase of the step whose forward is running; RuntimeError if none is."""
-        if not self._running.locked():
-            raise RuntimeError("sparsify: attention ran outside a forward of the model that was given to sparsify")
-        return self.phase
-
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any], start: int | None = None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any], start: int
     ) -> Any:
         """One layer's attention in this step: `full()` in the full steps, else over the layer's kept blocks.
 
@@ -179,63 +231,66 @@ class SparseRun:
             k, v: [B, Hkv, T, D].
             mask: the mask that the model gave its attention, in any of the forms of `valid_keys`.
             full: computes the model's own full attention.
-            start: place of the first query in the sequence; None: the queries are the last ones.
+            start: place of the first query in the sequence.
         """
-        phase = self.current_phase()
-        if start is not None and k.shape[2] != self._length:
+        if k.shape[2] != self._followed().length:
             raise ValueError("sparsify: `rows` must be an argument of the model that was given to sparsify")
+        phase, kept = self.phase, self._generations.now.kept
         if phase == FULL:
             return full()
         if phase == SPARSE:
-            start = k.shape[2] - q.shape[2] if start is None else start
-            return self._sparse_attention(layer, q.device)(q, k, v, start)
-        return self._select(layer, q, k, v, mask, full)
+            return kept.attention(layer, q.device)(q, k, v, start)
+        return kept.select(layer, q, k, v, mask, full)
 
-    def _select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
-        """Full attention, and the blocks of the sparse steps; a rule without scores attends to its blocks at once."""
-        length = q.shape[2]
-        if k.shape[2] != length:
-            raise ValueError(f"sparsify needs all tokens in every forward, got {length} queries and {k.shape[2]} keys")
-        if self._grid is None:
-            config, valid = self.config, valid_keys(mask, k)
-            self._grid = BlockGrid(length, length - self.gen_length, config.block_size, valid, config.dense_answer)
-        grid = self._grid.to(q.device)
-        out = lse = None
-        if self.rule.needs_scores:
-            # ours is the model's own full attention then, and can give the log-sum-exp along with it
-            ours = only_pads(mask, k)
-            out, lse = full_attention(q, k, v, grid.key_valid) if ours else (full(), None)
-        first = q.device not in self._devices
-        if first:
-            self._devices.add(q.device)
-            self._timed(lambda: self._prepare(q, k, lse, grid), q.device)
+    def attend_foreign(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, full: Callable[[], Any]) -> Any:
+        """`attend` of somebody else's model, whose caches and masks may be of any kind.
 
-        def score() -> Tensor:
-            compiled = self.backend != "gather"
-            return block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid, lse=lse, compiled=compiled)
+        Queries fewer than the keys are those of some tokens, wherever they lie, against a cache: they attend to all.
 
-        pattern = self.rule.select(q, score, grid, self.config.select)
-        self._densities.append(pattern.density)
-        assert self.backend is not None  # `_prepare` has chosen it
-        sparse = self._sparse[layer, q.device] = sparse_attention(self.backend, pattern)
-        return out if self.rule.needs_scores else sparse(q, k, v)
-
-    def _sparse_attention(self, layer: int, device: torch.device) -> SparseAttention:
-        """What the layer was given when it selected."""
-        if (layer, device) not in self._sparse:
-            raise RuntimeError(
-                f"sparsify: no blocks were selected on {device} for attention {layer}; reset() after moving a model"
+        Raises:
+            ValueError: the keys are not those of all tokens, or the mask hides more than padding.
+        """
+        queries, keys = q.shape[2], k.shape[2]
+        if queries != keys:
+            self._note_window(queries, keys)
+            return full()
+        forward = self._followed()
+        if keys != forward.length:
+            raise ValueError(
+                f"sparsify: a layer attends to {keys} tokens where the model was given {forward.length}: give sparsify "
+                "the model that gets them all"
             )
-        return self._sparse[layer, device]
+        if self.phase != FULL and not same_tensor(mask, forward.mask):
+            self._generations.now.kept.admit(mask, k)
+            forward.mask = mask
+        return self.attend(layer, q, k, v, mask, full, 0)
 
-    def _prepare(self, q: Tensor, k: Tensor, lse: Tensor | None, grid: BlockGrid) -> None:
-        """Choose the backend, whose self-check compiles it, and have the selection's kernels compiled."""
-        batch, heads, _, head_dim = q.shape
-        padded = grid.key_valid is not None
-        problem = Problem(q.device, q.dtype, batch, heads, k.shape[1], head_dim, grid.block_size, padded)
-        self.backend, self.backend_reason = choose_backend(self._wanted, problem, grid.length)
-        if self.backend != "gather" and self.rule.needs_scores:
-            compile_selection(q, k, grid, lse)
+    def _note_window(self, queries: int, keys: int) -> None:
+        shape = self._generations.now.shape
+        length = queries if shape is None else shape[1]
+        if keys < max(queries, length):
+            raise ValueError(
+                f"sparsify: {queries} tokens attend to {keys} of the sequence's {length} keys: a cache that drops keys "
+                "cannot be followed"
+            )
+        self._now_running().windows += 1
+
+    def _followed(self) -> Forward:
+        """The forward that is running, whose generation is known from here on."""
+        forward = self._now_running()
+        if forward.follow is not None:
+            forward.follow()
+            forward.follow = None
+            self._start(forward)
+        return forward
+
+    def _now_running(self) -> Forward:
+        if self._forward is None:
+            raise RuntimeError(
+                "sparsify: attention ran outside a forward of the model that was given to sparsify: give it the model "
+                "that the sampler calls"
+            )
+        return self._forward
 
     def _timed(self, work: Callable[[], Any], device: torch.device) -> None:
         """Run `work` and count its time, the device's included, as compile time."""

@@ -15,20 +15,18 @@ class Progress(NamedTuple):
 
 
 class Schedule(Protocol):
-    """When attention should be over kept blocks, and when a generation is over."""
+    """When attention should be over kept blocks."""
 
     def wants_pattern(self, at: Progress) -> bool:
         """Whether the next forward needs kept blocks: it selects them if none are selected yet."""
-
-    def is_over(self, at: Progress) -> bool:
-        """Whether the next forward belongs to another generation, for all that the schedule knows."""
 
 
 @dataclass(frozen=True)
 class ByStep:
     """The paper's: of `steps` forwards the first `n_full` have full attention, and the last of these selects.
 
-    Where no forward is left to be sparse, none selects. With `n_full` 0 the first one selects and is sparse itself.
+    Where no forward is left to be sparse, none selects; any beyond `steps` are sparse. With `n_full` 0 the first one
+    selects and is sparse itself.
     """
 
     steps: int
@@ -36,9 +34,6 @@ class ByStep:
 
     def wants_pattern(self, at: Progress) -> bool:
         return self.n_full < self.steps and at.step >= self.n_full - 1
-
-    def is_over(self, at: Progress) -> bool:
-        return at.step >= self.steps
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,3 @@ class ByCommitted:
 
     def wants_pattern(self, at: Progress) -> bool:
         return at.committed >= self.skip
-
-    def is_over(self, at: Progress) -> bool:
-        return False

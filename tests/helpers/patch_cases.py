@@ -43,8 +43,8 @@ def logits_of(model, ids, valid=None):
 
 
 def sequences(count, rows=1, length=PROMPT_LEN + GEN_LENGTH):
-    """Token ids of `count` steps, with fewer and fewer masks."""
-    ids = torch.randint(0, 90, (count, rows, length))
+    """Token ids of `count` steps of one generation, with fewer and fewer masks."""
+    ids = torch.randint(0, 90, (1, rows, length)).repeat(count, 1, 1)
     for step in range(count):
         ids[step, :, PROMPT_LEN + 3 * step :] = MASK
     return ids

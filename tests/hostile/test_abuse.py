@@ -232,7 +232,7 @@ def test_a_model_that_moved_to_another_device_says_so(make, request):
     """The meta device stands for a second one."""
     model = copy.deepcopy(request.getfixturevalue(make))
     steps = sequences(STEPS)
-    with run(model) as state:
+    with run(model) as state, state.sequence(steps[0].shape):
         outputs(model, steps[:4])
         model.to("meta")
         with pytest.raises(RuntimeError, match=r"on meta .*reset\(\)"):

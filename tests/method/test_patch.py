@@ -272,7 +272,7 @@ def test_where_every_block_is_kept_auto_keeps_full_attention(monkeypatch, any_mo
     dense = outputs(model, steps)
     scored = []
     score = lambda *args, **named: scored.append(1) or block_scores(*args, **named)  # noqa: E731
-    monkeypatch.setattr("sparsed.run.block_scores", score)
+    monkeypatch.setattr("sparsed.kept.block_scores", score)
     with run(model, config=config) as state:
         assert torch.equal(outputs(model, steps), dense)
     assert not scored and (state.backend, state.density, state.step) == ("full", 1.0, STEPS)

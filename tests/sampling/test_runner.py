@@ -1,5 +1,6 @@
 """Steps replayed as CUDA graphs give the tokens of steps that run as they are."""
 
+import copy
 import importlib
 import importlib.util
 from contextlib import contextmanager, nullcontext
@@ -36,7 +37,7 @@ class FakeGraph:
 
     def __init__(self, runner):
         self.runner, run = runner, runner.run
-        self.then = None if run is None else (run._sparse, run.step, run._complete)
+        self.then = None if run is None else copy.copy(run._generations.now)
         self.logits = torch.empty(runner.most_rows, runner.model.config.vocab_size)
 
     def pool(self):
@@ -45,11 +46,10 @@ class FakeGraph:
     def replay(self):
         one, run = self.runner, self.runner.run
         if run is not None:
-            now = run._sparse, run.step, run._complete
-            run._sparse, run.step, run._complete = self.then
+            now, run._generations.now = run._generations.now, copy.copy(self.then)
         self.logits.copy_(one.model(one.inputs[0], one.mask, logit_rows=one.inputs[1], first_row=one.first_row))
         if run is not None:
-            run._sparse, run.step, run._complete = now
+            run._generations.now = now
 
 
 @pytest.fixture

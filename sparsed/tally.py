@@ -1,0 +1,59 @@
+"""Why a sampler from elsewhere never had a sparse step."""
+
+from dataclasses import dataclass
+
+from .schedule import SPARSE
+
+
+@dataclass
+class Tally:
+    """What such a sampler has run inside one `sparsify`, by forwards that ended.
+
+    Args:
+        whole, windows, unseen: those whose attention was of all tokens; of some, against a cache; not seen at all.
+        sparse: of the whole ones, those that were.
+        generations: how many the whole ones were taken for.
+        kept_all: whether the last one kept every block.
+        told: whether a sampler told of its generation: it then says itself what ran.
+    """
+
+    whole: int = 0
+    windows: int = 0
+    unseen: int = 0
+    sparse: int = 0
+    generations: int = 0
+    kept_all: bool = False
+    told: bool = False
+
+    def note(self, phase: str, step: int, keeps_all: bool) -> None:
+        """A forward of all tokens has ended."""
+        self.whole += 1
+        self.sparse += phase == SPARSE
+        self.generations += step == 0
+        self.kept_all = keeps_all
+
+    def why_never_sparse(self, n_full: int, steps: int, gen_length: int) -> str | None:
+        """The reason in a few words, or None if there was a sparse forward."""
+        if self.sparse or self.told:
+            return None
+        if self.kept_all:
+            return "every block is kept: the sequence has too few of them, or `select` is too large"
+        if not self.whole:
+            return self._nothing_whole()
+        if self.generations == self.whole > 1:
+            return (
+                f"each of the {self.whole} forwards began a generation: its length, its batch or a token before the "
+                f"last {gen_length} was not that of the forward before"
+            )
+        windows = f" ({self.windows} more computed some of their tokens)" if self.windows else ""
+        return (
+            f"a generation had {self.whole / self.generations:.3g} forwards of all tokens{windows}, and the first "
+            f"{n_full} of `steps` {steps} have full attention"
+        )
+
+    def _nothing_whole(self) -> str:
+        if self.windows:
+            return f"all {self.windows} forwards computed some of their tokens, against a cache"
+        if self.unseen:
+            return "the model's attention was replaced by something that does not call it"
+        return "no forward of the model ended inside the context"
