@@ -36,16 +36,21 @@ def sparsify(
 ) -> Iterator[SparseRun]:
     """Patch the attention of any loaded Dream or LLaDA with SparseD while the context is open.
 
-    It works on this package's classes and on the hub's remote code, and with any sampler that calls the model once a
-    denoising step. After `steps` forwards, or when batch or length changes, the next forward starts a new generation; a
-    sampler that stops before calls `reset()`. This package's own samplers say when theirs begins and ends: it then has
-    as many forwards as it takes, and one of another batch or length meanwhile has full attention and is no step. What
-    wraps a patched method inside the context stays when it ends, around the method as it was before.
+    It works on this package's classes, on the hub's remote code and its copies, and with any sampler. A denoising step
+    is one forward of all tokens. A sampler from elsewhere says nothing of its generations: the tokens show when one
+    begins (a token before the last `gen_length` that was not masked has changed, or all is masked again), and two that
+    take turns, as in guidance, have a state each. Forwards beyond `steps` are sparse. Forwards of some tokens, against a
+    cache, attend to all of it and are no steps. This package's own samplers say when theirs begins and ends, and a
+    forward of another batch or length meanwhile has full attention and is no step. What wraps a patched method inside
+    the context stays when it ends, around the method as it was before.
+
+    Where nothing of a sampler from elsewhere was sparse, one warning at the end says why.
 
     Args:
-        model: recognised by the structure of its attention modules.
+        model: recognised by the structure of its attention modules; it may be inside PEFT's wrapper, `torch.compile`'s
+            or `DataParallel`.
         config: skip, select, block_size, dense_answer.
-        steps: denoising steps of one generation, one forward each.
+        steps: denoising steps of one generation; of a cached sampler, its forwards of all tokens.
         gen_length: tokens of the generated region, at the end of every forward's sequence.
         backend: auto, or a name in `BACKENDS`.
         rule: how blocks are selected, for comparisons with other methods.
@@ -54,9 +59,11 @@ def sparsify(
         The `SparseRun`, with `reset()` and what was measured.
 
     Raises:
-        ValueError: no Dream or LLaDA attention in the model, or a number out of range.
-        RuntimeError: the model is inside another `sparsify`; or (in a forward) another forward is running; or (in a
-            sampler) another generation is; or (at the end) another thread is inside a forward.
+        ValueError: no Dream or LLaDA attention in the model, or a number out of range; or (in a forward) a mask that
+            hides more than padding on the left, a cache that dropped keys, causal, scaled or dropped-out attention.
+        RuntimeError: the model is inside another `sparsify`; or (in a forward) another forward is running, or a module
+            computes attention in a way of its own; or (in a sampler) another generation is; or (at the end) another
+            thread is inside a forward.
         BackendError: (in the step that selects the blocks) the named backend cannot run.
     """
     if not isinstance(config, SparseDConfig):

@@ -132,7 +132,7 @@ def selection_of(model: DiffusionLM, ids: Tensor) -> list[tuple[Tensor, Pattern]
     seen: list[tuple[Tensor, Pattern]] = []
     first_step_chooses = replace(CONFIG, skip=0)
     rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
-    with sparsify(model, first_step_chooses, steps=2, gen_length=NEW_TOKENS, rule=rule):
+    with sparsify(model, first_step_chooses, steps=2, gen_length=NEW_TOKENS, rule=rule) as run, run.sequence(ids.shape):
         model(ids)
     return seen
 

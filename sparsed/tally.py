@@ -45,15 +45,15 @@ class Tally:
                 f"each of the {self.whole} forwards began a generation: its length, its batch or a token before the "
                 f"last {gen_length} was not that of the forward before"
             )
-        windows = f" ({self.windows} more computed some of their tokens)" if self.windows else ""
+        others = f"; {self.windows} more computed some of their tokens and were no steps" if self.windows else ""
         return (
-            f"a generation had {self.whole / self.generations:.3g} forwards of all tokens{windows}, and the first "
-            f"{n_full} of `steps` {steps} have full attention"
+            f"a generation had no more whole forwards ({self.whole / self.generations:.3g}) than have full attention "
+            f"({n_full} of `steps` {steps}){others}"
         )
 
     def _nothing_whole(self) -> str:
         if self.windows:
-            return f"all {self.windows} forwards computed some of their tokens, against a cache"
+            return "every forward computed only some of its tokens, against a cache"
         if self.unseen:
             return "the model's attention was replaced by something that does not call it"
         return "no forward of the model ended inside the context"

@@ -296,7 +296,13 @@ class DiffusionLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """That of the first weight; where accelerate keeps it off its device between forwards, the hook's."""
+        device = next(self.parameters()).device
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(one) for one in devices if one is not None), device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,6 +1,7 @@
 """The tokens of a generation: the prompt, then the region in which masks give way to tokens."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,15 @@ from torch import Tensor
 
 class PromptError(ValueError):
     """The prompt's tokens cannot be generated from."""
+
+
+def check_tensor(input_ids: Any) -> None:
+    """Raise ValueError for what is no tensor: lists, arrays, and what a tokenizer returns as a whole."""
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f"input_ids must be an int64 tensor [batch, prompt], got a {type(input_ids).__name__}: pass "
+            "encoding['input_ids'] of a tokenizer's output, torch.tensor(ids) of a list"
+        )
 
 
 def check_prompt(input_ids: Tensor, mask_id: int, vocab_size: int) -> None:
@@ -22,7 +32,10 @@ def check_prompt(input_ids: Tensor, mask_id: int, vocab_size: int) -> None:
     if input_ids.min() < 0 or input_ids.max() >= vocab_size:
         raise PromptError(f"input_ids must lie in the vocabulary's {vocab_size} ids, 0 to {vocab_size - 1}")
     if (input_ids == mask_id).any():
-        raise PromptError(f"the prompt holds the mask token (id {mask_id}), which the sampler would overwrite")
+        raise PromptError(
+            f"the prompt holds the mask token (id {mask_id}), which the sampler would overwrite: take it out, or fill "
+            "it in by a sampler of your own inside `sparsify`"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from ..config import SparseDConfig
 from ..models.common import DiffusionLM
 from ..run import SparseRun
 from ..selection import SPARSED, Rule
-from .canvas import Canvas
+from .canvas import Canvas, check_tensor
 from .common import OnStep, Step, sequence_of
 from .guidance import Guided
 from .runner import StepRunner
@@ -18,7 +18,9 @@ from .unmasking import Turn
 
 
 def check_family(model: nn.Module, family: str) -> None:
-    """Raise ValueError if the model says that it is of the other family."""
+    """Raise ValueError if the model says that it is of the other family, or is `DataParallel`, which says nothing."""
+    if not hasattr(model, "config"):
+        raise ValueError(f"{family}_generate needs the model inside the {type(model).__name__}: pass its .module")
     found = getattr(model, "family", family)
     if found != family:
         raise ValueError(f"{family}_generate needs a {family} model, got one of {found}")
@@ -40,6 +42,7 @@ def generate(
 ) -> Tensor:
     """What `dream_generate` and `llada_generate` do, by their settings; arguments and errors are described there."""
     check_family(model, settings.family)
+    check_tensor(input_ids)
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
     vocabulary = model.config.vocab_size
     canvas = Canvas.of(input_ids.to(model.device), attention_mask, settings.gen_length, mask_id, vocabulary)

@@ -281,21 +281,6 @@ def test_where_every_block_is_kept_auto_keeps_full_attention(monkeypatch, any_mo
     assert scored and state.backend == "gather" and state.density == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("kind", HUB_DREAMS)
-@pytest.mark.parametrize("form", ["pairs", "bias"])
-def test_the_selecting_step_keeps_the_models_own_mask(weights, kind, form):
-    """A mask that hides pairs but no key, or that only weighs: that step is the model's own full attention."""
-    model, ids = build(kind, weights), sequences(STEPS)
-    length = ids.shape[-1]
-    mask = torch.ones(1, 1, length, length).tril(20).bool() if form == "pairs" else torch.randn(1, 1, length, length)
-    with torch.no_grad():
-        own = [model(step, mask).logits for step in ids[:2]]
-        with run(model):
-            for step, expected in zip(ids[:2], own, strict=True):
-                assert torch.equal(model(step, mask).logits, expected)
-        assert (model(ids[1], "full").logits - own[1]).abs().max() > 0.1, "the mask matters"
-
-
 def test_attention_outside_a_counted_forward_is_an_error(any_model):
     """A sampler that calls a part of what was given to sparsify would otherwise stay dense, in silence."""
     model, _ = any_model
