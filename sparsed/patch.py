@@ -39,8 +39,8 @@ def sparsify(
     It works on this package's classes, on the hub's remote code and its copies, and with any sampler. A denoising step
     is one forward of all tokens. A sampler from elsewhere says nothing of its generations: the tokens show when one
     begins (a token before the last `gen_length` that was not masked has changed, or all is masked again), and two that
-    take turns, as in guidance, have a state each. Forwards beyond `steps` are sparse. Forwards of some tokens, against a
-    cache, attend to all of it and are no steps. This package's own samplers say when theirs begins and ends, and a
+    take turns, as in guidance, have a state each. Forwards beyond `steps` are sparse. Forwards of some tokens against a
+    cache attend to all of it and are no steps. This package's own samplers say when theirs begins and ends, and a
     forward of another batch or length meanwhile has full attention and is no step. What wraps a patched method inside
     the context stays when it ends, around the method as it was before.
 
