@@ -100,7 +100,7 @@ class Forward:
             if its sampler has told.
         only_full: whether it can neither select nor be sparse.
         selecting: whether it selects.
-        windows: attention calls with other numbers of queries and keys.
+        layers, windows: attention calls of all tokens, and of some.
         mask: the latest one that was looked into.
     """
 
@@ -108,5 +108,6 @@ class Forward:
     follow: Callable[[], None] | None = None
     only_full: bool = False
     selecting: bool = False
+    layers: int = 0
     windows: int = 0
     mask: Any = None

@@ -59,6 +59,7 @@ class SparseRun:
         self._told = threading.Lock()  # held while a sampler's sequence is open
         self._uncounted = False
         self._forward: Forward | None = None
+        self._layers = 0  # that attended to all tokens in one forward, at most
 
     @property
     def step(self) -> int:
@@ -161,8 +162,8 @@ class SparseRun:
 
     @contextmanager
     def unannounced(self, tokens: Tensor, attention_mask: Any = None) -> Iterator[None]:
-        """A forward of a sampler from elsewhere: a step of the generation that its tokens show, if all of its attention
-        is of all tokens; else it neither counts nor selects.
+        """A forward of a sampler from elsewhere: a step of the generation that its tokens show, if all layers compute
+        all tokens; else it neither counts nor selects.
 
         Args:
             tokens: [B, T] ids, or [B, T, W] embeddings.
@@ -171,7 +172,8 @@ class SparseRun:
         follow = partial(self._generations.follow, tokens, attention_mask)
         with self._alone(Forward(tokens.shape[1], follow)) as forward:
             yield
-            if forward.windows:
+            self._layers = max(self._layers, forward.layers)
+            if forward.windows or 0 < forward.layers < self._layers:
                 self.tally.windows += 1
             elif forward.follow is not None:
                 self.tally.unseen += 1
@@ -233,8 +235,10 @@ class SparseRun:
             full: computes the model's own full attention.
             start: place of the first query in the sequence.
         """
-        if k.shape[2] != self._followed().length:
+        forward = self._followed()
+        if k.shape[2] != forward.length:
             raise ValueError("sparsify: `rows` must be an argument of the model that was given to sparsify")
+        forward.layers += 1
         phase, kept = self.phase, self._generations.now.kept
         if phase == FULL:
             return full()

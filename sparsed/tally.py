@@ -10,7 +10,7 @@ class Tally:
     """What such a sampler has run inside one `sparsify`, by forwards that ended.
 
     Args:
-        whole, windows, unseen: those whose attention was of all tokens; of some, against a cache; not seen at all.
+        whole, windows, unseen: those that computed all tokens in all layers; only some; whose attention was not seen.
         sparse: of the whole ones, those that were.
         generations: how many the whole ones were taken for.
         kept_all: whether the last one kept every block.
@@ -40,7 +40,7 @@ class Tally:
             return "every block is kept: the sequence has too few of them, or `select` is too large"
         if not self.whole:
             return self._nothing_whole()
-        if self.generations == self.whole > 1:
+        if self.generations == self.whole > 2:
             return (
                 f"each of the {self.whole} forwards began a generation: its length, its batch or a token before the "
                 f"last {gen_length} was not that of the forward before"

@@ -20,10 +20,10 @@ def ids():
     return torch.randint(0, 90, (1, LENGTH))
 
 
-def sparsed(model, select=0.5, **changes):
+def sparsed(model, skip=0.0, select=0.4, **changes):
     """The first forward selects, the next ones are sparse."""
     options = {"steps": 4, "gen_length": GEN_LENGTH, "backend": "gather"}
-    return sparsify(model, SparseDConfig(0.0, select, 16), **options | changes)
+    return sparsify(model, SparseDConfig(skip, select, 16), **options | changes)
 
 
 class NormedAttention(DreamAttention):
@@ -80,7 +80,8 @@ class RowsOfLLaDA(HubLLaDA):
         x = parts["wte"](input_ids)
         for index, block in enumerate(parts["blocks"]):
             some = torch.arange(LENGTH) if places is None or index == 0 else places
-            x = x.index_add(1, some, self.attended(block, x, some))
+            if len(some):
+                x = x.index_add(1, some, self.attended(block, x, some))
         return parts["ff_out"](parts["ln_f"](x))
 
     def attended(self, block, x, some):
@@ -97,15 +98,17 @@ class RowsOfLLaDA(HubLLaDA):
 @torch.no_grad()
 def test_scattered_rows_attend_to_every_key(weights, ids, monkeypatch):
     """Their forward is no step and selects nothing; a layer that computes all tokens is sparse once blocks are kept."""
-    model, places = build(RowsOfLLaDA, weights), torch.tensor([3, 40, 41, 77])
-    own = model(ids, places)
-    with sparsed(model, select=0.4) as run:
-        assert torch.equal(model(ids, places), own) and run.step == 0, "the first layer alone selects nothing"
+    model, places, none = build(RowsOfLLaDA, weights), torch.tensor([3, 40, 41, 77]), torch.tensor([], dtype=torch.long)
+    own, first_layer = model(ids, places), model(ids, none)
+    with sparsed(model, skip=0.5) as run:
+        model(ids)
+        for rows, expected in ((places, own), (none, first_layer)):
+            assert torch.equal(model(ids, rows), expected) and run.step == 1, "the first layer alone selects nothing"
         model(ids)
         found = model(ids, places)
-        assert run.step == 1 and run.phase == "sparse"
-    monkeypatch.setattr(F, "scaled_dot_product_attention", Twin(3, 1, LENGTH - GEN_LENGTH))
-    model(ids)
+        assert run.step == 2 and run.phase == "sparse"
+    monkeypatch.setattr(F, "scaled_dot_product_attention", Twin(3, 2, LENGTH - GEN_LENGTH))
+    model(ids), model(ids)
     torch.testing.assert_close(found, model(ids, places), atol=1e-4, rtol=0)
     assert (found - own).abs().max() > 0.05, "nothing was dropped: no test"
 
