@@ -69,8 +69,8 @@ class Generations:
             ValueError: a new one is shorter than what is to be generated, or has a row with padding behind its answer.
         """
         last = self.now
-        known = [one for one in (self.now, self.before) if one is not None and one.goes_on(tokens)]
-        self.now = known[0] if known else self._recognised(tokens, attention_mask)
+        known = (one for one in (self.now, self.before) if one is not None and one.goes_on(tokens))
+        self.now = next(known, None) or self._recognised(tokens, attention_mask)
         self.before = None if self.now is last else last
 
     def release(self) -> None:
@@ -90,6 +90,9 @@ class Generations:
         return Generation(kept, shape, kept.keeps_all(shape[1]))
 
 
+UNSEEN = object()
+
+
 @dataclass
 class Forward:
     """The forward that is running.
@@ -101,7 +104,7 @@ class Forward:
         only_full: whether it can neither select nor be sparse.
         selecting: whether it selects.
         layers, windows: attention calls of all tokens, and of some.
-        mask: the latest one that was looked into.
+        mask: the latest one that was looked into; UNSEEN before there is one, for None is a mask, too.
     """
 
     length: int
@@ -110,4 +113,4 @@ class Forward:
     selecting: bool = False
     layers: int = 0
     windows: int = 0
-    mask: Any = None
+    mask: Any = UNSEEN

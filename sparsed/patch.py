@@ -17,7 +17,7 @@ from .backends import check_backend
 from .config import SparseDConfig, check_numbers
 from .run import SparseRun
 from .schedule import ByStep
-from .seams import seam_of
+from .seams import seams_of
 from .selection import SPARSED, Rule
 
 # held while a model is patched, lest two threads both find it unpatched
@@ -39,16 +39,14 @@ def sparsify(
     It works on this package's classes, on the hub's remote code and its copies, and with any sampler. A denoising step
     is one forward of all tokens. A sampler from elsewhere says nothing of its generations: the tokens show when one
     begins (a token before the last `gen_length` that was not masked has changed, or all is masked again), and two that
-    take turns, as in guidance, have a state each. Forwards beyond `steps` are sparse. Forwards of some tokens against a
-    cache attend to all of it and are no steps. This package's own samplers say when theirs begins and ends, and a
-    forward of another batch or length meanwhile has full attention and is no step. What wraps a patched method inside
-    the context stays when it ends, around the method as it was before.
-
-    Where nothing of a sampler from elsewhere was sparse, one warning at the end says why.
+    take turns, as in guidance, have a state each. Forwards beyond `steps` are sparse; forwards of some tokens against a
+    cache attend to all of it and are no steps. Where nothing was sparse, one warning at the end says why. This
+    package's own samplers say when theirs begins and ends; a forward of another batch or length meanwhile has full
+    attention and is no step. What wraps a patched method inside the context stays, around the method as it was.
 
     Args:
-        model: recognised by the structure of its attention modules; it may be inside PEFT's wrapper, `torch.compile`'s
-            or `DataParallel`.
+        model: known by what its attention modules have; it may be inside PEFT's wrapper, `torch.compile`'s or
+            `DataParallel`.
         config: skip, select, block_size, dense_answer.
         steps: denoising steps of one generation; of a cached sampler, its forwards of all tokens.
         gen_length: tokens of the generated region, at the end of every forward's sequence.
@@ -60,10 +58,9 @@ def sparsify(
 
     Raises:
         ValueError: no Dream or LLaDA attention in the model, or a number out of range; or (in a forward) a mask that
-            hides more than padding on the left, a cache that dropped keys, causal, scaled or dropped-out attention.
-        RuntimeError: the model is inside another `sparsify`; or (in a forward) another forward is running, or a module
-            computes attention in a way of its own; or (in a sampler) another generation is; or (at the end) another
-            thread is inside a forward.
+            hides more than padding on the left, a cache that dropped keys, or causal attention.
+        RuntimeError: the model is inside another `sparsify`; or (in a forward) another forward is running, or attention
+            that is out of reach; or (in a sampler) another generation; or (at the end) another thread's forward.
         BackendError: (in the step that selects the blocks) the named backend cannot run.
     """
     if not isinstance(config, SparseDConfig):
@@ -71,9 +68,7 @@ def sparsify(
     check_numbers(steps=steps, gen_length=gen_length)
     check_backend(backend)
     model = unwrapped(model)
-    seams = [(module, *seam) for module in model.modules() if (seam := seam_of(module))]
-    if not seams:
-        raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
+    seams = seams_of(model)
     # a rule that looks at nothing needs no full step
     schedule = ByStep(steps, config.n_full(steps) if rule.needs_scores else 0)
     mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
@@ -81,17 +76,14 @@ def sparsify(
     with ExitStack() as undo:
         with PATCHING:
             if _is_patched(model):
-                raise RuntimeError(
-                    "the model is inside another sparsify already: leave it, or generate without config="
-                )
+                raise RuntimeError("the model is inside another sparsify: leave it, or generate without config=")
             for layer, (module, name, make) in enumerate(seams):
                 _replace(undo, module, name, make(run, layer, getattr(module, name)), run)
             _replace(undo, model, "forward", _counted(run, model.forward), run)
         undo.callback(run.release)
         yield run
         run.check_idle()
-        why = run.tally.why_never_sparse(schedule.n_full, steps, gen_length)
-        if why and config.select < 1 and schedule.n_full < steps:
+        if config.select < 1 and schedule.n_full < steps and (why := run.tally.why_never_sparse(schedule, gen_length)):
             warnings.warn(f"sparsify: nothing was sparse: {why}", stacklevel=3)
 
 

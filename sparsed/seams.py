@@ -16,12 +16,19 @@ from .run import SparseRun
 Maker = Callable[[SparseRun, int, Callable], Callable]
 
 
-def seam_of(module: nn.Module) -> tuple[str, Maker] | None:
-    """(method to replace, maker of its replacement) if the module owns attention.
+def seams_of(model: nn.Module) -> list[tuple[nn.Module, str, Maker]]:
+    """(module, method to replace, maker of its replacement) of every module that owns attention.
 
     Raises:
-        ValueError: the module says that its attention is causal.
+        ValueError: there is none, or one says that it is causal.
     """
+    seams = [(module, *seam) for module in model.modules() if (seam := _seam_of(module))]
+    if not seams:
+        raise ValueError(f"{type(model).__name__} holds no attention of Dream or LLaDA")
+    return seams
+
+
+def _seam_of(module: nn.Module) -> tuple[str, Maker] | None:
     if hasattr(module, "attend") and hasattr(module, "q_proj"):
         return "attend", _attend
     if hasattr(module, "_scaled_dot_product_attention"):

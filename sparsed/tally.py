@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .schedule import SPARSE
+from .schedule import SPARSE, ByStep
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Tally:
         self.generations += step == 0
         self.kept_all = keeps_all
 
-    def why_never_sparse(self, n_full: int, steps: int, gen_length: int) -> str | None:
+    def why_never_sparse(self, schedule: ByStep, gen_length: int) -> str | None:
         """The reason in a few words, or None if there was a sparse forward."""
         if self.sparse or self.told:
             return None
@@ -48,7 +48,7 @@ class Tally:
         others = f"; {self.windows} more computed some of their tokens and were no steps" if self.windows else ""
         return (
             f"a generation had no more whole forwards ({self.whole / self.generations:.3g}) than have full attention "
-            f"({n_full} of `steps` {steps}){others}"
+            f"({schedule.n_full} of `steps` {schedule.steps}){others}"
         )
 
     def _nothing_whole(self) -> str:

@@ -79,7 +79,7 @@ def test_a_prompt_after_one_that_was_broken_off(model, prompts, at, then):
 
 @torch.no_grad()
 def test_embeddings_are_known_as_well_as_ids(prompts):
-    """And a token's embedding that is all over the answer is taken for the mask's."""
+    """The same prompt again, too."""
 
     class Embedded(HubLLaDA):
         def forward(self, input_ids=None, inputs_embeds=None):
@@ -100,7 +100,7 @@ def test_embeddings_are_known_as_well_as_ids(prompts):
 
 
 def test_a_mask_token_that_the_config_does_not_name(model, prompts):
-    """The answer's first forward shows it."""
+    """What a generation began with shows it."""
     del model.config.mask_token_id
     ids = denoised(prompts[0])
     with sparsed(model) as run:
@@ -160,10 +160,13 @@ def test_gaps_in_the_text_are_generated_too(model, prompts, gen_length):
     ids = masked_behind(prompts[0], GEN_LENGTH)
     ids[0, 20:36] = ids[0, 50:58] = MASK
     ids[0, ANSWER] = 7
+    begun = ids.clone()
     with sparsify(model, CONFIG, steps=STEPS, gen_length=gen_length) as run:
         while (ids == MASK).any():
             commit(ids, placed(model, model(ids).logits))
         assert run.step == 24 and run.tally.generations == 1
+        model(begun)
+        assert run.step == 1, "they are open again"
 
 
 # -------------------------------------------------------------------------------------------------- two that take turns

@@ -95,6 +95,8 @@ def test_a_mask_that_comes_after_the_blocks_were_selected(model, ids):
             with pytest.raises(ValueError, match=line):
                 model(ids, other)
         model(ids)
+    with sparsed(model), pytest.raises(ValueError, match="is not the one with which"):
+        model(ids, additive(padded)), model(ids)
 
 
 @torch.no_grad()
