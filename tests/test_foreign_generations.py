@@ -77,6 +77,16 @@ def test_a_prompt_after_one_that_was_broken_off(model, prompts, at, then):
         assert same(answers(model, second), expected)
 
 
+def test_an_answer_after_a_likelihood_of_another(model, prompts):
+    """Of the same prompt, whose first forward was not all masked."""
+    first, second = denoised(prompts[0]), denoised(prompts[0])
+    with sparsed(model):
+        expected = answers(model, second)
+    with sparsed(model):
+        answers(model, [first[3], first[5], first[2], first[7]])
+        assert same(answers(model, second), expected)
+
+
 @torch.no_grad()
 def test_embeddings_are_known_as_well_as_ids(prompts):
     """The same prompt again, too."""
