@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from foreign_cases import Twin
-from patch_cases import build
-from standins import DREAM, DreamAttention, DreamDecoderLayer, HubDream, RMSNorm, rope, rope_tables
-from standins_llada import HubLLaDA, LLaDALlamaBlock
 from torch import nn
 
 from sparsed import SparseDConfig, sparsify
+from tests.helpers.foreign_cases import Twin
+from tests.helpers.patch_cases import build
+from tests.helpers.standins import DREAM, DreamAttention, DreamDecoderLayer, HubDream, RMSNorm, rope, rope_tables
+from tests.helpers.standins_llada import HubLLaDA, LLaDALlamaBlock
 
 LENGTH, GEN_LENGTH = 96, 24
 

@@ -4,14 +4,14 @@ import warnings
 
 import pytest
 import torch
-from foreign_cases import cached_sampler
-from patch_cases import build
-from sampling_cases import GENERATE, options_of
-from standins import MASK, HubDream, tiny_llada
-from standins_cached import CachedHubDream
-from standins_llada import HubLLaDA
 
 from sparsed import SparseDConfig, sparsify
+from tests.helpers.foreign_cases import cached_sampler
+from tests.helpers.patch_cases import build
+from tests.helpers.sampling_cases import GENERATE, options_of
+from tests.helpers.standins import MASK, HubDream, tiny_llada
+from tests.helpers.standins_cached import CachedHubDream
+from tests.helpers.standins_llada import HubLLaDA
 
 GEN_LENGTH = 24
 IDS = torch.arange(96)[None] % 90

@@ -1,9 +1,10 @@
 """Samplers as other people write them, and a brute-force twin of SparseD that stands in for PyTorch's attention."""
 
-import reference
 import torch
 import torch.nn.functional as F
-from standins import MASK, HubDream
+
+from tests.helpers import reference
+from tests.helpers.standins import MASK, HubDream
 
 SPARSE_STEPS = {"block_size": 16, "select": 0.4}
 

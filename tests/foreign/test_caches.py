@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_cases import Twin, cached_sampler
-from patch_cases import build
-from standins_cached import CachedHubDream, CachedHubLLaDA
 
 from sparsed import SparseDConfig, sparsify
+from tests.helpers.foreign_cases import Twin, cached_sampler
+from tests.helpers.patch_cases import build
+from tests.helpers.standins_cached import CachedHubDream, CachedHubLLaDA
 
 PROMPT_LEN, GEN_LENGTH = 61, 24
 CACHES = ["none", "prefix", "dual"]

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from patch_cases import build
-from standins import HubDream
-from standins_llada import HubLLaDA
 
 from sparsed import SparseDConfig, sparsify
+from tests.helpers.patch_cases import build
+from tests.helpers.standins import HubDream
+from tests.helpers.standins_llada import HubLLaDA
 
 LENGTH, GEN_LENGTH = 96, 24
 PLACES = torch.arange(LENGTH)

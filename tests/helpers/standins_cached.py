@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from standins import DreamAttention, DreamDecoderLayer, HubDream, rope, rope_tables
-from standins_llada import HubLLaDA, LLaDALlamaBlock
+
+from tests.helpers.standins import DreamAttention, DreamDecoderLayer, HubDream, rope, rope_tables
+from tests.helpers.standins_llada import HubLLaDA, LLaDALlamaBlock
 
 
 def joined(past, replace, k, v):

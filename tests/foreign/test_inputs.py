@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from patch_cases import build
-from sampling_cases import GENERATE, options_of
-from standins import MASK, HubDream, tiny_dream, tiny_llada
 from transformers import BatchEncoding
 
 from sparsed import SparseDConfig, sparsify
+from tests.helpers.patch_cases import build
+from tests.helpers.sampling_cases import GENERATE, options_of
+from tests.helpers.standins import MASK, HubDream, tiny_dream, tiny_llada
 
 PROMPT_LEN, GEN_LENGTH, STEPS = 61, 24, 6
 CONFIG = SparseDConfig(0.2, 0.4, 16)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from foreign_cases import commit, masked_behind, placed, threshold_sampler
-from patch_cases import build
-from standins import LLADA, MASK, HubDream, tiny_llada
-from standins_llada import HubLLaDA
 
 from sparsed import SparseDConfig, sparsify
 from sparsed.watching import watched
+from tests.helpers.foreign_cases import commit, masked_behind, placed, threshold_sampler
+from tests.helpers.patch_cases import build
+from tests.helpers.standins import LLADA, MASK, HubDream, tiny_llada
+from tests.helpers.standins_llada import HubLLaDA
 
 PROMPT_LEN, GEN_LENGTH, STEPS = 61, 24, 12
 CONFIG = SparseDConfig(0.25, 0.3, 16)
