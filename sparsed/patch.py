@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .backends import check_backend
 from .config import SparseDConfig, check_numbers
 from .run import SparseRun
-from .schedule import ByStep
+from .schedule import ByStep, Schedule
 from .seams import seams_of
 from .selection import SPARSED, Rule
 
@@ -33,6 +33,7 @@ def sparsify(
     gen_length: int,
     backend: str = "auto",
     rule: Rule = SPARSED,
+    schedule: Schedule | None = None,
 ) -> Iterator[SparseRun]:
     """Patch the attention of any loaded Dream or LLaDA with SparseD while the context is open.
 
@@ -52,6 +53,7 @@ def sparsify(
         gen_length: tokens of the generated region, at the end of every forward's sequence.
         backend: auto, or a name in `BACKENDS`.
         rule: how blocks are selected, for comparisons with other methods.
+        schedule: when blocks are wanted, where that is not by `steps` and `skip`.
 
     Yields:
         The `SparseRun`, with `reset()` and what was measured.
@@ -70,9 +72,9 @@ def sparsify(
     model = unwrapped(model)
     seams = seams_of(model)
     # a rule that looks at nothing needs no full step
-    schedule = ByStep(steps, config.n_full(steps) if rule.needs_scores else 0)
+    by_step = ByStep(steps, config.n_full(steps) if rule.needs_scores else 0)
     mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
-    run = SparseRun(config, schedule, gen_length, backend, rule, mask_id)
+    run = SparseRun(config, schedule or by_step, gen_length, backend, rule, mask_id)
     with ExitStack() as undo:
         with PATCHING:
             if _is_patched(model):
@@ -83,7 +85,7 @@ def sparsify(
         undo.callback(run.release)
         yield run
         run.check_idle()
-        if config.select < 1 and schedule.n_full < steps and (why := run.tally.why_never_sparse(schedule, gen_length)):
+        if config.select < 1 and by_step.n_full < steps and (why := run.tally.why_never_sparse(by_step, gen_length)):
             warnings.warn(f"sparsify: nothing was sparse: {why}", stacklevel=3)
 
 

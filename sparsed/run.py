@@ -57,7 +57,7 @@ class SparseRun:
         self._generations = Generations(nothing_kept, gen_length, mask_id)
         self._running = threading.Lock()
         self._told = threading.Lock()  # held while a sampler's sequence is open
-        self._uncounted = False
+        self._uncounted = self._rows_only = False
         self._forward: Forward | None = None
         self._layers = 0  # that attended to all tokens in one forward, at most
 
@@ -153,11 +153,11 @@ class SparseRun:
         with self._alone(Forward(shape[1])) as forward:
             now = self._generations.now
             aside = shape != now.shape
-            forward.only_full = aside or not (whole or now.kept.complete)
+            forward.only_full = aside or self._rows_only or not (whole or now.kept.complete)
             self._start(forward)
             yield
             now.kept.complete |= forward.selecting
-            if not aside and not self._uncounted:
+            if not (aside or self._rows_only or self._uncounted):
                 self.count()
 
     @contextmanager
@@ -207,6 +207,16 @@ class SparseRun:
         if now.keeps_all and self._wants_pattern:
             now.kept.backend, now.kept.backend_reason = DENSE, "every block is kept"
         now.step += 1
+
+    @contextmanager
+    def rows_only(self) -> Iterator[None]:
+        """Forwards inside the context are no steps and have full attention: those of a cached sampler's few rows, which
+        read all cached keys."""
+        self._rows_only = True
+        try:
+            yield
+        finally:
+            self._rows_only = False
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

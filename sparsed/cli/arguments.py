@@ -17,7 +17,7 @@ from ..console.files import check_apart, output_path, text_of
 from ..console.parser import Parser
 from ..models.loading import resolve_device, resolve_dtype
 from ..sampling import Settings
-from ..sampling.unmasking import BlocksError
+from ..sampling.unmasking import SettingError
 from .families import Family
 from .flags import DEFAULT_PROMPT, build_parser
 
@@ -90,7 +90,7 @@ def parse(family: Family, argv: list[str] | None) -> Call:
     args = parser.parse_args(argv)
     try:
         sampler = family.settings(args)
-    except BlocksError as error:
+    except SettingError as error:
         parser.error(f"argument --{error.argument}: {error.must}")
     _check_backend(parser, args)
     for name in ("report", "warmup", "repeat", "show"):  # --advise makes no answers and no whole runs

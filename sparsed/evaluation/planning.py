@@ -8,7 +8,7 @@ from typing import Any
 
 from ..console.endings import blame
 from ..sampling import Settings, settings_for
-from ..sampling.unmasking import BlocksError
+from ..sampling.unmasking import SettingError
 from .arguments import Arguments
 from .methods import Variant
 from .results import key
@@ -83,6 +83,6 @@ def samplers(args: Arguments, family: str, batches: list[Batch]) -> dict[int, Se
         steps = args.steps or gen_length
         try:
             found[gen_length] = settings_for(family, gen_length=gen_length, steps=steps, block_length=args.block_length)
-        except BlocksError as error:
+        except SettingError as error:
             args.parser.error(f"argument --{error.argument}: {error.must}")
     return found

@@ -1,5 +1,6 @@
 """The tokens of a generation: the prompt, then the region in which masks give way to tokens."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +89,15 @@ class Canvas:
         """How many tokens of each row are still masked between two positions, int64 [B]."""
         return (self.ids[:, start:end] == self.mask_id).sum(-1)
 
-    def candidates(self, end: int) -> Tensor:
-        """Flat positions b * T + t of the masked tokens before position `end`, int64 [n], ascending."""
+    @property
+    def committed(self) -> float:
+        """Share of the generated region that is there, of the batch row that has least; waits for the device."""
+        return 1 - self.masked(self.prompt_len, self.length).max().item() / (self.length - self.prompt_len)
+
+    def candidates(self, start: int, end: int) -> Tensor:
+        """Flat positions b * T + t of the masked tokens between two positions, int64 [n], ascending."""
         masked = self.ids == self.mask_id
+        masked[:, :start] = False
         masked[:, end:] = False
         return masked.view(-1).nonzero().squeeze(-1)
 
@@ -98,3 +105,11 @@ class Canvas:
         """Write the chosen [n] of the tokens [n] to their flat positions `rows` [n]."""
         flat = self.ids.view(-1)
         flat[rows] = torch.where(chosen, tokens, flat[rows])
+
+    def stop(self, start: int, end: int, ends: Collection[int]) -> None:
+        """Fill what follows a block with the first of the end tokens in it, in the rows where it holds one."""
+        block = self.ids[:, start:end]
+        is_end = torch.isin(block, torch.tensor(list(ends), device=block.device))
+        first = block.gather(1, is_end.int().argmax(-1, keepdim=True))
+        rest = self.ids[:, end:]
+        rest.copy_(torch.where(is_end.any(-1, keepdim=True), first, rest))

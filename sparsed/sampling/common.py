@@ -47,7 +47,7 @@ OnStep = Callable[[Step], None]
 def attention_of(
     model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int, **options: Any
 ) -> AbstractContextManager[SparseRun | None]:
-    """SparseD around `steps` forwards, with `sparsify`'s options; without a config, what the model is inside of."""
+    """SparseD around `steps` steps, with `sparsify`'s options; without a config, what the model is inside of."""
     if config is None:
         return nullcontext(run_of(model))
     return sparsify(model, config, steps=steps, gen_length=gen_length, **options)

@@ -24,6 +24,12 @@ def dream_generate(
     top_p: float | None = None,
     top_k: int | None = None,
     eps: float = EPS,
+    block_length: int | None = None,
+    cache: str = "none",
+    refresh: int | None = None,
+    threshold: float | None = None,
+    factor: float | None = None,
+    early_stop: bool = False,
     mask_id: int | None = None,
     generator: torch.Generator | None = None,
     config: SparseDConfig | None = None,
@@ -45,6 +51,10 @@ def dream_generate(
         temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
         top_p, top_k: keep the likeliest tokens up to a total probability of top_p, the top_k likeliest; None keeps all.
         eps: end of the time grid 1 ... eps that sets how many positions a step commits.
+        block_length: None writes the whole region on that grid; else it is written block after block, each in even
+            shares over its steps; it must divide gen_length, and the number of blocks must divide steps.
+        cache, refresh, threshold, factor, early_stop: fewer rows and steps, see `Saving`; with a cache,
+            threshold or factor the region is written in blocks, of 32 tokens unless block_length says otherwise.
         mask_id: the mask token, by default the model's.
         generator: source of randomness, on the model's device.
         config: SparseD; None means full attention.
@@ -60,7 +70,10 @@ def dream_generate(
         FloatingPointError: the model's logits were not finite.
         BackendError: the named backend cannot run.
     """
-    settings = DreamSettings(gen_length, steps, alg, alg_temp, temperature, top_p, top_k, eps)
+    settings = DreamSettings(
+        gen_length, steps, alg, alg_temp, temperature, top_p, top_k, eps, block_length,
+        cache=cache, refresh=refresh, threshold=threshold, factor=factor, early_stop=early_stop,
+    )  # fmt: skip
     return generate(
         model, input_ids, settings, attention_mask=attention_mask, mask_id=mask_id, generator=generator, config=config,
         backend=backend, rule=rule, on_step=on_step,

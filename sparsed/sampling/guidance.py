@@ -16,9 +16,9 @@ class Guided:
     def __init__(self, runner: StepRunner, scale: float, prompt_len: int, mask_id: int):
         self.runner, self.scale, self.prompt_len, self.mask_id = runner, scale, prompt_len, mask_id
 
-    def __call__(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """float32 logits [n, V] of the flat rows [n] of ids [B, T]; raises what the runner raises."""
-        logits = self.runner(self._both(ids), torch.cat((rows, rows + ids.numel()))).float()
+    def __call__(self, ids: Tensor, rows: Tensor, window: tuple[int, int] | None = None) -> Tensor:
+        """float32 logits [n, V] of the flat rows [n] of ids [B, T], as the runner gives them; raises what it raises."""
+        logits = self.runner(self._both(ids), torch.cat((rows, rows + ids.numel())), window).float()
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.scale + 1) * (conditional - unconditional)
 

@@ -24,6 +24,11 @@ def llada_generate(
     remasking: str = "low_confidence",
     logits_eos_inf: bool = False,
     confidence_eos_eot_inf: bool = False,
+    cache: str = "none",
+    refresh: int | None = None,
+    threshold: float | None = None,
+    factor: float | None = None,
+    early_stop: bool = False,
     mask_id: int | None = None,
     generator: torch.Generator | None = None,
     config: SparseDConfig | None = None,
@@ -45,6 +50,7 @@ def llada_generate(
         remasking: low_confidence commits the likeliest tokens first, random any.
         logits_eos_inf: never draw the end-of-text token.
         confidence_eos_eot_inf: commit end-of-text and end-of-turn tokens last.
+        cache, refresh, threshold, factor, early_stop: fewer rows and steps, see `Saving`.
         mask_id: the mask token, by default the model's.
         generator: source of randomness, on the model's device.
         config: SparseD, in both halves of a guided batch; None means full attention.
@@ -61,8 +67,9 @@ def llada_generate(
         BackendError: the named backend cannot run.
     """
     settings = LLaDASettings(
-        gen_length, steps, block_length, temperature, cfg_scale, remasking, logits_eos_inf, confidence_eos_eot_inf
-    )
+        gen_length, steps, block_length, temperature, cfg_scale, remasking, logits_eos_inf, confidence_eos_eot_inf,
+        cache=cache, refresh=refresh, threshold=threshold, factor=factor, early_stop=early_stop,
+    )  # fmt: skip
     return generate(
         model, input_ids, settings, attention_mask=attention_mask, mask_id=mask_id, generator=generator, config=config,
         backend=backend, rule=rule, on_step=on_step,

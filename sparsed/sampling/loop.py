@@ -1,6 +1,7 @@
 """The one loop of all samplers: a turn, logits, proposals, commits, until no turn is left."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from ..config import SparseDConfig
 from ..models.common import DiffusionLM
 from ..run import SparseRun
+from ..schedule import ByCommitted
 from ..selection import SPARSED, Rule
 from .canvas import Canvas, check_tensor
 from .common import OnStep, Step, sequence_of
@@ -48,11 +50,28 @@ def generate(
     canvas = Canvas.of(input_ids.to(model.device), attention_mask, settings.gen_length, mask_id, vocabulary)
     halves = 2 if settings.cfg_scale else 1
     shape = halves * len(canvas.ids), canvas.length
-    attention = sequence_of(model, config, settings.steps, settings.gen_length, shape, backend=backend, rule=rule)
-    with attention as run:
+    options = {"backend": backend, "rule": rule}
+    if config is not None:
+        options["schedule"] = settings.schedule(config, settings.steps, settings.blocks, rule.needs_scores)
+    with sequence_of(model, config, settings.steps, settings.gen_length, shape, **options) as run:
         runner = reader(model, run, canvas, settings, halves)
-        denoise(canvas, runner, settings, settings.turns(canvas), model.config, generator, on_step)
+        turns = told(run, canvas, settings.turns(canvas, end_tokens(model.config)))
+        denoise(canvas, runner, settings, turns, model.config, generator, on_step)
     return canvas.ids
+
+
+def end_tokens(config: Any) -> set[int]:
+    """The ids that end an answer, as far as the checkpoint's files name them."""
+    named = (getattr(config, f"{name}_token_id", None) for name in ("eos", "eot", "pad"))
+    return {*config.end_token_ids, *(index for index in named if index is not None)}
+
+
+def told(run: SparseRun | None, canvas: Canvas, turns: Iterable[Turn]) -> Iterator[Turn]:
+    """The turns; before each, the run learns how much is committed, where its schedule asks."""
+    for turn in turns:
+        if run is not None and isinstance(run.schedule, ByCommitted):
+            run.committed = canvas.committed
+        yield turn
 
 
 def reader(
@@ -61,7 +80,8 @@ def reader(
     """What gives the candidates' logits, in one forward a step of as many sequences as the canvas has, or twice."""
     valid = None if canvas.valid is None else canvas.valid.repeat(halves, 1)
     most_rows = halves * len(canvas.ids) * settings.most_rows
-    runner = StepRunner(model, run, valid, canvas.prompt_len - 1, most_rows)
+    cache = model.kv_cache(halves * len(canvas.ids), canvas.length) if settings.cached else None
+    runner = StepRunner(model, run, valid, canvas.prompt_len - 1, most_rows, cache)
     if not settings.cfg_scale:
         return runner
     return Guided(runner, settings.cfg_scale, canvas.prompt_len, canvas.mask_id)
@@ -80,12 +100,13 @@ def denoise(
     for index, turn in enumerate(turns):
         step = Step(index, ran=False)
         if not turn.idle or not runner.skip():
-            rows = canvas.candidates(turn.end)
-            logits = runner(canvas.ids, settings.sources(rows, canvas.length))
-            tokens, probability, ranking = settings.propose(logits, config, generator)
-            chosen = turn.choose(canvas.ids.shape, rows, ranking, generator)
-            canvas.commit(rows, tokens, chosen)
-            step = Step(index, True, rows, tokens, probability, chosen)
+            rows = canvas.candidates(turn.start, turn.end)
+            window = settings.window(turn, canvas, settings.shift)
+            logits = runner(canvas.ids, settings.sources(rows, canvas.length), window)
+            proposal = settings.propose(logits, config, generator)
+            chosen = turn.choose(canvas.ids.shape, rows, proposal, generator)
+            canvas.commit(rows, proposal.tokens, chosen)
+            step = Step(index, True, rows, proposal.tokens, proposal.probability, chosen)
         if on_step is not None:
             on_step(step)
     runner.check()

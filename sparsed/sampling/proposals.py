@@ -13,11 +13,14 @@ class Proposal(NamedTuple):
         tokens: int64 [n].
         probability: float32 [n], which the model gave that token, whatever ranks it.
         ranking: [n], higher commits first.
+        certainty: float32 [n], the token's probability before temperature, filters and noise, where a threshold or
+            factor asks for it.
     """
 
     tokens: Tensor
     probability: Tensor
     ranking: Tensor
+    certainty: Tensor | None
 
 
 def pick(probabilities: Tensor, greedy: bool, generator: torch.Generator | None) -> Tensor:

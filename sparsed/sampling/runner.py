@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..models.cache import KVCache
 from ..models.common import DiffusionLM
 from ..run import SparseRun
 from ..schedule import FULL, SELECTING, SPARSE
@@ -25,10 +26,20 @@ class StepRunner:
         mask: attention mask of the ids, bool [B, T], or None.
         first_row: no logits are wanted of the tokens before it.
         most_rows: of so many rows at most a step wants logits; a step that wants more runs as it is.
+        cache: filled by the forwards of all rows, read by those of a few.
     """
 
-    def __init__(self, model: DiffusionLM, run: SparseRun | None, mask: Tensor | None, first_row: int, most_rows: int):
+    def __init__(
+        self,
+        model: DiffusionLM,
+        run: SparseRun | None,
+        mask: Tensor | None,
+        first_row: int,
+        most_rows: int,
+        cache: KVCache | None = None,
+    ):
         self.model, self.run, self.mask, self.first_row, self.most_rows = model, run, mask, first_row, most_rows
+        self.cached = {} if cache is None else {"cache": cache}
         self.replayable = _replayable(model)
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -36,23 +47,33 @@ class StepRunner:
         self.inputs: tuple[Tensor, ...] = ()  # what the graphs read
         self.total: Tensor | None = None  # of the latest logits
 
-    def __call__(self, ids: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, rows: Tensor, window: tuple[int, int] | None = None) -> Tensor:
         """Logits [n, V] of the flat rows [n] of ids [B, T]; the next call may overwrite them.
+
+        Args:
+            window: the rows [start, stop) of every sequence that are computed, over the cache; None for all.
 
         Raises:
             FloatingPointError: the logits of the call before were not finite.
         """
         self.check()
-        phase = self._phase()
-        if self._replays(phase, ids, rows):
-            logits = self._replay(phase, ids, rows)
-        else:
-            self.warm.add(phase)
-            # the step that selects needs the queries of all rows in every layer
-            first_row = 0 if phase == SELECTING else self.first_row
-            logits = self.model(ids, self.mask, logit_rows=rows, first_row=first_row)
+        logits = self._whole(ids, rows) if window is None else self._window(ids, rows, *window)
         self.total = logits.sum(dtype=torch.float32)
         return logits
+
+    def _whole(self, ids: Tensor, rows: Tensor) -> Tensor:
+        phase = self._phase()
+        if self._replays(phase, ids, rows):
+            return self._replay(phase, ids, rows)
+        self.warm.add(phase)
+        # the step that selects needs the queries of all rows in every layer
+        first_row = 0 if phase == SELECTING else self.first_row
+        return self.model(ids, self.mask, logit_rows=rows, first_row=first_row, **self.cached)
+
+    def _window(self, ids: Tensor, rows: Tensor, start: int, stop: int) -> Tensor:
+        computed = self.model.rows(start, stop, ids.shape[1], self.mask)
+        with nullcontext() if self.run is None else self.run.rows_only():
+            return self.model(ids[:, start:stop], self.mask, rows=computed, logit_rows=rows, **self.cached)
 
     def skip(self) -> bool:
         """Count a step that needs no logits, and run nothing; not a step that selects blocks: False."""
@@ -101,7 +122,9 @@ class StepRunner:
         # other threads may go on using the GPU meanwhile
         capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
         with no_step, torch.cuda.device(ids.device), capture:
-            logits = self.model(self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row)
+            logits = self.model(
+                self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row, **self.cached
+            )
         return graph, logits
 
     def _replay(self, phase: str, ids: Tensor, rows: Tensor) -> Tensor:

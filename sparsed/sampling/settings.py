@@ -3,7 +3,7 @@
 A settings object is all that the loop knows of a family.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -21,7 +21,17 @@ from .proposals import (
     probability_of,
     tempered,
 )
-from .unmasking import Turn, commit_fractions, even_shares, idle_steps, steps_a_block, time_grid
+from .saving import BLOCK_LENGTH, Saving
+from .unmasking import (
+    SettingError,
+    Turn,
+    blockwise,
+    commit_fractions,
+    even_shares,
+    idle_steps,
+    steps_a_block,
+    time_grid,
+)
 
 # the last time of the grid on which Dream commits
 EPS = 1e-3
@@ -52,14 +62,15 @@ def needed_id(config: Any, name: str, option: str) -> int:
 
 
 @dataclass(frozen=True)
-class DreamSettings:
+class DreamSettings(Saving):
     """The arguments of `dream_generate` that say how it samples.
 
     Raises:
-        ValueError: a number or name outside its range.
+        ValueError: a number or name outside its range, or blocks that do not fit tokens or steps.
     """
 
     family: ClassVar[str] = "dream"
+    shift: ClassVar[int] = 1  # a token's logits are in the row before it
     cfg_scale: ClassVar[float] = 0.0
 
     gen_length: int
@@ -70,6 +81,7 @@ class DreamSettings:
     top_p: float | None = None
     top_k: int | None = None
     eps: float = EPS
+    block_length: int | None = None
 
     def __post_init__(self):
         check_numbers(gen_length=self.gen_length, steps=self.steps)
@@ -83,22 +95,42 @@ class DreamSettings:
             raise ValueError(f"top_k must be a positive whole number or None, got {self.top_k!r}")
         if not isinstance(self.eps, float) or not 0 < self.eps < 1:
             raise ValueError(f"eps must lie between 0 and 1, got {self.eps!r}")
+        self.check_saving()
+        if self.block_length is None and (self.cached or self.bound):
+            object.__setattr__(self, "block_length", min(BLOCK_LENGTH, self.gen_length))
+        if self.block_length is not None:
+            check_numbers(block_length=self.block_length)
+            steps_a_block(self.gen_length, self.steps, self.block_length)
+        elif self.early_stop:
+            raise SettingError("early_stop", "needs blocks, after which to stop: give block_length, or a cache")
+        if self.alg == "origin" and self.bound:
+            name = "factor" if self.threshold is None else "threshold"
+            raise SettingError(name, "not allowed with the algorithm origin, which looks at no probability")
+
+    @property
+    def blocks(self) -> int | None:
+        """Of the generated region; None where it is none of blocks."""
+        return None if self.block_length is None else self.gen_length // self.block_length
 
     @property
     def most_rows(self) -> int:
         """Candidates of a batch row in one step, at most."""
-        return self.gen_length
+        return self.block_length or self.gen_length
 
     @property
     def idle(self) -> list[bool]:
         """Which steps commit nothing, so that no logits are needed: at temperature 0, where no draw is lost by it."""
+        if self.block_length is not None:
+            return [False] * self.steps  # a block ends with its last mask
         first = 0
         if self.temperature == 0 and self.alg != "origin":
             first = idle_steps(self.gen_length, commit_fractions(self.steps, self.eps))
         return [step < first for step in range(self.steps)]
 
-    def turns(self, canvas: Canvas) -> Iterator[Turn]:
-        """A turn for every step."""
+    def turns(self, canvas: Canvas, ends: Collection[int]) -> Iterator[Turn]:
+        """A turn for every step; `ends` are the tokens that end an answer."""
+        if self.block_length is not None:
+            return blockwise(canvas, self.steps, self.block_length, self.bound, ends if self.early_stop else ())
         fractions = commit_fractions(self.steps, self.eps)
         return time_grid(canvas, fractions, self.idle, by_chance=self.alg == "origin")
 
@@ -108,26 +140,25 @@ class DreamSettings:
         own."""
         return rows - (rows % length != 0).long()
 
-    @staticmethod
-    def filled(length: int, block_length: int) -> int:
-        """How many tokens to generate for an answer of `length`: Dream has no blocks to fill."""
-        return length
-
     def propose(self, logits: Tensor, config: Any, generator: torch.Generator | None) -> Proposal:
         """Proposals from the candidates' logits [n, V]; probabilities are those after temperature and filters."""
         probabilities = filtered_probabilities(logits, self.temperature, self.top_p, self.top_k)
         tokens = pick(probabilities, self.temperature == 0, generator)
         probability = probability_of(tokens, probabilities)
-        if self.alg == "origin":  # which nothing ranks
-            return Proposal(tokens, probability, probability)
+        if self.alg == "origin":  # which nothing ranks: by chance, in blocks in an order drawn by chance
+            ranking = probability
+            if self.block_length is not None:
+                ranking = torch.rand(len(tokens), generator=generator, device=tokens.device)
+            return Proposal(tokens, probability, ranking, None)
         ranking = confidence(probabilities, probability, self.alg)
         if self.alg_temp:
             ranking = draw_order(ranking / self.alg_temp, generator)
-        return Proposal(tokens, probability, ranking)
+        certainty = probability_of(tokens, logits.float().softmax(-1)) if self.bound else None
+        return Proposal(tokens, probability, ranking, certainty)
 
 
 @dataclass(frozen=True)
-class LLaDASettings:
+class LLaDASettings(Saving):
     """The arguments of `llada_generate` that say how it samples.
 
     Raises:
@@ -135,6 +166,7 @@ class LLaDASettings:
     """
 
     family: ClassVar[str] = "llada"
+    shift: ClassVar[int] = 0
 
     gen_length: int
     steps: int
@@ -154,6 +186,12 @@ class LLaDASettings:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         steps_a_block(self.gen_length, self.steps, self.block_length)
+        self.check_saving()
+
+    @property
+    def blocks(self) -> int:
+        """Of the generated region."""
+        return self.gen_length // self.block_length
 
     @property
     def most_rows(self) -> int:
@@ -166,22 +204,21 @@ class LLaDASettings:
 
         A block has as many masks as tokens at first, and commits at least one a step while it has any.
         """
+        if self.saves:
+            return [False] * self.steps  # a block ends with its last mask
         each = steps_a_block(self.gen_length, self.steps, self.block_length)
         return [self.temperature == 0 and step % each >= self.block_length for step in range(self.steps)]
 
-    def turns(self, canvas: Canvas) -> Iterator[Turn]:
-        """A turn for every step."""
+    def turns(self, canvas: Canvas, ends: Collection[int]) -> Iterator[Turn]:
+        """A turn for every step; `ends` are the tokens that end an answer."""
+        if self.saves:
+            return blockwise(canvas, self.steps, self.block_length, self.bound, ends if self.early_stop else ())
         return even_shares(canvas, self.idle, self.block_length)
 
     @staticmethod
     def sources(rows: Tensor, length: int) -> Tensor:
         """The flat rows whose logits predict the flat positions `rows`: the same."""
         return rows
-
-    @staticmethod
-    def filled(length: int, block_length: int) -> int:
-        """How many tokens to generate for an answer of `length`: up to the end of its last block."""
-        return length + -length % min(block_length, length)
 
     def propose(self, logits: Tensor, config: Any, generator: torch.Generator | None) -> Proposal:
         """Proposals from the candidates' logits [n, V]; probabilities are without temperature.
@@ -194,16 +231,16 @@ class LLaDASettings:
             logits[:, needed_id(config, "eos_token_id", "logits_eos_inf")] = -torch.inf
         tokens = pick(logits if greedy else tempered(logits, self.temperature).softmax(-1), greedy, generator)
         probability = probability_of(tokens, logits.softmax(-1))
-        if self.remasking == "random":
-            ranking = torch.rand(len(tokens), generator=generator, device=tokens.device)
-        elif self.confidence_eos_eot_inf:
+        certainty = probability
+        if self.confidence_eos_eot_inf and (self.bound or self.remasking != "random"):
             logits[:, needed_id(config, "eot_token_id", "confidence_eos_eot_inf")] = -torch.inf
             if greedy:  # as published: with noise, only the end of the turn is held back
                 logits[:, needed_id(config, "eos_token_id", "confidence_eos_eot_inf")] = -torch.inf
-            ranking = probability_of(tokens, logits.softmax(-1))
-        else:
-            ranking = probability
-        return Proposal(tokens, probability, ranking)
+            certainty = probability_of(tokens, logits.softmax(-1))
+        ranking = certainty
+        if self.remasking == "random":
+            ranking = torch.rand(len(tokens), generator=generator, device=tokens.device)
+        return Proposal(tokens, probability, ranking, certainty)
 
 
 Settings = DreamSettings | LLaDASettings
@@ -218,21 +255,27 @@ def own_options(family: str) -> tuple[str, ...]:
     return tuple(field.name for field in fields(FAMILIES[family]) if field.name not in shared)
 
 
+def in_blocks(family: str, options: dict[str, Any]) -> bool:
+    """Whether a family writes its region block after block: LLaDA always, Dream where something makes blocks of it."""
+    makes_blocks = options.get("cache", "none") != "none", options.get("threshold"), options.get("factor")
+    return family == "llada" or any(option not in (None, False) for option in makes_blocks)
+
+
 def settings_for(family: str, *, gen_length: int, steps: int, block_length: int, **options: Any) -> Settings:
     """The settings of a family's sampler.
 
     Args:
         family: "dream" or "llada", as `model.family` says it.
-        block_length: LLaDA's, at most the whole region; Dream has no blocks.
+        block_length: at most the whole region; where Dream has no blocks, it means nothing.
         options: the family's own.
 
     Raises:
         ValueError: a number or name outside its range.
         TypeError: an option that the family does not have.
     """
-    if family == "dream":
-        return DreamSettings(gen_length, steps, **options)
-    return LLaDASettings(gen_length, steps, min(block_length, gen_length), **options)
+    if in_blocks(family, options):
+        options["block_length"] = min(block_length, gen_length)
+    return FAMILIES[family](gen_length, steps, **options)
 
 
 def settings_for_answer(family: str, length: int, steps: int | None, block_length: int, /, **options: Any) -> Settings:
@@ -249,6 +292,6 @@ def settings_for_answer(family: str, length: int, steps: int | None, block_lengt
     for name in options:
         if name not in ("temperature", *own):
             raise ValueError(f"{family}'s sampler has no {name!r}; it has {', '.join(own)}")
-    filled = FAMILIES[family].filled(length, block_length)
+    filled = length + -length % min(block_length, length) if in_blocks(family, options) else length
     steps = filled if steps is None else steps
     return settings_for(family, gen_length=filled, steps=steps, block_length=block_length, **options)

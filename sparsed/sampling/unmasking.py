@@ -4,13 +4,51 @@ A rule is a generator, which looks at the canvas when its next turn is asked for
 be known before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .canvas import Canvas
+from .proposals import Proposal
+
+
+class Bound(Protocol):
+    """Which candidates are sure enough to be committed, however many."""
+
+    def reached(self, shape: torch.Size, rows: Tensor, certainty: Tensor) -> Tensor:
+        """bool [n].
+
+        Args:
+            shape: (B, T) of the canvas.
+            rows: [n] int64, the candidates' flat positions b * T + t, ascending.
+            certainty: float32 [n], their probabilities.
+        """
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Those of at least this probability."""
+
+    probability: float
+
+    def reached(self, shape: torch.Size, rows: Tensor, certainty: Tensor) -> Tensor:
+        return certainty >= self.probability
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The n likeliest of a row of which every one has (rank + 1) * (1 - probability) below this."""
+
+    factor: float
+
+    def reached(self, shape: torch.Size, rows: Tensor, certainty: Tensor) -> Tensor:
+        order, ranks = _ranked(shape, rows, certainty)
+        sure = (ranks + 2) * (1 - _gridded(shape, rows, certainty)) < self.factor  # the n-th has rank n - 1
+        without_gap = sure.gather(-1, order).cumprod(-1).bool()  # the first that is not ends them
+        return without_gap.gather(-1, ranks).flatten()[rows]
 
 
 @dataclass(frozen=True)
@@ -22,24 +60,35 @@ class Turn:
         counts: int64 [B], how many candidates of each batch row are committed, the highest ranking first.
         chance: instead of counts: the probability with which each candidate is committed, whatever its rank.
         idle: nothing would be committed, so no logits are needed.
+        start: its candidates are those from this position on.
+        opens: the number of the block whose first step this is; None inside a block, or where there are none.
+        bound: with counts: commits all that are sure enough, and only as many more as the counts demand.
     """
 
     end: int
     counts: Tensor | None = None
     chance: float = 0.0
     idle: bool = False
+    start: int = 0
+    opens: int | None = None
+    bound: Bound | None = None
 
-    def choose(self, shape: torch.Size, rows: Tensor, ranking: Tensor, generator: torch.Generator | None) -> Tensor:
+    def choose(self, shape: torch.Size, rows: Tensor, proposal: Proposal, generator: torch.Generator | None) -> Tensor:
         """Which of the candidates are committed, bool [n].
 
         Args:
             shape: (B, T) of the canvas.
             rows: [n] int64, their flat positions b * T + t, ascending.
-            ranking: [n], higher commits first.
         """
         if self.counts is None:
             return torch.rand(len(rows), generator=generator, device=rows.device) < self.chance
-        return most_confident(shape, rows, ranking, self.counts)
+        if self.bound is None:
+            return most_confident(shape, rows, proposal.ranking, self.counts)
+        assert proposal.certainty is not None  # a bound asks for it
+        reached = self.bound.reached(shape, rows, proposal.certainty)
+        sure = torch.zeros_like(self.counts).index_add_(0, rows // shape[1], reached.long())
+        first = proposal.ranking.masked_fill(reached, torch.inf)
+        return most_confident(shape, rows, first, torch.maximum(self.counts, sure))
 
 
 def most_confident(shape: torch.Size, rows: Tensor, confidence: Tensor, counts: Tensor) -> Tensor:
@@ -51,12 +100,22 @@ def most_confident(shape: torch.Size, rows: Tensor, confidence: Tensor, counts: 
         confidence: [n].
         counts: [B] how many to take; of a row with fewer candidates, all.
     """
-    batch, length = shape
-    grid = torch.full((batch * length,), -torch.inf, dtype=confidence.dtype, device=confidence.device)
-    grid[rows] = confidence
-    order = grid.view(batch, length).sort(dim=-1, descending=True, stable=True).indices
-    ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(length, device=order.device).expand_as(order))
-    return ranks.flatten()[rows] < counts[rows // length]
+    _, ranks = _ranked(shape, rows, confidence)
+    return ranks.flatten()[rows] < counts[rows // shape[1]]
+
+
+def _gridded(shape: torch.Size, rows: Tensor, values: Tensor) -> Tensor:
+    """[B, T]: values [n] at the flat positions `rows` [n], -inf elsewhere."""
+    grid = torch.full((shape.numel(),), -torch.inf, dtype=values.dtype, device=values.device)
+    grid[rows] = values
+    return grid.view(shape)
+
+
+def _ranked(shape: torch.Size, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, T] from the highest value down, of equals the earlier first, and every position's rank [B, T]."""
+    order = _gridded(shape, rows, values).sort(dim=-1, descending=True, stable=True).indices
+    ranks = torch.empty_like(order)
+    return order, ranks.scatter_(-1, order, torch.arange(shape[1], device=order.device).expand_as(order))
 
 
 def time_grid(canvas: Canvas, fractions: Tensor, idle: list[bool], *, by_chance: bool) -> Iterator[Turn]:
@@ -103,30 +162,52 @@ def even_shares(canvas: Canvas, idle: list[bool], block_length: int) -> Iterator
         yield Turn(end, counts[:, inner], idle=nothing)
 
 
-class BlocksError(ValueError):
-    """Blocks that do not fill the region, or steps that cannot be shared out among them evenly.
+def blockwise(
+    canvas: Canvas, steps: int, block_length: int, bound: Bound | None, ends: Collection[int]
+) -> Iterator[Turn]:
+    """`even_shares` of blocks that end once nothing in them is masked, and whose masks alone are candidates.
 
     Args:
-        line: the whole message.
-        argument: which one a command line should change: "block_length" or "steps".
-        must: what would be right for it.
+        steps: at most, of which every block has as many.
+        ends: tokens after whose block a row's later blocks are filled with them.
+    """
+    each = steps_a_block(canvas.length - canvas.prompt_len, steps, block_length)
+    for block, start in enumerate(range(canvas.prompt_len, canvas.length, block_length)):
+        end = start + block_length
+        counts = commit_counts(canvas.masked(start, end), each)
+        for inner in range(each):
+            if not canvas.masked(start, end).any():
+                break
+            share = counts[:, inner] if bound is None else counts[:, inner].clamp_min(1)
+            yield Turn(end, share, start=start, opens=None if inner else block, bound=bound)
+        if ends:
+            canvas.stop(start, end, ends)
+
+
+class SettingError(ValueError):
+    """A setting of a sampler that is wrong, or does not go with others.
+
+    Args:
+        argument: its name.
+        must: what would be right for it, to be read after the name.
+        line: the whole message, where it is not just these two.
     """
 
-    def __init__(self, line: str, argument: str, must: str):
-        super().__init__(line)
+    def __init__(self, argument: str, must: str, line: str = ""):
+        super().__init__(line or f"{argument} {must}")
         self.argument, self.must = argument, must
 
 
 def steps_a_block(gen_length: int, steps: int, block_length: int) -> int:
-    """Steps of each block; raises BlocksError where they do not divide."""
+    """Steps of each block; raises SettingError where they do not divide."""
     if gen_length % block_length:
         line = f"gen_length must be a multiple of block_length {block_length}, got {gen_length}"
-        raise BlocksError(line, "block_length", f"must divide the {gen_length} new tokens, got {block_length}")
+        raise SettingError("block_length", f"must divide the {gen_length} new tokens, got {block_length}", line)
     blocks = gen_length // block_length
     if steps % blocks:
         line = f"steps must be a multiple of the number of blocks {blocks}, got {steps}"
         must = f"must be a multiple of the {blocks} blocks of {block_length} in {gen_length} new tokens, got {steps}"
-        raise BlocksError(line, "steps", must)
+        raise SettingError("steps", must, line)
     return steps // blocks
 
 

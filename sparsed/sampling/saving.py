@@ -1,0 +1,117 @@
+"""What saves rows and steps: blocks whose keys are cached, and steps that commit all that the model is sure of.
+
+The names are those of Fast-dLLM and dInfer; what they mean, where these differ, is said here.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import SparseDConfig
+from ..schedule import ByCommitted, ByStep, Schedule
+from .canvas import Canvas
+from .unmasking import Bound, Factor, SettingError, Threshold, Turn
+
+CACHES = ("none", "prefix", "dual")
+BLOCK_LENGTH = 32  # of Dream, where something makes blocks of its region and no length is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """The settings that both families have for it.
+
+    Args:
+        cache: with "prefix" or "dual", a block's first step, its refresh, computes all rows and keeps every layer's
+            keys and values; the block's later steps compute the rows from its start on (prefix) or its own (dual),
+            Dream's from one row earlier, and attend to all cached keys.
+        refresh: with a cache, every so manieth block's refresh computes all rows (None: 1; 0: the first block's alone);
+            the others compute those from the generated region's start on.
+        threshold: a step commits every candidate of its block whose probability is at least this, and at least as many
+            as the block's share of this step, one or more. Above 1 none ever is.
+        factor: instead of it: candidates in the order of their probabilities p, the n-th as long as (n + 1) * (1 - p)
+            is below this.
+        early_stop: after a block that holds an end token, the row's later blocks get that token.
+
+    Raises:
+        SettingError: a value outside its range, or two settings that do not go together.
+    """
+
+    cache: str = "none"
+    refresh: int | None = None
+    threshold: float | None = None
+    factor: float | None = None
+    early_stop: bool = False
+
+    def check_saving(self) -> None:
+        """Raise SettingError unless the values are in range and go together."""
+        if self.cache not in CACHES:
+            raise SettingError("cache", f"must be one of {', '.join(CACHES)}, got {self.cache!r}")
+        if self.refresh is not None:
+            if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 0:
+                raise SettingError("refresh", f"must be a whole number of blocks or 0, got {self.refresh!r}")
+            if not self.cached:
+                raise SettingError("refresh", "needs a cache, which is filled anew: prefix or dual")
+        for name, lowest in (("threshold", "0 or above"), ("factor", "above 0")):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value < 0 or (name == "factor" and value == 0)):
+                raise SettingError(name, f"must be a number, {lowest}, got {value!r}")
+        if self.threshold is not None and self.factor is not None:
+            raise SettingError("factor", "not allowed with threshold: both say how many tokens a step commits")
+        if not isinstance(self.early_stop, bool):
+            raise SettingError("early_stop", f"must be True or False, got {self.early_stop!r}")
+
+    @property
+    def cached(self) -> bool:
+        """Whether steps inside a block compute only some rows."""
+        return self.cache != "none"
+
+    @property
+    def saves(self) -> bool:
+        """Whether anything here is switched on."""
+        return self.cached or self.early_stop or self.bound is not None
+
+    @property
+    def bound(self) -> Bound | None:
+        """What a step commits at least, beside its share."""
+        if self.threshold is not None:
+            return Threshold(self.threshold)
+        return None if self.factor is None else Factor(self.factor)
+
+    def refreshes(self, blocks: int) -> int:
+        """How many blocks begin with a forward of all rows."""
+        every = 1 if self.refresh is None else self.refresh
+        return math.ceil(blocks / every) if every else 1
+
+    def window(self, turn: Turn, canvas: Canvas, shift: int) -> tuple[int, int] | None:
+        """The rows that a step computes, [start, stop); None for all.
+
+        Args:
+            shift: how far left of a token the row lies that predicts it.
+        """
+        if not self.cached:
+            return None
+        if turn.opens is None:
+            return turn.start - shift, turn.end if self.cache == "dual" else canvas.length
+        every = 1 if self.refresh is None else self.refresh
+        if turn.opens == 0 or (every and turn.opens % every == 0):
+            return None
+        return canvas.prompt_len - shift, canvas.length
+
+    def schedule(self, config: SparseDConfig, steps: int, blocks: int | None, needs_scores: bool) -> Schedule:
+        """When attention is over kept blocks: `skip` counts steps; with a cache, forwards of all rows, which alone
+        select; under a threshold or factor, committed tokens, for nobody knows the number of steps.
+
+        Args:
+            steps: at most.
+            blocks: of the generated region; None where it is none of blocks.
+            needs_scores: whether the rule does; a rule that looks at nothing needs no full step.
+        """
+        if self.cached:
+            steps = self.refreshes(blocks or 1)
+        elif self.bound is not None:
+            return ByCommitted(config.skip if needs_scores else 0.0)
+        return ByStep(steps, config.n_full(steps) if needs_scores else 0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
