@@ -37,7 +37,7 @@ def split(seconds: list[float], n_full: int | None = None) -> Steps:
     Steps of 0.0 s are left out: they commit no token, and the sampler did not run the model.
     """
     phases = prefix([s > 0 for s in seconds], n_full or len(seconds), selects=n_full is not None)
-    forwards = forwards_of(phases, seconds, rows=0, history=[])  # of how many rows is nowhere asked
+    forwards = forwards_of(phases, seconds, rows=[0] * len(phases), history=[])  # of how many rows is nowhere asked
     full, selecting, sparse = ([step.seconds for step in forwards if step.phase == phase] for phase in ORDER)
     return Steps(full, selection_seconds(forwards), sparse, selecting)
 

@@ -134,8 +134,9 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
         clock = StepClock(device, run, show)
         clock.start()
         for index in range(steps):
+            phase = runner.phase
             runner(canvas, rows)
-            clock.tick(Step(index, ran=True))
+            clock.tick(Step(index, phase, canvas.shape[1]))
         runner.check()
         seconds = dict(zip(clock.phases, clock.step_seconds, strict=True))  # of the last step of each phase
         full, selecting, sparse = (seconds.get(phase, seconds[Phase.FULL]) for phase in ORDER)

@@ -28,7 +28,9 @@ SCORE = INDEX = 4
 def peak_bytes(
     model: DiffusionLM, sampler: Settings, config: SparseDConfig | None, device: torch.device, prompt_tokens: int
 ) -> int:
-    """What a run takes at its peak: weights, one layer's activations, kept blocks and logits. Measured peaks are near.
+    """What a run takes at its peak: weights, one layer's activations, kept blocks, a cache's keys and values, logits.
+
+    Measured peaks are near.
 
     Args:
         model: in its dtype; may be on the meta device.
@@ -46,7 +48,15 @@ def peak_bytes(
         if not grid.keeps_all(config.select):  # indices of all layers, scores of one
             each = sum(ceil_share(config.select, part.stop - part.start) for part in grid.parts)
             kept = sizes.heads * grid.n_blocks * (sizes.layers * each * INDEX + grid.n_blocks * SCORE)
-    return weight_bytes(model) + batch * (length * row * model.dtype.itemsize + logits + kept)
+    activations = length * row * model.dtype.itemsize
+    return weight_bytes(model) + batch * (activations + logits + kept) + _cache_bytes(model, sampler, prompt_tokens)
+
+
+def _cache_bytes(model: DiffusionLM, sampler: Settings, prompt_tokens: int) -> int:
+    """Keys and values of all layers, where the sampler keeps them; guidance has two sequences."""
+    sizes, sequences = model.config.sizes, (2 if sampler.cfg_scale else 1) if sampler.cached else 0
+    length = prompt_tokens + sampler.gen_length
+    return 2 * sequences * sizes.layers * length * sizes.kv_width * model.dtype.itemsize
 
 
 def available_bytes(device: torch.device, *, spread: bool) -> int:
@@ -69,6 +79,8 @@ def check_memory(model: DiffusionLM, args: Call, prompt_tokens: int) -> None:
         if peak(LENGTHS.get(preset, 0)) <= free:  # the tokens of short_context are too few to count
             way = f"--prompt {preset} is the largest preset that fits"
             break
+    if args.sampler.cached and needed - free <= _cache_bytes(model, args.sampler, prompt_tokens):
+        way += "; without --cache it fits"
     raise TooLittleMemory(
         f"{prompt_tokens} prompt tokens and {args.sampler.gen_length} new ones would take about {needed / GIB:.1f} "
         f"GiB, {weight_bytes(model) / GIB:.1f} GiB of it weights; {device} has {free / GIB:.1f} GiB free; {way}"

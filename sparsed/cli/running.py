@@ -11,14 +11,14 @@ from msgspec import structs
 from torch import Tensor
 
 from .. import sampling
-from ..backends import DENSE
 from ..chat import Speller, answer_length, decode, stop_ids
 from ..models.common import DiffusionLM
 from ..prompts import answer_found
 from ..report.record import Mode, Phase, RunRecord, forwards_of
 from ..report.summary import LABELS, prefix_fields, typical
 from ..run import SparseRun, synchronize
-from ..sampling.common import Step, attention_of
+from ..sampling import Settings, schedule_of
+from ..sampling.common import ANSWER, CACHED, IDLE, Step, attention_of
 from ..schedule import FULL
 from ..watching import watched
 from .arguments import Call
@@ -47,7 +47,6 @@ class StepClock:
         self.device, self.run, self.show = device, run, show
         self.steps: list[Step] = []
         self.step_seconds: list[float] = []
-        self.phases: list[Phase] = []
         self.compile_seconds = 0.0
 
     def start(self) -> None:
@@ -63,16 +62,20 @@ class StepClock:
         compiled = 0.0 if self.run is None else self.run.compile_seconds
         self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if step.ran else 0.0)
         self.compile_seconds = compiled
-        # that every block is kept, a run finds out when it first wants blocks
-        kept = self.run is not None and self.run.backend == DENSE
-        self.phases.append(Phase.IDLE if not step.ran else Phase.FULL if kept else self.phase)
         self.steps.append(step)
         self._show()
         self.last = time.perf_counter()
 
+    @property
+    def phases(self) -> list[Phase]:
+        """Of the steps that are over."""
+        return [Phase(step.phase) for step in self.steps]
+
     def _show(self) -> None:
-        self.phase = Phase(FULL if self.run is None else self.run.phase)  # of the next step
-        self.show(self.phase.value, self.steps, sum(self.step_seconds))
+        latest = self.steps[-1].phase if self.steps else FULL
+        # of the next step, where that is of all rows; after one of few rows it is taken to be alike
+        phase = latest if latest in (CACHED, ANSWER) or self.run is None else self.run.phase
+        self.show(FULL if phase == IDLE else phase, self.steps, sum(self.step_seconds))
 
 
 @torch.no_grad()
@@ -101,9 +104,10 @@ def run_mode(job: Job, mode: Mode) -> RunRecord:
 def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
     """Generate once from the call's seed; seconds are of forwards and sampling only, without compilation."""
     args, device = job.args, job.model.device
-    steps, gen_length, choices = args.sampler.steps, args.sampler.gen_length, SelectedBlocks()
-    config = args.config if mode == "sparsed" else None
-    attention = attention_of(job.model, config, steps, gen_length, backend=args.backend, rule=watched(choices))
+    sampler, choices = sampler_of(job, mode), SelectedBlocks()
+    config, rule = args.config if mode == "sparsed" else None, watched(choices)
+    how = {"backend": args.backend, "rule": rule, "schedule": schedule_of(sampler, config, rule)}
+    attention = attention_of(job.model, config, sampler.steps, sampler.gen_length, **how)
     # all if the model is on one, for it may be spread; elsewhere nothing counts what PyTorch holds
     gpus = range(torch.cuda.device_count() if device.type == "cuda" else 0)
     with attention as run, _progress(job, mode, label) as show:
@@ -111,10 +115,12 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
         for gpu in gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
         clock.start()
-        output = generate(job, clock)
+        output = generate(job, sampler, clock)
         token_ids = output[0, len(job.input_ids) :].tolist()
         committed = history(clock.steps, token_ids, len(job.input_ids))
-        forwards = forwards_of(clock.phases, clock.step_seconds, output.shape[1], committed)
+        forwards = forwards_of(
+            clock.phases, clock.step_seconds, [step.computed for step in clock.steps], committed
+        )
         length = answer_length(token_ids, stop_ids(job.model.config, job.tokenizer), job.model.config.mask_token_id)
         text = decode(job.tokenizer, token_ids[:length]).strip()
         return RunRecord(
@@ -140,16 +146,22 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
         )
 
 
-def generate(job: Job, clock: StepClock) -> Tensor:
+def sampler_of(job: Job, mode: Mode) -> Settings:
+    """How a mode samples; what SparseD is compared with has none of what saves rows and steps."""
+    sampler = job.args.sampler
+    return sampler.plain() if job.args.compare and mode == "origin" else sampler
+
+
+def generate(job: Job, sampler: Settings, clock: StepClock) -> Tensor:
     """One call of the sampler as the script's flags say; returns [1, prompt + generated] ids."""
     device = job.model.device
     input_ids = torch.tensor([job.input_ids], device=device)
     generator = torch.Generator(device).manual_seed(job.args.seed)
-    return sampling.generate(job.model, input_ids, job.args.sampler, generator=generator, on_step=clock.tick)
+    return sampling.generate(job.model, input_ids, sampler, generator=generator, on_step=clock.tick)
 
 
-def _progress(job: Job, mode: str, label: str) -> AbstractContextManager[Show]:
-    sampler, config = job.args.sampler, job.model.config
+def _progress(job: Job, mode: Mode, label: str) -> AbstractContextManager[Show]:
+    sampler, config = sampler_of(job, mode), job.model.config
     console = terminal() if job.args.show else None
     if console is None:
         return bar(sampler.steps, label, job.args.quiet)

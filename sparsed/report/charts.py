@@ -4,15 +4,17 @@ import math
 from typing import Any
 
 from .record import Layer, Phase, RunRecord
-from .summary import LABELS, attention
+from .summary import FEW_ROWS, LABELS, attention
 
 # the name of each phase, and what its steps compute
 PHASES = {
     "full_steps": ("full steps", "full attention"),
     "selection": ("selection", "full attention and selection"),
     "sparse_steps": ("sparse steps", "sparse attention"),
+    "answer_steps": ("answer steps", "the answer's rows, over the cached prompt"),
+    "cached_steps": ("cached steps", "a block's rows, over cached keys"),
 }
-KINDS = {Phase.FULL: "full_steps", Phase.SELECTING: "selection", Phase.SPARSE: "sparse_steps"}
+KINDS = {Phase.FULL: "full_steps", Phase.SELECTING: "selection", Phase.SPARSE: "sparse_steps", **FEW_ROWS}
 SHORTEST = 1e-6  # seconds that a scale spans at least
 
 
@@ -91,9 +93,9 @@ def time_bars(runs: list[RunRecord], seconds: dict[str, dict[str, float | None]]
     for run in runs:
         parts, left = [], 0.0
         for phase, (name, _) in PHASES.items():
-            share = max(0.0, seconds[run.mode][phase] or 0.0) / longest
+            share = max(0.0, seconds[run.mode].get(phase) or 0.0) / longest
             # of full attention's steps, those that SparseD makes sparse are full too
-            kind = "full_steps" if run.mode == "origin" else phase
+            kind = "full_steps" if run.mode == "origin" and phase not in FEW_ROWS.values() else phase
             title = f"{name}: {duration(share * longest)}"
             parts.append({"x": _percent(left), "width": _percent(share), "phase": kind, "title": title})
             left += share

@@ -1,6 +1,12 @@
 "use strict";
 
-const PHASES = { full: "full attention", selecting: "full attention, selection", sparse: "sparse attention" };
+const PHASES = {
+  full: "full attention",
+  selecting: "full attention, selection",
+  sparse: "sparse attention",
+  answer: "the answer's rows, cached prompt",
+  cached: "a block's rows, cached keys",
+};
 
 /** Replays the denoising: the slider's step decides which tokens stand in each panel. */
 function replay(runs) {

@@ -75,7 +75,8 @@ def _title(record: Record) -> str:
 
 def _time_rows(record: Record, times: dict[str, Any]) -> list[tuple[str, list[float | None], float | None]]:
     """Name, seconds of each run, speed-up; first the timed phases, then what is not counted."""
-    runs, names = record.runs, {phase: name for phase, (name, _) in PHASES.items()} | {"whole": "whole run"}
+    runs, known = record.runs, times["seconds"][record.runs[-1].mode]
+    names = {phase: name for phase, (name, _) in PHASES.items() if phase in known} | {"whole": "whole run"}
     rows = [
         (name, [times["seconds"][run.mode][phase] for run in runs], times["speedup"].get(phase))
         for phase, name in names.items()

@@ -20,11 +20,14 @@ Commit = tuple[Whole, Whole, Share | None]  # a token's position in the answer, 
 
 
 class Phase(str, Enum):
-    """What a step's forward computes; idle: the step commits nothing, and runs no forward."""
+    """What a step's forward computes: all rows, with full attention or over kept blocks; over cached keys the rows of a
+    block, or those of the answer; idle: the step commits nothing, and runs no forward."""
 
     FULL = "full"
     SELECTING = "selecting"
     SPARSE = "sparse"
+    CACHED = "cached"
+    ANSWER = "answer"
     IDLE = "idle"
 
 
@@ -172,7 +175,7 @@ def _with_forwards(run: RunRecord) -> RunRecord:
     seconds, n_full = run.step_seconds or [], run.full_steps or 0
     phases = prefix([taken > 0 for taken in seconds], n_full, selects=run.density is not None)
     rows = run.prompt_tokens + len(run.token_ids)
-    return structs.replace(run, forwards=forwards_of(phases, seconds, rows, run.history))
+    return structs.replace(run, forwards=forwards_of(phases, seconds, [rows] * len(phases), run.history))
 
 
 def prefix(ran: list[bool], n_full: int, selects: bool) -> list[Phase]:
@@ -182,11 +185,13 @@ def prefix(ran: list[bool], n_full: int, selects: bool) -> list[Phase]:
     return [phase if runs or phase == Phase.SELECTING else Phase.IDLE for phase, runs in zip(phases, ran, strict=True)]
 
 
-def forwards_of(phases: list[Phase], seconds: list[float], rows: int, history: list[list[Commit]]) -> list[Forward]:
-    """The forwards of steps over sequences of `rows` tokens; without a history, nobody knows what was committed."""
+def forwards_of(
+    phases: list[Phase], seconds: list[float], rows: list[int], history: list[list[Commit]]
+) -> list[Forward]:
+    """The forwards of steps that computed so many rows; without a history, nobody knows what was committed."""
     done = list(accumulate(map(len, history)))
     committed: list[float | None] = [count / done[-1] for count in done] or [None] * len(phases)
     return [
-        Forward(phase, 0 if phase == Phase.IDLE else rows, taken, share)
-        for phase, taken, share in zip(phases, seconds, committed, strict=True)
+        Forward(phase, 0 if phase == Phase.IDLE else computed, taken, share)
+        for phase, computed, taken, share in zip(phases, rows, seconds, committed, strict=True)
     ]

@@ -11,6 +11,8 @@ from .record import Forward, Phase, Repeats, RunRecord, prefix
 
 LABELS = {"origin": "full attention", "sparsed": "SparseD"}
 ORDER = (Phase.FULL, Phase.SELECTING, Phase.SPARSE)
+# steps of a run with a cache that compute only some rows, under the names of their times
+FEW_ROWS = {Phase.ANSWER: "answer_steps", Phase.CACHED: "cached_steps"}
 
 
 def attention(forwards: Sequence[Forward]) -> list[Phase]:
@@ -23,7 +25,8 @@ def attention(forwards: Sequence[Forward]) -> list[Phase]:
 
 
 def phases(run: RunRecord) -> dict[str, float | None]:
-    """Seconds of a run's full steps (without the selection), of the selection, and of its sparse steps.
+    """Seconds of a run's full steps (without the selection), of the selection, of its sparse steps, and where it has
+    any, of those of few rows.
 
     The selection is None where no pattern was selected, or where there is no other full step to compare with; its time
     then counts as that of a full step.
@@ -37,6 +40,7 @@ def phases(run: RunRecord) -> dict[str, float | None]:
         "full_steps": full + selecting - (selection or 0.0),
         "selection": selection,
         "sparse_steps": sparse if Phase.SPARSE in kinds else None,
+        **{name: _seconds(kind, kinds, run.forwards) for kind, name in FEW_ROWS.items() if kind in kinds},
     }
 
 
@@ -105,14 +109,17 @@ def compare_times(origin: RunRecord, sparsed: RunRecord) -> dict[str, Any]:
     """`seconds` of each mode, and `speedup`, full attention's time over SparseD's.
 
     Both for the whole run, and for each phase of the SparseD run and the same steps of the full run. If the two have
-    different numbers of steps, no steps are the same: the phases are each run's own, and have no speed-up.
+    different numbers of steps, or one computes few rows in some, no steps are the same: the phases are each run's own,
+    and have no speed-up.
     """
     one, other = phases(origin), phases(sparsed)
-    alike = len(origin.forwards) == len(sparsed.forwards)
+    few_rows = any(forward.phase in FEW_ROWS for run in (origin, sparsed) for forward in run.forwards)
+    alike = len(origin.forwards) == len(sparsed.forwards) and not few_rows
     if alike:
         full, selecting, sparse = (_seconds(kind, attention(sparsed.forwards), origin.forwards) for kind in ORDER)
         one = {"full_steps": full + selecting, "selection": None, "sparse_steps": sparse or None}
-    one, other = one | {"whole": origin.seconds}, other | {"whole": sparsed.seconds}
+    none = dict.fromkeys(one | other)
+    one, other = none | one | {"whole": origin.seconds}, none | other | {"whole": sparsed.seconds}
     pairs = [(phase, one[phase] if alike or phase == "whole" else None, other[phase]) for phase in one]
     speedup = {phase: long / short if long is not None and short else None for phase, long, short in pairs}
     return {"seconds": {"origin": one, "sparsed": other}, "speedup": speedup}
@@ -133,13 +140,20 @@ def stretches(run: RunRecord, different: list[int]) -> list[tuple[bool, str]]:
 
 def run_lines(run: RunRecord) -> list[str]:
     """One run's times, density and backend, as they are printed."""
-    seconds, sparse = phases(run), attention(run.forwards).count(Phase.SPARSE)
-    parts = [f"{_counted(len(run.forwards) - sparse, 'full step')} {seconds['full_steps']:.2f} s"]
+    seconds, kinds = phases(run), attention(run.forwards)
+    sparse, few_rows = kinds.count(Phase.SPARSE), {kind: kinds.count(kind) for kind in FEW_ROWS}
+    full = len(kinds) - sparse - sum(few_rows.values())
+    parts = [f"{_counted(full, 'full step')} {seconds['full_steps']:.2f} s"]
     if seconds["selection"] is not None:
         parts.append(f"selection {seconds['selection']:.2f} s")
     if seconds["sparse_steps"] is not None:
         parts.append(f"{_counted(sparse, 'sparse step')} {seconds['sparse_steps']:.2f} s")
-    lines = [f"{LABELS[run.mode]}: {run.seconds:.2f} s ({', '.join(parts)})"]
+    parts += [
+        f"{_counted(few_rows[kind], name.replace('_', ' ').removesuffix('s'))} {seconds[name]:.2f} s"
+        for kind, name in FEW_ROWS.items()
+        if few_rows[kind]
+    ]
+    lines = [f"{LABELS[run.mode]}: {run.seconds:.2f} s ({', '.join(parts)})", work_line(run)]
     if run.repeats is not None and len(run.repeats.seconds) > 1:
         lines.append(f"  {repeats_line(run.repeats)}")
     if run.compile_seconds:
@@ -149,6 +163,13 @@ def run_lines(run: RunRecord) -> list[str]:
     if run.backend is not None:
         lines.append(f"  backend {run.backend} ({run.backend_reason})")
     return lines
+
+
+def work_line(run: RunRecord) -> str:
+    """How many forwards a run took, and what each and a second gave, as it is printed."""
+    tokens, ran = len(run.token_ids), sum(forward.phase != Phase.IDLE for forward in run.forwards)
+    speed = f", {tokens / run.seconds:.3g} tokens a second" if run.seconds else ""
+    return f"  {_counted(ran, 'forward')} for {tokens} tokens, {tokens / max(1, ran):.3g} each{speed}"
 
 
 def _counted(number: int, what: str) -> str:

@@ -2,7 +2,7 @@
 
 from .dream import dream_generate
 from .llada import llada_generate
-from .loop import generate
+from .loop import generate, schedule_of
 from .settings import FAMILIES, Settings, own_options, settings_for, settings_for_answer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "generate",
     "llada_generate",
     "own_options",
+    "schedule_of",
     "settings_for",
     "settings_for_answer",
 ]

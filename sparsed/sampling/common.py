@@ -11,6 +11,10 @@ from ..config import SparseDConfig
 from ..patch import run_of, sparsify
 from ..run import SparseRun
 
+# what a step's forward computes where it is not of all rows: over cached keys, the rows of a block, or of the generated
+# region; and that of a step that runs none
+CACHED, ANSWER, IDLE = "cached", "answer", "idle"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -18,7 +22,8 @@ class Step:
 
     Args:
         index: counted from 0.
-        ran: whether it ran the model; without, nothing was committed and there are no candidates.
+        phase: what its forward computed; IDLE: it ran none, nothing was committed and there are no candidates.
+        computed: how many rows of every sequence, in all layers but the last.
         rows: int64 [n], the candidates' flat positions b * T + t, ascending.
         tokens: int64 [n], the token that each of them would get.
         probability: float32 [n], which the model gave that token, whatever the algorithm ranks by.
@@ -26,11 +31,17 @@ class Step:
     """
 
     index: int
-    ran: bool
+    phase: str
+    computed: int = 0
     rows: Tensor | None = None
     tokens: Tensor | None = None
     probability: Tensor | None = None
     chosen: Tensor | None = None
+
+    @property
+    def ran(self) -> bool:
+        """Whether it ran the model."""
+        return self.phase != IDLE
 
     def commits(self) -> list[tuple[int, int, float]]:
         """Flat position, token and probability of what was committed, ascending; waits for the device."""

@@ -22,6 +22,11 @@ class Guided:
         conditional, unconditional = logits.chunk(2)
         return unconditional + (self.scale + 1) * (conditional - unconditional)
 
+    @property
+    def phase(self) -> str:
+        """As the runner's."""
+        return self.runner.phase
+
     def skip(self) -> bool:
         """As the runner's."""
         return self.runner.skip()

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..config import SparseDConfig
 from ..models.common import DiffusionLM
 from ..run import SparseRun
-from ..schedule import ByCommitted
+from ..schedule import ByCommitted, Schedule
 from ..selection import SPARSED, Rule
 from .canvas import Canvas, check_tensor
-from .common import OnStep, Step, sequence_of
+from .common import ANSWER, CACHED, IDLE, OnStep, Step, sequence_of
 from .guidance import Guided
 from .runner import StepRunner
 from .settings import Settings
@@ -50,14 +50,20 @@ def generate(
     canvas = Canvas.of(input_ids.to(model.device), attention_mask, settings.gen_length, mask_id, vocabulary)
     halves = 2 if settings.cfg_scale else 1
     shape = halves * len(canvas.ids), canvas.length
-    options = {"backend": backend, "rule": rule}
-    if config is not None:
-        options["schedule"] = settings.schedule(config, settings.steps, settings.blocks, rule.needs_scores)
+    options = {"backend": backend, "rule": rule, "schedule": schedule_of(settings, config, rule)}
     with sequence_of(model, config, settings.steps, settings.gen_length, shape, **options) as run:
         runner = reader(model, run, canvas, settings, halves)
         turns = told(run, canvas, settings.turns(canvas, end_tokens(model.config)))
         denoise(canvas, runner, settings, turns, model.config, generator, on_step)
     return canvas.ids
+
+
+def schedule_of(settings: Settings, config: SparseDConfig | None, rule: Rule) -> Schedule | None:
+    """When attention is over kept blocks in a generation with these settings; None without SparseD, and for what is no
+    config, which `sparsify` refuses."""
+    if not isinstance(config, SparseDConfig):
+        return None
+    return settings.schedule(config, settings.steps, settings.blocks, rule.needs_scores)
 
 
 def end_tokens(config: Any) -> set[int]:
@@ -98,15 +104,18 @@ def denoise(
 ) -> None:
     """Take the turns one after the other, and fill in the canvas."""
     for index, turn in enumerate(turns):
-        step = Step(index, ran=False)
+        step = Step(index, IDLE)
         if not turn.idle or not runner.skip():
             rows = canvas.candidates(turn.start, turn.end)
             window = settings.window(turn, canvas, settings.shift)
+            phase, computed = runner.phase, canvas.length
+            if window is not None:
+                phase, computed = CACHED if turn.opens is None else ANSWER, window[1] - window[0]
             logits = runner(canvas.ids, settings.sources(rows, canvas.length), window)
             proposal = settings.propose(logits, config, generator)
             chosen = turn.choose(canvas.ids.shape, rows, proposal, generator)
             canvas.commit(rows, proposal.tokens, chosen)
-            step = Step(index, True, rows, proposal.tokens, proposal.probability, chosen)
+            step = Step(index, phase, computed, rows, proposal.tokens, proposal.probability, chosen)
         if on_step is not None:
             on_step(step)
     runner.check()

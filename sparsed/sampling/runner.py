@@ -62,7 +62,8 @@ class StepRunner:
         return logits
 
     def _whole(self, ids: Tensor, rows: Tensor) -> Tensor:
-        phase = self._phase()
+        phase = self.phase
+        self._drop_stale()
         if self._replays(phase, ids, rows):
             return self._replay(phase, ids, rows)
         self.warm.add(phase)
@@ -77,7 +78,7 @@ class StepRunner:
 
     def skip(self) -> bool:
         """Count a step that needs no logits, and run nothing; not a step that selects blocks: False."""
-        if self._phase() == SELECTING:
+        if self.phase == SELECTING:
             return False
         if self.run is not None:
             self.run.count()
@@ -91,14 +92,16 @@ class StepRunner:
         if self.total is not None and not torch.isfinite(self.total):
             raise FloatingPointError("the model's logits are not finite: float32 may hold what another dtype cannot")
 
-    def _phase(self) -> str:
-        """The step's phase; a graph that reads blocks which have been selected anew since is dropped."""
-        if self.run is None:
-            return FULL
-        if self.run.pattern_version != self.pattern_version:
+    @property
+    def phase(self) -> str:
+        """What the next step's forward of all rows computes."""
+        return FULL if self.run is None else self.run.phase
+
+    def _drop_stale(self) -> None:
+        """Forget a graph that reads blocks which have been selected anew since."""
+        if self.run is not None and self.run.pattern_version != self.pattern_version:
             self.graphs.pop(SPARSE, None)
             self.pattern_version = self.run.pattern_version
-        return self.run.phase
 
     def _replays(self, phase: str, ids: Tensor, rows: Tensor) -> bool:
         """Whether there is a graph for the step; the second of its phase captures one."""

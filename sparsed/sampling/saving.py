@@ -4,15 +4,18 @@ The names are those of Fast-dLLM and dInfer; what they mean, where these differ,
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from ..config import SparseDConfig
 from ..schedule import ByCommitted, ByStep, Schedule
 from .canvas import Canvas
 from .unmasking import Bound, Factor, SettingError, Threshold, Turn
 
+Own = TypeVar("Own", bound="Saving")
+
 CACHES = ("none", "prefix", "dual")
+OFF: dict[str, Any] = {"cache": "none", "refresh": None, "threshold": None, "factor": None, "early_stop": False}
 BLOCK_LENGTH = 32  # of Dream, where something makes blocks of its region and no length is given
 
 
@@ -59,6 +62,10 @@ class Saving:
             raise SettingError("factor", "not allowed with threshold: both say how many tokens a step commits")
         if not isinstance(self.early_stop, bool):
             raise SettingError("early_stop", f"must be True or False, got {self.early_stop!r}")
+
+    def plain(self: Own) -> Own:
+        """The same without any of it."""
+        return replace(self, **OFF)
 
     @property
     def cached(self) -> bool:

@@ -4,7 +4,7 @@ A settings object is all that the loop knows of a family.
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from .proposals import (
     probability_of,
     tempered,
 )
-from .saving import BLOCK_LENGTH, Saving
+from .saving import BLOCK_LENGTH, OFF, Saving
 from .unmasking import (
     SettingError,
     Turn,
@@ -106,6 +106,10 @@ class DreamSettings(Saving):
         if self.alg == "origin" and self.bound:
             name = "factor" if self.threshold is None else "threshold"
             raise SettingError(name, "not allowed with the algorithm origin, which looks at no probability")
+
+    def plain(self) -> "DreamSettings":
+        """As published: one region, on its time grid."""
+        return replace(self, block_length=None, **OFF)
 
     @property
     def blocks(self) -> int | None:
