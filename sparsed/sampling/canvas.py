@@ -106,10 +106,13 @@ class Canvas:
         flat = self.ids.view(-1)
         flat[rows] = torch.where(chosen, tokens, flat[rows])
 
-    def stop(self, start: int, end: int, ends: Collection[int]) -> None:
-        """Fill what follows a block with the first of the end tokens in it, in the rows where it holds one."""
-        block = self.ids[:, start:end]
+    def stop(self, start: int, end: int, ends: Collection[int]) -> Tensor:
+        """Fill the masks behind a block with the first of the end tokens in it, in the rows where it is complete and
+        holds one; returns their flat positions b * T + t, ascending."""
+        block, rest = self.ids[:, start:end], self.ids[:, end:]
         is_end = torch.isin(block, torch.tensor(list(ends), device=block.device))
-        first = block.gather(1, is_end.int().argmax(-1, keepdim=True))
-        rest = self.ids[:, end:]
-        rest.copy_(torch.where(is_end.any(-1, keepdim=True), first, rest))
+        stops = is_end.any(-1) & (self.masked(start, end) == 0)
+        fill = (rest == self.mask_id) & stops[:, None]
+        rest.copy_(torch.where(fill, block.gather(1, is_end.int().argmax(-1, keepdim=True)), rest))
+        rows, places = fill.nonzero(as_tuple=True)
+        return rows * self.length + end + places

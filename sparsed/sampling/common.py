@@ -1,5 +1,6 @@
 """What an observer is told of a step, and SparseD around a sampler's forwards."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Step:
         tokens: int64 [n], the token that each of them would get.
         probability: float32 [n], which the model gave that token, whatever the algorithm ranks by.
         chosen: bool [n], which of the candidates were committed.
+        filled: int64 [m], the flat positions that got an end token because their rows have stopped; `fill` its ids.
     """
 
     index: int
@@ -37,6 +39,8 @@ class Step:
     tokens: Tensor | None = None
     probability: Tensor | None = None
     chosen: Tensor | None = None
+    filled: Tensor | None = None
+    fill: Tensor | None = None
 
     @property
     def ran(self) -> bool:
@@ -44,11 +48,15 @@ class Step:
         return self.phase != IDLE
 
     def commits(self) -> list[tuple[int, int, float]]:
-        """Flat position, token and probability of what was committed, ascending; waits for the device."""
+        """Flat position, token and probability of what was committed, and then of what was filled, whose probability
+        is NaN; waits for the device."""
         if self.chosen is None:
             return []
         columns = (self.rows, self.tokens, self.probability)
-        return list(zip(*(column[self.chosen].tolist() for column in columns if column is not None), strict=True))
+        found = list(zip(*(column[self.chosen].tolist() for column in columns if column is not None), strict=True))
+        if self.filled is not None and self.fill is not None:
+            found += [(*pair, math.nan) for pair in zip(self.filled.tolist(), self.fill.tolist(), strict=True)]
+        return found
 
 
 # called after each step

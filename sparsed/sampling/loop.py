@@ -1,6 +1,7 @@
 """The one loop of all samplers: a turn, logits, proposals, commits, until no turn is left."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,6 +117,9 @@ def denoise(
             chosen = turn.choose(canvas.ids.shape, rows, proposal, generator)
             canvas.commit(rows, proposal.tokens, chosen)
             step = Step(index, phase, computed, rows, proposal.tokens, proposal.probability, chosen)
+            if turn.ends:
+                filled = canvas.stop(turn.start, turn.end, turn.ends)
+                step = replace(step, filled=filled, fill=canvas.ids.view(-1)[filled])
         if on_step is not None:
             on_step(step)
     runner.check()

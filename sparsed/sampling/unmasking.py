@@ -63,6 +63,7 @@ class Turn:
         start: its candidates are those from this position on.
         opens: the number of the block whose first step this is; None inside a block, or where there are none.
         bound: with counts: commits all that are sure enough, and only as many more as the counts demand.
+        ends: in the rows where its block is complete then and holds one of these tokens, the later blocks get that.
     """
 
     end: int
@@ -72,6 +73,7 @@ class Turn:
     start: int = 0
     opens: int | None = None
     bound: Bound | None = None
+    ends: Collection[int] = ()
 
     def choose(self, shape: torch.Size, rows: Tensor, proposal: Proposal, generator: torch.Generator | None) -> Tensor:
         """Which of the candidates are committed, bool [n].
@@ -169,7 +171,7 @@ def blockwise(
 
     Args:
         steps: at most, of which every block has as many.
-        ends: tokens after whose block a row's later blocks are filled with them.
+        ends: as in `Turn`.
     """
     each = steps_a_block(canvas.length - canvas.prompt_len, steps, block_length)
     for block, start in enumerate(range(canvas.prompt_len, canvas.length, block_length)):
@@ -179,9 +181,7 @@ def blockwise(
             if not canvas.masked(start, end).any():
                 break
             share = counts[:, inner] if bound is None else counts[:, inner].clamp_min(1)
-            yield Turn(end, share, start=start, opens=None if inner else block, bound=bound)
-        if ends:
-            canvas.stop(start, end, ends)
+            yield Turn(end, share, start=start, opens=None if inner else block, bound=bound, ends=ends)
 
 
 class SettingError(ValueError):
