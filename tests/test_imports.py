@@ -30,12 +30,13 @@ ALLOWED = {
     "chat": set(),
     "prompts": {"chat"},
     "console": {"models"},
+    "saving_flags": {"console", "sampling"},
     "report": {"console", "chat"},
     "cli": {"console", "report", "sampling", "patch", "run", "schedule", "watching", "backends", "models", "chat"}
-    | {"blocks", "prompts"},
+    | {"blocks", "prompts", "saving_flags"},
     "pictures": {"console", "sampling", "patch", "watching", "blocks", "models", "prompts"},
     "evaluation": {"console", "sampling", "run", "watching", "backends", "models", "chat", "prompts", "selection"}
-    | {"blocks"},
+    | {"blocks", "saving_flags"},
     "__init__": {"sampling", "patch", "selection", "models"},
 }
 LEAVES = {"config", "models", "chat", "prompts"}  # not even config

@@ -9,8 +9,9 @@ from typing import Any
 from ..console.parser import add_value
 from ..console.readers import number_in, whole
 from ..sampling import Settings
-from ..sampling.saving import BLOCK_LENGTH, CACHES
+from ..sampling.saving import BLOCK_LENGTH
 from ..sampling.settings import ALGORITHMS, REMASKING, DreamSettings, LLaDASettings
+from ..saving_flags import add_saving, saving_of
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,6 @@ class Family:
     settings: Callable[[argparse.Namespace], Settings]
 
 
-def _add_saving(group) -> None:
-    cache = (
-        "compute only some rows inside a block, over the other rows' cached keys: its own (dual), or those from its "
-        "start on (prefix)"
-    )
-    add_value(group, "--cache", cache, "none", choices=CACHES)
-    refresh = "with a cache: compute all rows at every N-th block's start; 0: at the first one's only (default: 1)"
-    group.add_argument("--refresh", type=whole(0), metavar="N", help=refresh)
-    which = group.add_mutually_exclusive_group()
-    sure = "commit every token of the block whose probability is at least P, so that fewer steps are needed"
-    which.add_argument("--threshold", type=number_in(0, math.inf), metavar="P", help=sure)
-    surer = "the same by a bound that rises with their number: the n-th likeliest if (n + 1) (1 - probability) < F"
-    which.add_argument("--factor", type=number_in(0, math.inf, above=True), metavar="F", help=surer)
-    stop = "end the answer with the block that holds an end token"
-    group.add_argument("--early_stop", action="store_true", help=stop)
-
-
-def _saving(flags: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(flags, name) for name in ("cache", "refresh", "threshold", "factor", "early_stop")}
-
-
 def _add_common(group, algorithms: tuple[str, ...], temperature: float) -> None:
     which = "which masked tokens a step commits"
     add_value(group, "--sampling-alg", which, algorithms[0], choices=algorithms)
@@ -72,7 +52,7 @@ def _add_dream(group) -> None:
         f"--steps (default: the whole answer at once; with --cache, --threshold or --factor {BLOCK_LENGTH})"
     )
     group.add_argument("--block_length", type=whole(1), metavar="N", help=blocks)
-    _add_saving(group)
+    add_saving(group)
 
 
 def _add_llada(group) -> None:
@@ -84,19 +64,19 @@ def _add_llada(group) -> None:
     group.add_argument("--logits_eos_inf", action="store_true", help="never choose the end token")
     last = "commit the tokens that end the text or the turn after all others, against answers that end too early"
     group.add_argument("--confidence_eos_eot_inf", action="store_true", help=last)
-    _add_saving(group)
+    add_saving(group)
 
 
 def _dream_settings(flags: argparse.Namespace) -> Settings:
     filters = {"temperature": flags.temperature, "top_p": flags.top_p, "top_k": flags.top_k or None}
-    more = {"block_length": flags.block_length, **_saving(flags)}
+    more = {"block_length": flags.block_length, **saving_of(flags)}
     return DreamSettings(flags.seq_len, flags.steps, flags.sampling_alg, **filters, **more)
 
 
 def _llada_settings(flags: argparse.Namespace) -> Settings:
     names = ("temperature", "cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf")
     more = {"remasking": flags.sampling_alg, **{name: getattr(flags, name) for name in names}}
-    return LLaDASettings(flags.seq_len, flags.steps, flags.block_length, **more, **_saving(flags))
+    return LLaDASettings(flags.seq_len, flags.steps, flags.block_length, **more, **saving_of(flags))
 
 
 DREAM = Family("dream", "Dream", "Dream-org/Dream-v0-Instruct-7B", "dream_generation.py", _add_dream, _dream_settings)

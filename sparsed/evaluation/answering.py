@@ -12,7 +12,7 @@ from ..chat import answer_length, decode, stop_ids
 from ..models.common import DiffusionLM
 from ..run import synchronize
 from ..sampling import Settings
-from ..sampling.common import OnStep
+from ..sampling.common import OnStep, Step
 from ..selection import SPARSED
 from ..watching import recall, watched
 from .methods import METHODS, Variant
@@ -52,10 +52,17 @@ class Answerer:
             lambda scores, pattern: layers.append((pattern.density, recall(scores, pattern))),
             METHODS[variant.method].rule or SPARSED,
         )
+        forwards = 0
+
+        def count(step: Step) -> None:
+            nonlocal forwards
+            forwards += step.ran
+            on_step(step)
+
         synchronize(self.model.device)
         start = time.perf_counter()
         out = sampling.generate(
-            self.model, ids, settings, config=variant.config, backend=self.backend, rule=rule, on_step=on_step
+            self.model, ids, settings, config=variant.config, backend=self.backend, rule=rule, on_step=count
         )
         generated = out[:, ids.shape[1] :].tolist()
         seconds = (time.perf_counter() - start) / len(samples)
@@ -78,6 +85,7 @@ class Answerer:
                     "prompt_tokens": len(sample.input_ids),
                     "new_tokens": gen_length,
                     "steps": settings.steps,
+                    "forwards": forwards,
                     "density": density,
                     "recall": [shares[row].item() for _, shares in layers] or None,
                     "seconds": seconds,

@@ -6,12 +6,15 @@ import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from ..backends import BACKENDS
 from ..config import SparseDConfig
 from ..console.parser import Parser
 from ..console.readers import config_field, device, list_of, non_empty, path, shown, some_of, whole
 from ..models.loading import DTYPES
+from ..sampling.saving import OFF
+from ..saving_flags import add_saving
 from .methods import METHODS, Variant, variants
 from .tasks import TASKS
 
@@ -41,6 +44,7 @@ class Arguments:
     """What the flags of the same names ask for.
 
     Args:
+        saving: what saves rows and steps, as a sampler's settings take it.
         variants: the methods, each with every combination of SparseD's settings.
         parser: for what turns out wrong later.
     """
@@ -61,6 +65,7 @@ class Arguments:
     batch_size: int
     backend: str
     quiet: bool
+    saving: dict[str, Any]
     variants: list[Variant]
     parser: Parser
 
@@ -82,7 +87,8 @@ def parse(argv: list[str] | None) -> Arguments:
     methods, dense = given.pop("methods"), DENSE_ANSWER[given.pop("dense_answer")]
     sweep = product(*(given.pop(name) for name in ("block_size", "skip", "select")), dense)
     configs = [SparseDConfig(skip, select, size, dense) for size, skip, select, dense in sweep]
-    return Arguments(**given, variants=variants(methods, configs), parser=parser)
+    saving = {name: given.pop(name) for name in OFF}
+    return Arguments(**given, saving=saving, variants=variants(methods, configs), parser=parser)
 
 
 def build_parser() -> Parser:
@@ -110,7 +116,9 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("generation, greedy")
     group.add_argument("--seq_len", type=whole(1), metavar="N", help="new tokens (default: as RULER has it, by task)")
     group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: as many as new tokens)")
-    group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help="LLaDA (default: %(default)s)")
+    blocks = "of LLaDA; of Dream with a cache, threshold or factor (default: %(default)s)"
+    group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help=blocks)
+    add_saving(group)
     group = parser.add_argument_group("running")
     group.add_argument("--batch_size", type=whole(1), default=1, metavar="N", help="samples at once (default: 1)")
     group.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")

@@ -23,6 +23,7 @@ from ..models.identity import files_digest, weights_digest
 from ..models.loading import model_family
 from ..prompts import demo_path
 from ..sampling.common import Step
+from ..sampling.saving import OFF
 from . import plots
 from .answering import Answerer
 from .arguments import Arguments, parse
@@ -80,6 +81,7 @@ def _settings(args: Arguments, path: str, model: DiffusionLM) -> Record:
         "seq_len": args.seq_len,
         "steps": args.steps,
         "block_length": args.block_length,
+        **{name: value for name, value in args.saving.items() if value != OFF[name]},  # absent in earlier folders
         "backend": args.backend,
         "tasks_file": files_digest([args.tasks_file]) if args.tasks_file else None,
     }

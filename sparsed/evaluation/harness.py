@@ -10,7 +10,6 @@ with its own model. A process runs one request at a time: SparseD pays with long
 import logging
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from accelerate.utils import gather, gather_object
 from tqdm import tqdm
 
 from .. import sampling
-from ..backends import check_backend
 from ..chat import answer_length, decode, stop_ids
-from ..config import SparseDConfig, check_numbers
+from ..config import check_numbers
 from ..console.streams import tell
 from ..models import load_model, load_tokenizer
 from ..sampling.likelihood import is_greedy, log_likelihood
+from ..sampling.saving import OFF
+from .harness_options import Options
 from .team import leave_group
 
 try:
@@ -41,98 +41,8 @@ except ModuleNotFoundError as error:
         sys.exit(2)
     raise ModuleNotFoundError(lacking) from error
 
-# the harness passes these on to every model; a checkpoint's code never runs, whatever they say
-IGNORED = ("max_batch_size", "trust_remote_code")
-
-
 class OptionError(ValueError):
     """The model cannot be made from the options of --model_args, or cannot do a task as it is set up."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What --model_args may set.
-
-    Args:
-        pretrained: folder or hub id of a Dream or LLaDA checkpoint.
-        origin: full attention in every step.
-        skip, select, block_size, dense_answer: SparseD's settings.
-        backend: kernel of the sparse steps.
-        steps: denoising steps of one answer whose task does not say; None takes as many as it has tokens.
-        max_gen_toks: tokens of an answer whose task does not say.
-        block_length: LLaDA's block, at most the answer's length; what its last block has too many is cut off.
-        mc_num: draws per log-likelihood.
-        check_greedy: whether to find out if the model would write exactly the target, which few metrics ask for and
-            takes as many forwards as it has tokens; else the answer is always no.
-        add_bos_token: put the tokenizer's bos_token before every context that does not have it.
-        device, dtype: as for `load_model`.
-        seed: of the draws, which are the same for every log-likelihood, and of sampling above temperature 0.
-        batch_size: 1.
-
-    Raises:
-        ValueError: one of them is out of range.
-    """
-
-    pretrained: str
-    origin: bool = False
-    skip: float = 0.2
-    select: float = 0.3
-    block_size: int = 128
-    dense_answer: bool = False
-    backend: str = "auto"
-    steps: int | None = None
-    max_gen_toks: int = 256
-    block_length: int = 32
-    mc_num: int = 128
-    check_greedy: bool = True
-    add_bos_token: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
-    batch_size: int = 1
-
-    def __post_init__(self):
-        SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
-        check_backend(self.backend)
-        check_numbers(max_gen_toks=self.max_gen_toks, block_length=self.block_length, mc_num=self.mc_num)
-        check_numbers(steps=1 if self.steps is None else self.steps)
-        for name in ("origin", "check_greedy", "add_bos_token"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0, got {self.seed!r}")
-        if self.batch_size != 1:
-            raise ValueError(f"batch_size must be 1, got {self.batch_size!r}: requests run one at a time")
-
-    @classmethod
-    def parse(cls, given: dict[str, Any]) -> "Options":
-        """Options from a dict whose numbers and flags may be strings.
-
-        Raises:
-            ValueError: an unknown option, or one that is missing or out of range; the line names it.
-        """
-        kinds = {field.name: field.type for field in fields(cls)}
-        given = {name: value for name, value in given.items() if name not in IGNORED}
-        unknown = next((name for name in given if name not in kinds), None)
-        if unknown is not None:
-            raise ValueError(f"unknown option {unknown!r}; there are {', '.join(kinds)}")
-        if "pretrained" not in given:
-            raise ValueError("pretrained is missing: the folder or hub id of a checkpoint")
-        values: dict[str, Any] = {
-            name: str(value) if kinds[name] is str else handle_arg_string(value) if isinstance(value, str) else value
-            for name, value in given.items()
-        }
-        return cls(**values)
-
-    @property
-    def config(self) -> SparseDConfig | None:
-        """SparseD's settings; None for full attention."""
-        return None if self.origin else SparseDConfig(self.skip, self.select, self.block_size, self.dense_answer)
-
-    @property
-    def attention(self) -> dict[str, Any]:
-        """How a model attends, as arguments of the sampler and of the likelihoods."""
-        return {"config": self.config, "backend": self.backend}
 
 
 @register_model("sparsed")
@@ -149,7 +59,7 @@ class SparseDLM(TemplateLM):
     def __init__(self, **options: Any):
         super().__init__()
         try:
-            self.options = Options.parse(options)
+            self.options = Options.parse(options, handle_arg_string)
             self.processes = PartialState(cpu=not torch.cuda.is_available())
             self._rank, self._world_size = self.processes.process_index, self.processes.num_processes
             device = self.options.device if self.world_size == 1 else self.processes.device
@@ -237,6 +147,9 @@ class SparseDLM(TemplateLM):
 
     def check(self, tasks: dict[str, Any]) -> None:
         """Raise OptionError, which names the task, unless the model can do all of these as they are set up."""
+        if self.options.saving != OFF and any(task.OUTPUT_TYPE != "generate_until" for task in tasks.values()):
+            told = "likelihoods take a forward of all rows each: cache, threshold and the like do not apply to them"
+            logging.getLogger(__name__).warning(told)
         for name, task in tasks.items():
             if task.OUTPUT_TYPE == "loglikelihood_rolling":
                 raise OptionError(f"task {name}: sparsed has no likelihoods of whole documents, only of targets")
@@ -257,7 +170,7 @@ class SparseDLM(TemplateLM):
                 del settings["num_beams"]
             for name in () if sampled else ("top_p", "top_k"):
                 settings.pop(name, None)
-            steps = settings.pop("steps", options.steps)
+            steps, settings = settings.pop("steps", options.steps), options.saving | settings
             sampler = sampling.settings_for_answer(self.model.family, length, steps, options.block_length, **settings)
         except (TypeError, ValueError) as error:
             raise OptionError(f"{where}: {error}") from error

@@ -82,7 +82,9 @@ def samplers(args: Arguments, family: str, batches: list[Batch]) -> dict[int, Se
     for gen_length in dict.fromkeys(batch.gen_length for batch in batches):
         steps = args.steps or gen_length
         try:
-            found[gen_length] = settings_for(family, gen_length=gen_length, steps=steps, block_length=args.block_length)
+            found[gen_length] = settings_for(
+                family, gen_length=gen_length, steps=steps, block_length=args.block_length, **args.saving
+            )
         except SettingError as error:
             args.parser.error(f"argument --{error.argument}: {error.must}")
     return found

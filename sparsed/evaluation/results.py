@@ -131,6 +131,7 @@ def _readable(record: Record) -> bool:
         and 0 <= record["score"] <= 1
         and record["method"] in METHODS
         and record.get("dense_answer") in (None, True)
+        and isinstance(record.get("forwards"), (int, NoneType))
     )
 
 
@@ -154,9 +155,9 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
         rows: one per cell: task, length, the variant, seeds, n, accuracy in percent with its Wilson interval (low and
             high), its difference to full attention on the same samples, and its gain over the same variant without
             dense answer rows (None where there is nothing to compare with), density, recall (mean over layers, None
-            without a pattern), recall_layers, seconds per sample.
-        averages: one per length and variant: the means over tasks of accuracy and difference, with 95 % intervals; the
-            methods in the order of `METHODS`, whatever order they were run in.
+            without a pattern), recall_layers, seconds per sample, forwards of the model for it.
+        averages: one per length and variant: the means over tasks of accuracy and difference, with 95 % intervals, and
+            of density, seconds and forwards; the methods in the order of `METHODS`, whatever order they were run in.
     """
     records = sorted(records, key=lambda record: (record["length"] is None, record["length"]))
     scores = {key(record): record["score"] for record in records}
@@ -190,7 +191,6 @@ def _cell(records: list[Record], known: dict[tuple, float]) -> Record:
         **_accuracy([records], known),
         "recall": None if layers is None else float(np.mean(layers)),
         "recall_layers": layers,
-        "seconds": float(np.mean([record["seconds"] for record in records])),
     }
 
 
@@ -202,8 +202,15 @@ def _accuracy(tasks: list[list[Record]], known: dict[tuple, float]) -> Record:
         **_named("accuracy", mean_of([proportion([record["score"] for record in task]) for task in tasks])),
         **_difference("difference", tasks, known, dict.fromkeys(VARIANT) | {"method": "origin"}),
         **_difference("gain", tasks, known, {"dense_answer": None}),
-        "density": float(np.mean([record["density"] for record in records])),
+        **{name: float(np.mean([record[name] for record in records])) for name in ("density", "seconds")},
+        "forwards": _forwards(records),
     }
+
+
+def _forwards(records: list[Record]) -> float | None:
+    """Of the model for an answer, on average; None among lines of earlier versions, which do not say."""
+    counts = [record["forwards"] for record in records if record.get("forwards") is not None]
+    return float(np.mean(counts)) if len(counts) == len(records) else None
 
 
 def _difference(name: str, tasks: list[list[Record]], known: dict[tuple, float], other: Record) -> Record:
@@ -247,12 +254,14 @@ def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
     differences = {"difference": "to full attention"}
     if any(average.get("gain") is not None for average in averages):
         differences["gain"] = "to the same without dense answer rows"
-    columns = ["method", "density", *tasks, "average", *differences.values()]
+    work = ["forwards", "seconds"] if all(average.get("forwards") is not None for average in averages) else []
+    columns = ["method", "density", *tasks, "average", *differences.values(), *work]
     lines = [columns, ["---"] * len(columns)]
     for average in averages:
         cells = {row["task"]: _figure(row, "accuracy") for row in rows if variant_of(row) == variant_of(average)}
         line = [title_of(average), f"{average['density']:.2f}", *(cells.get(task, "-") for task in tasks)]
-        lines.append([*line, _figure(average, "accuracy"), *(_figure(average, name) for name in differences)])
+        line += [_figure(average, "accuracy"), *(_figure(average, name) for name in differences)]
+        lines.append([*line, *(f"{average[name]:.3g}" for name in work)])
     text = f"### {title}\n\nAccuracy in %, 95 % intervals, {samples} samples a cell.\n\n"
     return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

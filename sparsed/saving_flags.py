@@ -1,0 +1,32 @@
+"""The flags for what saves rows and steps (`sampling.saving`), which the scripts and the evaluation share."""
+
+import argparse
+import math
+from typing import Any
+
+from .console.parser import add_value
+from .console.readers import number_in, whole
+from .sampling.saving import CACHES, OFF
+
+
+def add_saving(group: Any) -> None:
+    """Add the flags to a group of a parser."""
+    cache = (
+        "compute only some rows inside a block, over the other rows' cached keys: its own (dual), or those from its "
+        "start on (prefix)"
+    )
+    add_value(group, "--cache", cache, "none", choices=CACHES)
+    refresh = "with a cache: compute all rows at every N-th block's start; 0: at the first one's only (default: 1)"
+    group.add_argument("--refresh", type=whole(0), metavar="N", help=refresh)
+    which = group.add_mutually_exclusive_group()
+    sure = "commit every token of the block whose probability is at least P, so that fewer steps are needed"
+    which.add_argument("--threshold", type=number_in(0, math.inf), metavar="P", help=sure)
+    surer = "the same by a bound that rises with their number: the n-th likeliest if (n + 1) (1 - probability) < F"
+    which.add_argument("--factor", type=number_in(0, math.inf, above=True), metavar="F", help=surer)
+    stop = "end the answer with the block that holds an end token"
+    group.add_argument("--early_stop", action="store_true", help=stop)
+
+
+def saving_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, as a sampler's settings take it."""
+    return {name: getattr(flags, name) for name in OFF}
