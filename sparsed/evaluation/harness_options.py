@@ -23,8 +23,8 @@ class Options:
         backend: kernel of the sparse steps.
         steps: denoising steps of one answer whose task does not say; None takes as many as it has tokens.
         max_gen_toks: tokens of an answer whose task does not say.
-        block_length: of LLaDA, and of Dream with a cache, threshold or factor; at most the answer's length; what the last
-            block has too many is cut off.
+        block_length: of LLaDA, and of Dream with a cache, threshold or factor; at most the answer's length; what the
+            last block has too many is cut off.
         cache, refresh, threshold, factor, early_stop: as for the samplers, for answers; a task's own win.
         mc_num: draws per log-likelihood.
         check_greedy: whether to find out if the model would write exactly the target, which few metrics ask for and

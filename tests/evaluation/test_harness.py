@@ -241,7 +241,8 @@ def test_rolling_likelihoods_are_refused(make):
 
 def test_options_may_be_strings():
     given = {"pretrained": "x", "origin": "False", "skip": "0.5", "block_size": "64", "steps": "None", "mc_num": 4}
-    options = harness.Options.parse(given | {"trust_remote_code": True, "max_batch_size": None}, harness.handle_arg_string)
+    passed_on = {"trust_remote_code": True, "max_batch_size": None}
+    options = harness.Options.parse(given | passed_on, harness.handle_arg_string)
     assert options.config == SparseDConfig(0.5, 0.3, 64) and options.steps is None
     assert harness.Options.parse(given | {"origin": "True"}, harness.handle_arg_string).config is None
 
