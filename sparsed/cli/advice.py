@@ -3,6 +3,7 @@
 import math
 import shlex
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -21,6 +22,7 @@ from .arguments import Call
 from .progress import bar
 from .recording import SelectedBlocks
 from .running import Job, StepClock
+from .ways import Forwards, as_record, no_cache, time_few_rows, way_lines, ways
 
 # prompt tokens of the shorter measurement: on a GPU, those from which on the kernels are the ones of long prompts
 SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
@@ -65,13 +67,13 @@ def advise(job: Job) -> dict[str, Any]:
         `origin_seconds` and `sparsed_seconds` of the whole run; `fitted_prompt_tokens`, the `fitted_lengths`;
         `pays_from`, the shortest prompt for which SparseD is faster (not below the shortest that was timed), None if
         nothing shows that it ever is; `command`, which runs the faster of the two; `dense_answer`, the same for runs
-        with dense answer rows, unless the call has them itself.
+        with dense answer rows, unless the call has them itself; and what `_ways` gives.
 
     Raises:
         BackendError: the named backend cannot run.
         FloatingPointError: the model's logits are not finite.
     """
-    args, sampler, prompt_tokens = job.args, job.args.sampler, len(job.input_ids)
+    args, sampler, prompt_tokens = job.args, job.args.sampler.plain(), len(job.input_ids)
     short, long = fitted_lengths(prompt_tokens, job.model.device)
     lengths = sorted({short, long, prompt_tokens})
     for length in lengths[: lengths.index(short) + 1]:  # the first use of a kernel compiles it
@@ -93,7 +95,18 @@ def advise(job: Job) -> dict[str, Any]:
         "pays_from": pays_from,
         "command": command_of(args, origin=sparsed >= origin),
         "dense_answer": _dense_answer(job, times[prompt_tokens], ran),
+        **_ways(job, times[prompt_tokens]),
     }
+
+
+def _ways(job: Job, own: StepTimes) -> dict[str, Any]:
+    """`ways`, the whole runs with caches and without, the fastest first; or `no_cache`, why none was timed."""
+    reason = no_cache(job, own.prompt_tokens)
+    if reason is not None:
+        return {"ways": [], "no_cache": reason}
+    answer, cached = time_few_rows(job, own.prompt_tokens)
+    forwards = Forwards(own.full, own.selecting, own.sparse, answer, cached)
+    return {"ways": as_record(ways(job, forwards), partial(command_of, job.args)), "forwards": asdict(forwards)}
 
 
 def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, Any]]:
@@ -116,7 +129,7 @@ def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, A
 @torch.no_grad()
 def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     """Time one step of each kind, the real forward without sampling, on the prompt repeated or cut to that length."""
-    model, device, args, sampler = job.model, job.model.device, job.args, job.args.sampler
+    model, device, args, sampler = job.model, job.model.device, job.args, job.args.sampler.plain()
     ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=device)
     canvas = F.pad(ids, (0, sampler.gen_length), value=model.config.mask_token_id)
     if sampler.cfg_scale:
@@ -206,7 +219,9 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     fastest = min(others, key=lambda other: other["seconds"], default=None)
     if fastest is not None and fastest["seconds"] < min(origin, sparsed):
         lines.append(f"or, the fastest here, though not the paper's method: {fastest['command']}")
-    return lines
+    if advice["ways"]:
+        return lines + way_lines(advice["ways"])
+    return [*lines, f"(no cache was timed: {advice['no_cache']})"]
 
 
 def command_of(args: Call, *, origin: bool, **changes: Any) -> str:

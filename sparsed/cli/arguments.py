@@ -93,8 +93,8 @@ def parse(family: Family, argv: list[str] | None) -> Call:
     except SettingError as error:
         parser.error(f"argument --{error.argument}: {error.must}")
     _check_backend(parser, args)
-    # --advise makes no answers and no whole runs, and times forwards of all rows
-    for name in ("report", "warmup", "repeat", "show", "cache", "threshold", "factor", "early_stop"):
+    # --advise makes no answers and no whole runs, and ranks caches itself
+    for name in ("report", "warmup", "repeat", "show", "cache", "early_stop"):
         if args.advise and getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name}: not allowed with argument --advise")
     if args.show and importlib.util.find_spec("rich") is None:

@@ -49,10 +49,10 @@ def peak_bytes(
             each = sum(ceil_share(config.select, part.stop - part.start) for part in grid.parts)
             kept = sizes.heads * grid.n_blocks * (sizes.layers * each * INDEX + grid.n_blocks * SCORE)
     activations = length * row * model.dtype.itemsize
-    return weight_bytes(model) + batch * (activations + logits + kept) + _cache_bytes(model, sampler, prompt_tokens)
+    return weight_bytes(model) + batch * (activations + logits + kept) + cache_bytes(model, sampler, prompt_tokens)
 
 
-def _cache_bytes(model: DiffusionLM, sampler: Settings, prompt_tokens: int) -> int:
+def cache_bytes(model: DiffusionLM, sampler: Settings, prompt_tokens: int) -> int:
     """Keys and values of all layers, where the sampler keeps them; guidance has two sequences."""
     sizes, sequences = model.config.sizes, (2 if sampler.cfg_scale else 1) if sampler.cached else 0
     length = prompt_tokens + sampler.gen_length
@@ -79,7 +79,7 @@ def check_memory(model: DiffusionLM, args: Call, prompt_tokens: int) -> None:
         if peak(LENGTHS.get(preset, 0)) <= free:  # the tokens of short_context are too few to count
             way = f"--prompt {preset} is the largest preset that fits"
             break
-    if args.sampler.cached and needed - free <= _cache_bytes(model, args.sampler, prompt_tokens):
+    if args.sampler.cached and needed - free <= cache_bytes(model, args.sampler, prompt_tokens):
         way += "; without --cache it fits"
     raise TooLittleMemory(
         f"{prompt_tokens} prompt tokens and {args.sampler.gen_length} new ones would take about {needed / GIB:.1f} "

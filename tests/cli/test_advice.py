@@ -119,7 +119,7 @@ def test_advice_for_people():
     assert "every block would be kept" in "\n".join(advice_lines(found, 4096, 128))
 
 
-class FakeDenoiser:
+class FakeRunner:
     """Takes 4, 7 and 2 seconds for the three kinds of steps, on a clock of its own."""
 
     now = 0.0
@@ -127,8 +127,12 @@ class FakeDenoiser:
     def __init__(self, model, run, mask, first_row, most_rows):
         self.model, self.run = model, run
 
+    @property
+    def phase(self):
+        return self.run.phase
+
     def __call__(self, ids, rows):
-        FakeDenoiser.now += {FULL: 4.0, SELECTING: 7.0, SPARSE: 2.0}[self.run.phase]
+        FakeRunner.now += {FULL: 4.0, SELECTING: 7.0, SPARSE: 2.0}[self.run.phase]
         with self.run.forward(tuple(ids.shape)):
             pass
 
@@ -137,8 +141,8 @@ class FakeDenoiser:
 
 
 def test_each_kind_of_step_is_timed_as_what_it_is(make_job, monkeypatch):
-    monkeypatch.setattr(advice, "StepRunner", FakeDenoiser)
-    monkeypatch.setattr(running.time, "perf_counter", lambda: FakeDenoiser.now)
+    monkeypatch.setattr(advice, "StepRunner", FakeRunner)
+    monkeypatch.setattr(running.time, "perf_counter", lambda: FakeRunner.now)
     found = time_steps(make_job("--block_size 16"), 300)
     assert (found.prompt_tokens, found.full, found.selecting, found.sparse) == (300, 4.0, 7.0, 2.0)
 

@@ -1,0 +1,152 @@
+"""What `--advise` says of caches: whole runs put together from a forward of each kind, ranked."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..config import SparseDConfig
+from ..models.loading import GIB
+from ..run import synchronize
+from ..sampling import Settings
+from ..sampling.runner import StepRunner
+from ..sampling.saving import BLOCK_LENGTH, OFF
+from ..sampling.unmasking import SettingError
+from .memory import available_bytes, cache_bytes
+from .running import Job
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """Seconds of one forward of each kind: of all rows with full attention, of one that also selects, of a sparse one;
+    of the answer's rows over the cached prompt, and of a block's over cached keys."""
+
+    full: float
+    selecting: float
+    sparse: float
+    answer: float
+    cached: float
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to generate, and what it takes.
+
+    Args:
+        flags: what its command has beside the call's own.
+        fewest, most: seconds; the same unless a threshold or factor leaves the number of steps open: `fewest` has one
+            step a block, `most` all of them.
+        whole: forwards of all rows, at most.
+    """
+
+    name: str
+    flags: dict[str, Any]
+    fewest: float
+    most: float
+    whole: int
+
+
+def in_blocks(sampler: Settings, **saving: Any) -> Settings:
+    """The sampler with a cache; SettingError where the region cannot be cut into blocks."""
+    block_length = sampler.block_length or min(BLOCK_LENGTH, sampler.gen_length)
+    return replace(sampler, block_length=block_length, **{**OFF, **saving})
+
+
+def ways(job: Job, forwards: Forwards) -> list[Way]:
+    """Every way to generate that is timed, the fastest first."""
+    return sorted(_ways(job.args.sampler, job.args.config, forwards), key=lambda way: (way.most, way.fewest))
+
+
+def _ways(sampler: Settings, config: SparseDConfig, forwards: Forwards) -> Iterator[Way]:
+    open_ended = sampler.bound is not None
+    cached = in_blocks(sampler, cache="dual")
+    blocks, steps = cached.blocks or 1, sum(not idle for idle in sampler.plain().idle)
+    fewest = blocks if open_ended else steps
+    for name, chosen in (("full attention", None), ("SparseD", config)):
+        low, high = (whole_rows(count, chosen, forwards) for count in (fewest, steps))
+        yield Way(name, {"origin": chosen is None}, low, high, steps)
+    inner = blocks * (min(sampler.steps // blocks, cached.block_length or 1) - 1)
+    for name, refresh, chosen in (
+        ("cache", None, None),
+        ("cache and SparseD", None, config),
+        ("cache, all rows once", 0, None),
+    ):
+        whole = replace(cached, refresh=refresh).refreshes(blocks)
+        refreshed = whole_rows(whole, chosen, forwards) + (blocks - whole) * forwards.answer
+        most = refreshed + inner * forwards.cached
+        flags = {"origin": chosen is None, "cache": "dual", "refresh": refresh}
+        yield Way(name, flags, refreshed if open_ended else most, most, whole)
+
+
+def whole_rows(count: int, config: SparseDConfig | None, forwards: Forwards) -> float:
+    """Seconds of so many forwards of all rows, the first of which are full under a config."""
+    n_full = count if config is None else config.n_full(count)
+    if n_full >= count:
+        return count * forwards.full
+    return (n_full - 1) * forwards.full + forwards.selecting + (count - n_full) * forwards.sparse
+
+
+def no_cache(job: Job, prompt_tokens: int) -> str | None:
+    """Why no cache can be timed here, None if one can."""
+    try:
+        cached = in_blocks(job.args.sampler, cache="dual")
+    except SettingError as error:
+        return f"a cache needs blocks: --{error.argument} {error.must}"
+    needed = cache_bytes(job.model, cached, prompt_tokens)
+    free = available_bytes(job.model.device, spread=job.args.device == "auto")
+    return None if needed <= free else f"a cache takes {needed / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
+
+
+@torch.no_grad()
+def time_few_rows(job: Job, prompt_tokens: int) -> tuple[float, float]:
+    """Seconds of a forward of the answer's rows over the cached prompt, and of a block's rows over cached keys."""
+    model, sampler = job.model, in_blocks(job.args.sampler, cache="dual")
+    ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=model.device)
+    canvas = F.pad(ids, (0, sampler.gen_length), value=model.config.mask_token_id)
+    if sampler.cfg_scale:
+        canvas = canvas.repeat(2, 1)
+    most_rows = sampler.most_rows * len(canvas)
+    runner = StepRunner(model, None, None, prompt_tokens - 1, most_rows, model.kv_cache(*canvas.shape))
+    start = prompt_tokens - sampler.shift
+    rows = start + torch.arange(sampler.most_rows, device=model.device)
+    runner(canvas, rows)  # which fills the cache
+    seconds = []
+    for stop in (canvas.shape[1], prompt_tokens + sampler.most_rows):
+        for _ in range(2):  # the first one may compile
+            synchronize(model.device)
+            began = time.perf_counter()
+            runner(canvas, rows, (start, stop))
+            synchronize(model.device)
+            took = time.perf_counter() - began
+        seconds.append(took)
+    runner.check()
+    return seconds[0], seconds[1]
+
+
+def way_lines(found: list[dict[str, Any]]) -> list[str]:
+    """The ranking as it is printed.
+
+    Args:
+        found: `Way`s as the record has them, each with its command.
+    """
+    slowest = max(way["most"] for way in found)
+    lines = ["ranked, with what caches give (--cache dual; measure what they cost in accuracy):"]
+    for way in found:
+        took = f"{way['most']:.1f} s"
+        if way["fewest"] < way["most"]:
+            took = f"{way['fewest']:.1f} to {took}, one step a block to one step for each of its shares"
+        lines.append(f"  {way['name']}: {took}, {slowest / way['most']:.1f}x; {way['command']}")
+    named = {way["name"]: way for way in found}
+    cache, both = named.get("cache"), named.get("cache and SparseD")
+    if cache and both and both["most"] >= cache["most"]:
+        lines.append(f"  selecting blocks does not pay with {both['whole']} forwards of all rows: add --origin")
+    return lines
+
+
+def as_record(found: list[Way], command: Any) -> list[dict[str, Any]]:
+    """The ways for the record, each with the command that `command(**flags)` words."""
+    return [{**asdict(way), "command": command(**way.flags)} for way in found]
