@@ -92,8 +92,8 @@ def time_bars(runs: list[RunRecord], seconds: dict[str, dict[str, float | None]]
     bars = []
     for run in runs:
         parts, left = [], 0.0
-        for phase, (name, _) in PHASES.items():
-            share = max(0.0, seconds[run.mode].get(phase) or 0.0) / longest
+        for phase in filter(seconds[run.mode].__contains__, PHASES):
+            name, share = PHASES[phase][0], max(0.0, seconds[run.mode][phase] or 0.0) / longest
             # of full attention's steps, those that SparseD makes sparse are full too
             kind = "full_steps" if run.mode == "origin" and phase not in FEW_ROWS.values() else phase
             title = f"{name}: {duration(share * longest)}"

@@ -174,7 +174,7 @@ def test_the_steps_that_run_are_the_sampler_s(words, make_job):
         def tick(self, step):
             seen.append(step.ran)
 
-    running.generate(job, Watcher())
+    running.generate(job, job.args.sampler, Watcher())
     assert [not idle for idle in job.args.sampler.idle] == seen
     assert len(seen) == job.args.sampler.steps
 

@@ -1,6 +1,7 @@
 """--dense_answer reaches the computation, from every command line."""
 
 import json
+from ast import literal_eval
 
 import pytest
 
@@ -51,9 +52,10 @@ def test_the_evaluation_refuses_another_word(tmp_path, capsys):
 
 def test_the_harness_takes_it():
     pytest.importorskip("lm_eval")
-    from sparsed.evaluation.harness import Options
+    from sparsed.evaluation.harness_options import Options
 
-    assert Options.parse({"pretrained": "x", "dense_answer": "True"}).config == SparseDConfig(dense_answer=True)
-    assert Options.parse({"pretrained": "x"}).config == SparseDConfig()
+    given = {"pretrained": "x"}
+    assert Options.parse(given | {"dense_answer": "True"}, literal_eval).config == SparseDConfig(dense_answer=True)
+    assert Options.parse(given, literal_eval).config == SparseDConfig()
     with pytest.raises(ValueError, match="dense_answer"):
-        Options.parse({"pretrained": "x", "dense_answer": "maybe"})
+        Options.parse({"pretrained": "x", "dense_answer": "maybe"}, str)

@@ -162,7 +162,7 @@ def test_the_answer_follows_the_steps(checkpoints):
     def step(index, **commits):
         rows, tokens = [100 + int(name[1:]) for name in commits], list(commits.values())
         columns = (torch.tensor(rows), torch.tensor(tokens), torch.full((len(rows),), 0.5))
-        return Step(index, True, *columns, torch.ones(len(rows), dtype=torch.bool))
+        return Step(index, "full", 0, *columns, torch.ones(len(rows), dtype=torch.bool))
 
     def shown():
         return [token if token is None else token.piece or END for token in answer.tokens()]
@@ -170,7 +170,7 @@ def test_the_answer_follows_the_steps(checkpoints):
     done = [step(0, _1=a, _4=mask)]
     answer.follow(done)
     assert shown() == [None, "a", None, None, None, None] and answer.newest == {1}
-    done += [Step(1, False)]
+    done += [Step(1, "idle")]
     answer.follow(done)
     assert answer.newest == {1}, "a step that commits nothing leaves the mark where it is"
     done += [step(2, _0=b), step(3, _5=stop)]

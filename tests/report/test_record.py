@@ -56,12 +56,11 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
 
     clock = running.StepClock(torch.device("cpu"), Run(), lambda *_: None)
     clock.start()
-    clock.tick(Step(0, True))
+    clock.tick(Step(0, "full"))
     clock.run.compile_seconds = 10.0
-    clock.run.phase = "selecting"
-    clock.tick(Step(1, True))
-    clock.tick(Step(2, True))
-    clock.tick(Step(3, False))
-    assert clock.phases == ["full", "full", "selecting", "idle"], "what the run said before the step"
+    clock.tick(Step(1, "selecting"))
+    clock.tick(Step(2, "cached"))
+    clock.tick(Step(3, "idle"))
+    assert clock.phases == ["full", "selecting", "cached", "idle"], "what each step says of itself"
     assert clock.step_seconds == [1.0, 1.0, 1.0, 0.0], "a step that ran no model takes no time"
     assert clock.compile_seconds == 10.0

@@ -58,7 +58,7 @@ def faked(monkeypatch):
     captures = []
 
     def capture(self, ids):
-        captures.append(self._phase())
+        captures.append(self.phase)
         if not self.inputs:
             self.inputs = ids.clone(), torch.full((self.most_rows,), self.first_row)
         graph = FakeGraph(self)
@@ -207,7 +207,7 @@ def test_logits_that_are_not_finite_end_in_one_line(family, temperature, at_step
             head.weight.data[3] = float("nan")
 
     if at_step == 0:
-        spoil(Step(0, True))
+        spoil(Step(0, "full"))
     with pytest.raises(FloatingPointError, match="not finite"):
         GENERATE[family](model, torch.randint(0, 90, (1, 30)), on_step=spoil, **options)
 
