@@ -214,14 +214,13 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
             f"with --dense_answer --select {other['select']:g}: a sparse step {other['sparse']:.3f} s, the whole run "
             f"{other['seconds']:.1f} s, {origin / other['seconds']:.2f}x as fast as full attention"
         )
+    lines += way_lines(advice["ways"]) if advice["ways"] else [f"no cache was timed: {advice['no_cache']}"]
     lines.append("(estimates from a single forward pass of each kind; loading, compiling and sampling are not in them)")
     lines.append(f"use: {advice['command']}")
     fastest = min(others, key=lambda other: other["seconds"], default=None)
     if fastest is not None and fastest["seconds"] < min(origin, sparsed):
         lines.append(f"or, the fastest here, though not the paper's method: {fastest['command']}")
-    if advice["ways"]:
-        return lines + way_lines(advice["ways"])
-    return [*lines, f"(no cache was timed: {advice['no_cache']})"]
+    return lines
 
 
 def command_of(args: Call, *, origin: bool, **changes: Any) -> str:
