@@ -57,11 +57,12 @@ def in_blocks(sampler: Settings, **saving: Any) -> Settings:
 
 
 def ways(job: Job, forwards: Forwards) -> list[Way]:
-    """Every way to generate that is timed, the fastest first."""
-    return sorted(_ways(job.args.sampler, job.args.config, forwards), key=lambda way: (way.most, way.fewest))
+    """Every way to generate, the fastest first."""
+    return sorted(every_way(job.args.sampler, job.args.config, forwards), key=lambda way: (way.most, way.fewest))
 
 
-def _ways(sampler: Settings, config: SparseDConfig, forwards: Forwards) -> Iterator[Way]:
+def every_way(sampler: Settings, config: SparseDConfig, forwards: Forwards) -> Iterator[Way]:
+    """With full attention and with SparseD, with a cache and without, and with all rows computed once."""
     open_ended = sampler.bound is not None
     cached = in_blocks(sampler, cache="dual")
     blocks, steps = cached.blocks or 1, sum(not idle for idle in sampler.plain().idle)

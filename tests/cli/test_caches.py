@@ -1,0 +1,212 @@
+"""Caches, thresholds and early stop in the scripts: the record, the page, the comparison, memory, `--advise`."""
+
+import json
+from dataclasses import replace
+
+import msgspec
+import pytest
+import torch
+
+from benchmarks.shapes import meta_model
+from sparsed import SparseDConfig
+from sparsed.cli import main_dream, main_llada, memory, ways
+from sparsed.cli.ways import Forwards
+from sparsed.report import summary
+from sparsed.report.page import page
+from sparsed.report.record import Forward, Phase, RunRecord, read
+from sparsed.sampling.settings import DreamSettings, LLaDASettings
+from tests.helpers.records import made_up_run
+from tests.helpers.tiny_folders import tiny_folder
+
+MAIN = {"dream": main_dream, "llada": main_llada}
+QUESTION = "Where does the old lighthouse keeper, who never learned to swim, keep the spare key of the boat house?"
+SHIFT = {"dream": 1, "llada": 0}
+FORWARDS = Forwards(full=10.0, selecting=17.0, sparse=4.0, answer=2.0, cached=1.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: tiny_folder(root / family, family) for family in MAIN}
+
+
+@pytest.fixture(params=MAIN)
+def call(request, checkpoints, tmp_path, capsys):
+    """Runs the family's script; returns (family, stderr, record)."""
+
+    def run(words):
+        file = tmp_path / "record.json"
+        given = ["--model_path", checkpoints[request.param], "--prompt_text", QUESTION, "--device", "cpu"]
+        given += ["--block_size", "16", "--block_length", "8", "--json", file, *words.split()]
+        assert MAIN[request.param]([str(word) for word in given]) == 0
+        return request.param, capsys.readouterr().err, json.loads(file.read_text())
+
+    return run
+
+
+def phases_of(run):
+    return [forward["phase"] for forward in run["forwards"]]
+
+
+def test_the_record_of_a_cached_run_beside_full_attention(call):
+    """Of four refreshes at skip 0.5, two have full attention, of which the second selects."""
+    family, err, record = call("--cache dual --seq_len 32 --steps 32 --skip 0.5 --compare")
+    plain, cached = record["runs"]
+    length = cached["prompt_tokens"] + 32
+    assert set(phases_of(plain)) <= {"full", "idle"}, "what it is compared with has no cache"
+    refresh = ["full", "selecting", "sparse", "sparse"]
+    assert phases_of(cached) == [phase for first in refresh for phase in (first, *["cached"] * 7)]
+    assert [forward["rows"] for forward in cached["forwards"]] == 4 * [length, *[8 + SHIFT[family]] * 7]
+    assert "full_steps" not in cached and "step_seconds" not in cached, "no prefix of full steps"
+    times, speedup = record["comparison"]["seconds"]["sparsed"], record["comparison"]["speedup"]
+    assert times["cached_steps"] == pytest.approx(
+        sum(f["seconds"] for f in cached["forwards"] if f["phase"] == "cached")
+    )
+    assert {name for name, value in speedup.items() if value is not None} == {"whole"}
+    assert "28 cached steps" in err and "32 forwards for 32 tokens, 1 each" in err
+    shown = page(record)
+    assert 'class="cached_steps"' in shown and "over cached keys" in shown
+    assert not any(forward.phase == "idle" for forward in read(record).runs[1].forwards)
+
+
+def test_refreshes_of_the_answer_s_rows(call):
+    family, err, record = call("--cache prefix --refresh 2 --seq_len 32 --steps 16 --origin")
+    (run,) = record["runs"]
+    assert phases_of(run) == 2 * ["full", *["cached"] * 3, "answer", *["cached"] * 3]
+    length, shift = run["prompt_tokens"] + 32, SHIFT[family]
+    rows = [forward["rows"] for forward in run["forwards"]]
+    assert rows[4] == rows[12] == 32 + shift, "the generated region"
+    assert [rows[i] for i in (0, 1, 5, 8, 9, 13)] == [length, 32 + shift, 24 + shift, length, 16 + shift, 8 + shift]
+    assert "2 answer steps" in err and "12 cached steps" in err
+
+
+def test_a_threshold_saves_forwards_and_the_record_says_so(call):
+    _, err, record = call("--threshold 0 --seq_len 32 --steps 32 --skip 0.5 --temperature 0")
+    (run,) = record["runs"]
+    phases, committed = phases_of(run), [0.0, *(forward["committed"] for forward in run["forwards"])]
+    first = phases.index("selecting")
+    assert phases == ["full"] * first + ["selecting"] + ["sparse"] * (len(phases) - first - 1)
+    assert committed[first - 1] < 0.5 <= committed[first], "the share that --skip says was there before"
+    # a block a forward, but for one whose model draws the mask token
+    assert 4 <= len(phases) <= 6
+    assert f"{len(phases)} forwards for 32 tokens, {32 / len(phases):.3g} each" in err
+
+
+def test_an_early_stop_is_in_the_last_step_without_a_probability(checkpoints, tmp_path, capsys):
+    """The bundled checkpoint ends its answer in the first block."""
+    file = tmp_path / "record.json"
+    words = "--demo --prompt short_context --seq_len 64 --steps 64 --cache dual --early_stop --device cpu --json"
+    assert main_llada([*words.split(), str(file)]) == 0
+    (run,) = json.loads(file.read_text())["runs"]
+    filled = [commit for commit in run["history"][-1] if commit[0] >= 32]
+    assert len(run["forwards"]) == 32 == len(filled) and {probability for _, _, probability in filled} == {None}
+    assert run["answer_found"] and run["forwards"][-1]["committed"] == 1.0
+
+
+def test_forwards_are_counted_in_one_line():
+    kinds = [(Phase.FULL, 1.0), (Phase.CACHED, 1.0), (Phase.IDLE, 0.0)]
+    run = msgspec.structs.replace(
+        msgspec.convert(made_up_run("origin"), RunRecord),
+        forwards=[Forward(phase, 8, seconds, 1.0) for phase, seconds in kinds],
+        seconds=2.0,
+        **{"history": [], "pieces": [], "answer_tokens": None},
+        **dict.fromkeys(("step_seconds", "full_steps", "selection_seconds"), msgspec.UNSET),
+    )
+    assert summary.work_line(run) == "  2 forwards for 32 tokens, 16 each, 16 tokens a second"
+
+
+@pytest.mark.parametrize("family", ["dream", "llada"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_memory_of_a_cache_is_the_cache_s(family, guided):
+    model = meta_model(family).to(torch.bfloat16)
+    sampler = DreamSettings(64, 64, block_length=32) if family == "dream" else LLaDASettings(64, 64, 32)
+    halves = 1
+    if guided and family == "llada":
+        sampler, halves = replace(sampler, cfg_scale=1.0), 2
+    plain, cached = (
+        memory.peak_bytes(model, one, None, torch.device("cpu"), 4096)
+        for one in (sampler, replace(sampler, cache="dual"))
+    )
+    assert cached - plain == model.kv_cache(halves, 4096 + 64).bytes
+
+
+def test_too_little_memory_says_that_it_fits_without_a_cache(call, monkeypatch, checkpoints, capsys):
+    needed, real = [], memory.peak_bytes
+
+    def peak(*given):
+        needed.append(real(*given))
+        return needed[-1]
+
+    monkeypatch.setattr(memory, "peak_bytes", peak)
+    family, _, _ = call("--seq_len 32 --steps 32")
+    monkeypatch.setattr(memory, "available_bytes", lambda device, *, spread: needed[0])
+    words = ["--model_path", str(checkpoints[family]), "--prompt_text", QUESTION, "--device", "cpu", "--cache", "dual"]
+    words += ["--seq_len", "32", "--steps", "32", "--block_size", "16", "--block_length", "8"]
+    assert MAIN[family](words) == 3
+    assert "without --cache it fits" in capsys.readouterr().err
+
+
+# --- --advise, by hand
+
+
+def ranked(sampler):
+    return {way.name: way for way in ways.every_way(sampler, SparseDConfig(skip=0.25), FORWARDS)}
+
+
+def test_whole_runs_of_every_way_by_hand():
+    found = ranked(LLaDASettings(128, 128, 32))
+    assert found["full attention"].most == 128 * 10.0
+    # 32 of 128 steps are full, the last of them selects
+    assert found["SparseD"].most == 31 * 10.0 + 17.0 + 96 * 4.0
+    # four blocks of 32 steps, the first of which is a refresh
+    assert found["cache"].most == 4 * 10.0 + 124 * 1.0
+    assert found["cache and SparseD"].most == 17.0 + 3 * 4.0 + 124 * 1.0  # the first of four is full, and selects
+    assert found["cache, all rows once"].most == 10.0 + 3 * 2.0 + 124 * 1.0
+    assert all(way.fewest == way.most for way in found.values())
+    assert (found["cache"].whole, found["cache, all rows once"].whole) == (4, 1)
+    assert found["cache, all rows once"].flags == {"origin": True, "cache": "dual", "refresh": 0}
+
+
+def test_a_threshold_leaves_a_range():
+    found = ranked(LLaDASettings(128, 128, 32, threshold=0.9))
+    assert (found["full attention"].fewest, found["full attention"].most) == (40.0, 1280.0)
+    assert (found["cache"].fewest, found["cache"].most) == (40.0, 40.0 + 124.0)
+    assert found["SparseD"].fewest == 17.0 + 3 * 4.0
+
+
+def test_steps_that_commit_nothing_are_left_out():
+    """Of 256 steps for 128 tokens, every block leaves out half of its 64; Dream is given blocks of 32."""
+    assert ranked(LLaDASettings(128, 256, 32))["cache"].most == 40.0 + 4 * 31.0
+    assert ranked(DreamSettings(128, 128))["cache"].most == 40.0 + 124.0
+
+
+def test_selecting_that_does_not_pay_is_said():
+    """With two refreshes one selects at 17 and one is sparse at 4, against two full ones of 10."""
+
+    def lines(gen_length):
+        found = ranked(LLaDASettings(gen_length, gen_length, 32)).values()
+        return "\n".join(ways.way_lines([vars(way) | {"command": way.name} for way in found]))
+
+    assert "selecting blocks does not pay with 2 forwards of all rows: add --origin" in lines(64)
+    assert "does not pay" not in lines(128)
+
+
+def test_advice_ranks_them_and_times_few_rows(call):
+    _, _, record = call("--advise --seq_len 32 --steps 32")
+    advice = record["advice"]
+    names = {"full attention", "SparseD", "cache", "cache and SparseD", "cache, all rows once"}
+    assert {way["name"] for way in advice["ways"]} == names
+    assert [way["most"] for way in advice["ways"]] == sorted(way["most"] for way in advice["ways"])
+    assert advice["forwards"]["cached"] > 0 < advice["forwards"]["answer"]
+    commands = {way["name"]: way["command"] for way in advice["ways"]}
+    assert "--cache dual --refresh 0 " in commands["cache, all rows once"] + " "
+    assert "--cache" not in commands["SparseD"] and "--origin" not in commands["cache and SparseD"]
+
+
+def test_where_blocks_do_not_fit_no_cache_is_timed(checkpoints, tmp_path, capsys):
+    words = ["--model_path", str(checkpoints["dream"]), "--prompt_text", QUESTION, "--device", "cpu", "--advise"]
+    assert main_dream([*words, "--seq_len", "40", "--steps", "40"]) == 0
+    assert (
+        "no cache was timed: a cache needs blocks: --block_length must divide the 40 new tokens"
+        in capsys.readouterr().out
+    )
