@@ -256,6 +256,28 @@ def test_sweeps_run_every_combination_once(tmp_path):
     assert found == expected
 
 
+def test_caches_are_part_of_a_configuration_and_forwards_are_counted(done, tmp_path, capsys):
+    """Of 8 steps in two blocks two compute all rows; where the folder says nothing, there was no cache."""
+    call = [*SMALL, "--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--steps", "8", "--block_length", "4"]
+    call += ["--out", str(tmp_path)]
+    assert command.main([*call, "--cache", "dual"]) == 0
+    (found,) = lines_of(tmp_path)
+    assert found["forwards"] == 8 and "| forwards | seconds |" in capsys.readouterr().out
+    assert "cache" not in results.about(done / results.RUN)["settings"]
+    assert command.main(call) == 2
+    assert "another configuration (cache 'dual', now None)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "option"), [(["--refresh", "1"], "--refresh"), (["--cache", "dual", "--steps", "3"], "--steps")]
+)
+def test_wrong_caches_are_one_line(tmp_path, capsys, flags, option):
+    call = [*SMALL, "--tasks", "qa_1", "--block_length", "4", "--out", str(tmp_path)]
+    assert command.main([*call, *flags]) == 2
+    err = capsys.readouterr().err
+    assert f"argument {option}" in err and err.count("\n") == 1
+
+
 def test_two_processes_leave_what_one_does(done, tmp_path):
     # what `accelerate launch` starts on several GPUs; on a CPU it starts one process
     options = "--standalone --nproc_per_node 2 -m sparsed.evaluation"

@@ -131,6 +131,35 @@ def test_what_means_nothing_to_a_greedy_answer_is_accepted(make):
         assert ask(lm, "What?", max_gen_toks=8, until=[], **settings) == expected
 
 
+def test_caches_and_thresholds_reach_the_sampler_and_a_task_s_own_win(make):
+    options = {"cache": "dual", "refresh": "2", "threshold": "0.9", "early_stop": "True", "block_length": "8"}
+    lm = make(origin=True, **options)
+    length, _, sampler = lm._settings({"max_gen_toks": 20, "until": [], "threshold": 0.5}, "here")
+    assert (sampler.cache, sampler.refresh, sampler.threshold, sampler.early_stop) == ("dual", 2, 0.5, True)
+    assert (length, sampler.gen_length, sampler.block_length) == (20, 24, 8), "up to the end of the last block"
+    settings = {"cache": "dual", "refresh": 2, "threshold": 0.9, "early_stop": True, "block_length": 8}
+    expected = sampled(lm, "What?", 24, **settings)[:20]
+    real, seen = lm._generate, []
+    lm._generate = lambda *given: seen.append(real(*given)) or seen[-1]
+    ask(lm, "What?", max_gen_toks=20, until=[])
+    assert seen[0][:20] == expected
+
+
+@pytest.mark.parametrize("wrong", [{"cache": "both"}, {"refresh": 2}, {"threshold": 0.9, "factor": 1.0}, {"factor": 0}])
+def test_wrong_caches_and_thresholds_are_named(folders, wrong):
+    with pytest.raises(harness.OptionError, match=list(wrong)[-1]):
+        harness.SparseDLM(pretrained=str(folders["llada"]), device="cpu", **wrong)
+
+
+def test_likelihoods_say_that_caches_do_not_apply_to_them(make, caplog):
+    tasks = {"choices": SimpleNamespace(OUTPUT_TYPE="multiple_choice")}
+    make(origin=True).check(tasks)
+    assert not caplog.records
+    make(origin=True, cache="dual").check(tasks)
+    (record,) = caplog.records
+    assert "do not apply" in record.message
+
+
 def test_filters_reach_a_sampler_that_has_them(make):
     lm = make(origin=True, block_length=8)
     given = {"do_sample": True, "temperature": 1.0, "top_p": 0.5}
