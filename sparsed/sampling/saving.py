@@ -4,13 +4,14 @@ The names are those of Fast-dLLM and dInfer; what they mean, where these differ,
 """
 
 import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..config import SparseDConfig
 from ..schedule import ByCommitted, ByStep, Schedule
 from .canvas import Canvas
-from .unmasking import Bound, Factor, SettingError, Threshold, Turn
+from .unmasking import Bound, Factor, SettingError, Threshold, Turn, even_shares, while_masked
 
 Own = TypeVar("Own", bound="Saving")
 
@@ -73,16 +74,28 @@ class Saving:
         return self.cache != "none"
 
     @property
-    def saves(self) -> bool:
-        """Whether anything here is switched on."""
-        return self.cached or self.early_stop or self.bound is not None
-
-    @property
     def bound(self) -> Bound | None:
         """What a step commits at least, beside its share."""
         if self.threshold is not None:
             return Threshold(self.threshold)
         return None if self.factor is None else Factor(self.factor)
+
+    def idle_in_blocks(self, steps: int, blocks: int, block_length: int, greedy: bool) -> list[bool]:
+        """Which steps of a region in blocks commit nothing.
+
+        A block has as many masks as tokens at first, and commits at least one a step while it has any; where it ends with
+        its last mask, it has no such step.
+        """
+        if self.cached or self.bound is not None:
+            return [False] * steps
+        return [greedy and step % (steps // blocks) >= block_length for step in range(steps)]
+
+    def block_turns(self, canvas: Canvas, idle: list[bool], block_length: int, ends: Collection[int]) -> Iterator[Turn]:
+        """A turn for every step of a region in blocks."""
+        ends = ends if self.early_stop else ()
+        if self.cached or self.bound is not None:
+            return while_masked(canvas, len(idle), block_length, self.bound, ends)
+        return even_shares(canvas, idle, block_length, ends)
 
     def refreshes(self, blocks: int) -> int:
         """How many blocks begin with a forward of all rows."""

@@ -25,9 +25,7 @@ from .saving import BLOCK_LENGTH, OFF, Saving
 from .unmasking import (
     SettingError,
     Turn,
-    blockwise,
     commit_fractions,
-    even_shares,
     idle_steps,
     steps_a_block,
     time_grid,
@@ -125,7 +123,7 @@ class DreamSettings(Saving):
     def idle(self) -> list[bool]:
         """Which steps commit nothing, so that no logits are needed: at temperature 0, where no draw is lost by it."""
         if self.block_length is not None:
-            return [False] * self.steps  # a block ends with its last mask
+            return self.idle_in_blocks(self.steps, self.blocks or 1, self.block_length, self.temperature == 0)
         first = 0
         if self.temperature == 0 and self.alg != "origin":
             first = idle_steps(self.gen_length, commit_fractions(self.steps, self.eps))
@@ -134,7 +132,7 @@ class DreamSettings(Saving):
     def turns(self, canvas: Canvas, ends: Collection[int]) -> Iterator[Turn]:
         """A turn for every step; `ends` are the tokens that end an answer."""
         if self.block_length is not None:
-            return blockwise(canvas, self.steps, self.block_length, self.bound, ends if self.early_stop else ())
+            return self.block_turns(canvas, self.idle, self.block_length, ends)
         fractions = commit_fractions(self.steps, self.eps)
         return time_grid(canvas, fractions, self.idle, by_chance=self.alg == "origin")
 
@@ -204,20 +202,12 @@ class LLaDASettings(Saving):
 
     @property
     def idle(self) -> list[bool]:
-        """Which steps commit nothing, so that no logits are needed: at temperature 0, where no draw is lost by it.
-
-        A block has as many masks as tokens at first, and commits at least one a step while it has any.
-        """
-        if self.saves:
-            return [False] * self.steps  # a block ends with its last mask
-        each = steps_a_block(self.gen_length, self.steps, self.block_length)
-        return [self.temperature == 0 and step % each >= self.block_length for step in range(self.steps)]
+        """Which steps commit nothing, so that no logits are needed: at temperature 0, where no draw is lost by it."""
+        return self.idle_in_blocks(self.steps, self.blocks, self.block_length, self.temperature == 0)
 
     def turns(self, canvas: Canvas, ends: Collection[int]) -> Iterator[Turn]:
         """A turn for every step; `ends` are the tokens that end an answer."""
-        if self.saves:
-            return blockwise(canvas, self.steps, self.block_length, self.bound, ends if self.early_stop else ())
-        return even_shares(canvas, self.idle, self.block_length)
+        return self.block_turns(canvas, self.idle, self.block_length, ends)
 
     @staticmethod
     def sources(rows: Tensor, length: int) -> Tensor:

@@ -149,22 +149,26 @@ def idle_steps(masks: int, fractions: Tensor) -> int:
     return int((counts.cumsum(0) == 0).sum())
 
 
-def even_shares(canvas: Canvas, idle: list[bool], block_length: int) -> Iterator[Turn]:
+def even_shares(canvas: Canvas, idle: list[bool], block_length: int, ends: Collection[int] = ()) -> Iterator[Turn]:
     """LLaDA's rule: the region is written block after block, a block's tokens in even shares over its steps.
 
     Args:
         idle: of each step of the generation, of which every block has as many.
+        ends: as in `Turn`; no turn is left once all rows have stopped.
     """
     each = steps_a_block(canvas.length - canvas.prompt_len, len(idle), block_length)
     for step, nothing in enumerate(idle):
         block, inner = divmod(step, each)
-        end = canvas.prompt_len + (block + 1) * block_length
+        start = canvas.prompt_len + block * block_length
+        end = start + block_length
         if inner == 0:
-            counts = commit_counts(canvas.masked(end - block_length, end), each)
-        yield Turn(end, counts[:, inner], idle=nothing)
+            counts = commit_counts(canvas.masked(start, end), each)
+            if ends and not counts.any():
+                return
+        yield Turn(end, counts[:, inner], idle=nothing, start=start if ends else 0, ends=ends)
 
 
-def blockwise(
+def while_masked(
     canvas: Canvas, steps: int, block_length: int, bound: Bound | None, ends: Collection[int]
 ) -> Iterator[Turn]:
     """`even_shares` of blocks that end once nothing in them is masked, and whose masks alone are candidates.
