@@ -83,8 +83,8 @@ class Saving:
     def idle_in_blocks(self, steps: int, blocks: int, block_length: int, greedy: bool) -> list[bool]:
         """Which steps of a region in blocks commit nothing.
 
-        A block has as many masks as tokens at first, and commits at least one a step while it has any; where it ends with
-        its last mask, it has no such step.
+        A block has as many masks as tokens at first, and commits at least one a step while it has any; where it ends
+        with its last mask, it has no such step.
         """
         if self.cached or self.bound is not None:
             return [False] * steps
