@@ -120,7 +120,8 @@ class Row:
         self.ids, self.sequences, self.mask_id, self.stopped = ids, sequences, mask_id, False
 
     def masked(self, start, end):
-        return [j for j in range(start, end) if self.ids[j] == self.mask_id]
+        tokens = self.ids.tolist()
+        return [j for j in range(start, end) if tokens[j] == self.mask_id]
 
     def blind(self, prompt_len):
         """The ids of the unconditional half: the whole prompt is masked."""
@@ -198,13 +199,18 @@ def by_count(index, total, skip):
 
 
 class Forward(NamedTuple):
-    """A step that ran the model. kind: full, selecting, sparse, or rows (some rows only); committed: in each row."""
+    """A step that ran the model over the rows first ... last - 1.
+
+    kind: full, selecting, sparse, or rows (of others the keys and values are old); committed: per row of the batch, the
+    positions, ascending; filled: those that an early stop after this step filled.
+    """
 
     step: int
     first: int
     last: int
     kind: str
-    committed: tuple
+    committed: list
+    filled: list
 
 
 class Batch(NamedTuple):
@@ -215,11 +221,10 @@ class Batch(NamedTuple):
     forwards: list
 
 
-def generate(family, weights, config, prompts, *, valid=None, sparse=None, gen_length, steps, block_length=None,
-             cache="none", refresh=None, threshold=None, factor=None, early_stop=False, cfg_scale=0.0,
-             **proposing):  # fmt: skip
+def generate(model, prompts, *, valid=None, sparse=None, gen_length, steps, block_length=None, cache="none",
+             refresh=None, threshold=None, factor=None, early_stop=False, cfg_scale=0.0, **proposing):  # fmt: skip
     """A batch, written block after block. `proposing`: what the family's proposals take."""
-    model, mask_id = Model.of(family, weights, config), config["mask_token_id"]
+    family, config, mask_id = model.family, model.config, model.config["mask_token_id"]
     ends = {config.get(key) for key in END_IDS} | set(config.get("end_token_ids", ()))
     batch, prompt_len = prompts.shape
     length = prompt_len + gen_length
@@ -288,8 +293,8 @@ def generate(family, weights, config, prompts, *, valid=None, sparse=None, gen_l
                     continue
             chosen = chosen or kind == "selecting"
 
-            before_step = [len(row.masked(start, end)) for row in rows]
-            for row in rows:
+            committed = [[] for _ in rows]
+            for b, row in enumerate(rows):
                 if row.stopped:
                     continue
                 logits = row.sequences[0].logits(row.ids, first, last, kind)
@@ -305,20 +310,21 @@ def generate(family, weights, config, prompts, *, valid=None, sparse=None, gen_l
                 gap = min(gap, close)
                 for j in taken:
                     row.ids[j] = proposals[j].token
-            committed = (n - len(row.masked(start, end)) for n, row in zip(before_step, rows, strict=True))
-            forwards.append(Forward(step, first, last, kind, tuple(committed)))
+                committed[b] = sorted(taken)
+            forwards.append(Forward(step, first, last, kind, committed, [[] for _ in rows]))
 
-        for row in rows:
+        for b, row in enumerate(rows):
             found = [token for token in row.ids[start:end].tolist() if token in ends]
             if early_stop and not row.stopped and found:
                 row.ids[end:] = found[0]
                 row.stopped = True
+                forwards[-1].filled[b].extend(range(end, length))
 
     gap = min([gap, *(half.gap for row in rows for half in row.sequences)])
     return Batch(torch.stack([row.ids for row in rows]), gap, forwards)
 
 
-def decided(family, weights, config, *, prompt_len, padding=(0,), clear=2e-5, unlike=(), where=None, **options):
+def decided(model, *, prompt_len, padding=(0,), clear=2e-5, unlike=(), where=None, known=None, **options):
     """Random prompts, one row for each number in `padding`, and their `generate`: the first seed without near-ties.
 
     Seeds under which the mask itself is committed are left out, too.
@@ -326,20 +332,27 @@ def decided(family, weights, config, *, prompt_len, padding=(0,), clear=2e-5, un
     Args:
         unlike: other options, of each of which the tokens must differ.
         where: what must hold of the batch, called with it.
+        known: a dict for the batches of this model that were generated before, by their arguments.
 
     Returns:
         (prompts [B, prompt_len] with the pad id in front, valid [B, prompt_len], Batch).
     """
+    config, known = model.config, {} if known is None else known
     valid = torch.tensor([[t >= pad for t in range(prompt_len)] for pad in padding])
-    special = min(config[key] for key in config if key.endswith("token_id"))
-    for seed in range(100):
-        generator = torch.Generator().manual_seed(seed)
-        prompts = torch.randint(0, special, valid.shape, generator=generator)
+    special = min(config[key] for key in config if key.endswith("token_id") and config[key] is not None)
+
+    def twin(seed, **given):
+        prompts = torch.randint(0, special, valid.shape, generator=torch.Generator().manual_seed(seed))
         prompts[~valid] = config["pad_token_id"]
-        batch = generate(family, weights, config, prompts, valid=valid, **options)
+        key = repr((seed, prompt_len, padding, sorted(given.items())))
+        if key not in known:
+            known[key] = generate(model, prompts, valid=valid, **given)
+        return prompts, known[key]
+
+    for seed in range(100):
+        prompts, batch = twin(seed, **options)
         if batch.gap < clear or (batch.tokens == config["mask_token_id"]).any() or (where and not where(batch)):
             continue
-        others = (generate(family, weights, config, prompts, valid=valid, **options | other).tokens for other in unlike)
-        if not any(torch.equal(other, batch.tokens) for other in others):
+        if not any(torch.equal(twin(seed, **options | other)[1].tokens, batch.tokens) for other in unlike):
             return prompts, valid, batch
     raise AssertionError("no seed without a near-tie: the case cannot tell right from wrong")
