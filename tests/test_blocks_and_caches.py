@@ -21,6 +21,7 @@ from standins import EOS, EOT, MASK, tiny_dream, tiny_llada
 from test_sampling import redraw
 
 from sparsed import SparseDConfig
+from sparsed.watching import watched
 
 CLEAR = 2e-5  # a decision that is closer than this may fall otherwise in float32
 FAMILIES = ["dream", "llada"]
@@ -387,8 +388,14 @@ def test_sparsed_selects_only_if_a_later_refresh_uses_it(family, refresh, skip, 
     refreshes = {0: 1, 2: 2, 3: 2, 4: 1}[refresh]
     used = refreshes == 2 and skip < 0.6
     sparse, case = (skip, 0.3, 16), SPARSE_SIZES | {"cache": cache, "refresh": refresh}
-    *_, batch = check(MODELS[family], unlike=[{"sparse": None}] if used else [], sparse=sparse, **case)
+    prompts, _, batch = check(MODELS[family], unlike=[{"sparse": None}] if used else [], sparse=sparse, **case)
     assert ("selecting" in kinds(batch), "sparse" in kinds(batch)) == (used, used)
+    selections = []
+    rule = watched(lambda scores, pattern: selections.append(pattern))
+    generate(
+        MODELS[family], prompts, sparse=sparse, rule=rule, **{key: case[key] for key in case if key != "prompt_len"}
+    )
+    assert len(selections) == (2 if used else 0), "one for each layer"
 
 
 @pytest.mark.parametrize("dense_answer", [False, True], ids=["", "dense answer"])
