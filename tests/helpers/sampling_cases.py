@@ -2,8 +2,10 @@
 
 import contextlib
 
+import torch
+
 from sparsed import dream_generate, llada_generate
-from tests.helpers.standins import DREAM, LLADA
+from tests.helpers.standins import DREAM, LLADA, MASK
 
 CONFIG = {"dream": DREAM, "llada": LLADA}
 GENERATE = {"dream": dream_generate, "llada": llada_generate}
@@ -28,3 +30,12 @@ def inputs_of(model):
         yield seen
     finally:
         hook.remove()
+
+
+def redraw(model, token, nth):
+    """Make `token` win wherever the nth most frequent token of a few generations won so far."""
+    prompts = torch.randint(0, 90, (8, 14), generator=torch.Generator().manual_seed(0))
+    drawn = GENERATE[model.family](model, prompts, **options_of(model.family, {"gen_length": 16, "steps": 8}))
+    frequent = torch.bincount(drawn[:, 14:].flatten(), minlength=MASK).argsort(descending=True)[nth]
+    head = head_of(model).weight.data
+    head[token] = 1.05 * head[frequent]

@@ -6,7 +6,7 @@ import torch
 from sparsed import SparseDConfig, dream_generate
 from tests.helpers.reference import Sparse
 from tests.helpers.reference_sampling import decided, dream_counts, generate
-from tests.helpers.sampling_cases import CONFIG, GENERATE, head_of, inputs_of, options_of
+from tests.helpers.sampling_cases import CONFIG, GENERATE, inputs_of, options_of, redraw
 from tests.helpers.standins import DREAM, EOS, EOT, LLADA, MASK, tiny_dream, tiny_llada
 
 
@@ -18,15 +18,6 @@ def published_names(options):
     if options.pop("confidence_eos_eot_inf", False):
         options["no_confidence"] = (EOS, EOT)
     return options
-
-
-def redraw(model, token, nth):
-    """Make `token` win wherever the nth most frequent token of a few generations won so far."""
-    prompts = torch.randint(0, 90, (8, 14), generator=torch.Generator().manual_seed(0))
-    drawn = GENERATE[model.family](model, prompts, **options_of(model.family, {"gen_length": 16, "steps": 8}))
-    frequent = torch.bincount(drawn[:, 14:].flatten(), minlength=MASK).argsort(descending=True)[nth]
-    head = head_of(model).weight.data
-    head[token] = 1.05 * head[frequent]
 
 
 def check(model, *, prompt_len, padding=(0,), sparse=None, published=None, unlike=None, **options):

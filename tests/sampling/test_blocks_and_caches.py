@@ -1,27 +1,25 @@
 """Blocks, caches, thresholds, factors and early stops of both samplers, with SparseD inside, against the float64 twin.
 
-The twin (reference_blocks.py) is held against the published samplers first. Then every sampler's tokens are its tokens,
-step by step; what must equal what; and properties over drawn arguments.
+The twin (helpers/reference_blocks.py) is held against the published samplers first. Then every sampler's tokens are
+its tokens, step by step; what must equal what; and properties over drawn arguments.
 """
 
 import functools
 
 import pytest
-import reference_blocks
-import reference_sampling
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from patch_cases import published_config
-from reference import Sparse
-from reference import forward as plain_forward
-from reference_blocks import Model, decided, empty_cache, forward
-from sampling_cases import GENERATE, head_of, inputs_of
-from standins import EOS, EOT, MASK, tiny_dream, tiny_llada
-from test_sampling import redraw
 
 from sparsed import SparseDConfig
 from sparsed.watching import watched
+from tests.helpers import reference_blocks, reference_sampling
+from tests.helpers.patch_cases import published_config
+from tests.helpers.reference import Sparse
+from tests.helpers.reference import forward as plain_forward
+from tests.helpers.reference_blocks import Model, decided, empty_cache, forward
+from tests.helpers.sampling_cases import GENERATE, head_of, inputs_of, redraw
+from tests.helpers.standins import EOS, EOT, MASK, tiny_dream, tiny_llada
 
 CLEAR = 2e-5  # a decision that is closer than this may fall otherwise in float32
 FAMILIES = ["dream", "llada"]

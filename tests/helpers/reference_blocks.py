@@ -10,7 +10,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-from reference import (
+
+from tests.helpers.reference import (
     DIMENSIONS,
     TENSORS,
     attention,
@@ -23,7 +24,7 @@ from reference import (
     rotate,
     select,
 )
-from reference_sampling import closest, dream_confidence, filtered_probabilities, runner_up
+from tests.helpers.reference_sampling import closest, dream_confidence, filtered_probabilities, runner_up
 
 END_IDS = ("eos_token_id", "eot_token_id", "pad_token_id")
 
