@@ -179,7 +179,8 @@ class SparseRun:
                 self.tally.unseen += 1
             else:
                 now = self._generations.now
-                self.tally.note(self.phase, self.step, now.keeps_all)
+                reads = (SPARSE,) if now.kept.rule.needs_scores else (SELECTING, SPARSE)
+                self.tally.note(self.phase in reads, self.step, now.keeps_all)
                 now.kept.complete |= forward.selecting
                 self.count()
 

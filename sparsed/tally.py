@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .schedule import SPARSE, ByStep
+from .schedule import ByStep
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Tally:
     kept_all: bool = False
     told: bool = False
 
-    def note(self, phase: str, step: int, keeps_all: bool) -> None:
+    def note(self, sparse: bool, step: int, keeps_all: bool) -> None:
         """A forward of all tokens has ended."""
         self.whole += 1
-        self.sparse += phase == SPARSE
+        self.sparse += sparse
         self.generations += step == 0
         self.kept_all = keeps_all
 

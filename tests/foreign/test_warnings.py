@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsed import SparseDConfig, sparsify
+from sparsed.evaluation.methods import METHODS
 from tests.helpers.foreign_cases import cached_sampler
 from tests.helpers.patch_cases import build
 from tests.helpers.sampling_cases import GENERATE, options_of
@@ -23,11 +24,11 @@ def model(request, weights):
     return build(request.param, weights)
 
 
-def warned(model, config, sample, steps=10):
+def warned(model, config, sample, steps=10, **options):
     """The one line that came at the end of a context around a sampler, and from this file; None if none came."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with torch.no_grad(), sparsify(model, config, steps=steps, gen_length=GEN_LENGTH):
+        with torch.no_grad(), sparsify(model, config, steps=steps, gen_length=GEN_LENGTH, **options):
             sample()
     assert len(seen) < 2 and all(one.filename == __file__ for one in seen)
     return str(seen[0].message) if seen else None
@@ -89,6 +90,7 @@ def test_nothing_to_say(model):
     """A sparse step was there, none was wanted, or the package's own sampler ran, which says itself what ran."""
     assert warned(model, SPARSE, lambda: [model(IDS) for _ in range(3)]) is None
     assert warned(model, SparseDConfig(1.0, 0.4, 16), lambda: [model(IDS) for _ in range(10)]) is None
+    assert warned(model, SPARSE, lambda: model(IDS), rule=METHODS["window"].rule) is None, "it selects without scores"
     own = tiny_llada()
     options = options_of("llada", {"gen_length": GEN_LENGTH, "steps": 6})
     assert warned(own, SPARSE, lambda: GENERATE["llada"](own, IDS[:, :40], **options), steps=100) is None
