@@ -14,6 +14,7 @@ from .blocks import BlockGrid
 from .config import SparseDConfig
 from .kernels import block_scores, full_attention
 from .masks import check_left_padded, only_pads, valid_keys
+from .schedule import SELECTING, SPARSE
 from .selection import Rule, compile_selection
 
 Timed = Callable[[Callable[[], Any], torch.device], None]
@@ -50,6 +51,11 @@ class KeptBlocks:
         if self.backend == DENSE:
             return 1.0
         return torch.stack([d.cpu() for d in self._densities]).mean().item() if self._densities else None
+
+    @property
+    def sparse_phases(self) -> tuple[str, ...]:
+        """In which the blocks are read: a rule without scores reads those that it selects at once."""
+        return (SPARSE,) if self.rule.needs_scores else (SELECTING, SPARSE)
 
     def keeps_all(self, length: int) -> bool:
         """Whether no block of so many tokens is left out, and no backend was named to compute them all the same."""

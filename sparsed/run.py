@@ -47,7 +47,7 @@ class SparseRun:
         rule: Rule,
         mask_id: int | None = None,
     ):
-        self.schedule, self.gen_length = schedule, gen_length
+        self.schedule = schedule
         self.compile_seconds, self.tally = 0.0, Tally()
         versions = itertools.count()
 
@@ -179,8 +179,7 @@ class SparseRun:
                 self.tally.unseen += 1
             else:
                 now = self._generations.now
-                reads = (SPARSE,) if now.kept.rule.needs_scores else (SELECTING, SPARSE)
-                self.tally.note(self.phase in reads, self.step, now.keeps_all)
+                self.tally.note(self.phase in now.kept.sparse_phases, self.step, now.keeps_all)
                 now.kept.complete |= forward.selecting
                 self.count()
 
@@ -281,8 +280,7 @@ class SparseRun:
         return self.attend(layer, q, k, v, mask, full, 0)
 
     def _note_window(self, queries: int, keys: int) -> None:
-        shape = self._generations.now.shape
-        length = queries if shape is None else shape[1]
+        _, length = self._generations.now.shape or (1, queries)
         if keys < max(queries, length):
             raise ValueError(
                 f"sparsify: {queries} tokens attend to {keys} of the sequence's {length} keys: a cache that drops keys "

@@ -18,7 +18,7 @@ ALLOWED = {
     "selection": {"kernels", "blocks"},
     "watching": {"selection", "blocks"},
     "backends": {"kernels", "blocks"},
-    "kept": {"selection", "backends", "blocks", "kernels", "masks"},
+    "kept": {"schedule", "selection", "backends", "blocks", "kernels", "masks"},
     "recognition": {"masks"},
     "generation": {"kept", "recognition"},
     "tally": {"schedule"},

@@ -118,9 +118,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
         output = generate(job, sampler, clock)
         token_ids = output[0, len(job.input_ids) :].tolist()
         committed = history(clock.steps, token_ids, len(job.input_ids))
-        forwards = forwards_of(
-            clock.phases, clock.step_seconds, [step.computed for step in clock.steps], committed
-        )
+        forwards = forwards_of(clock.phases, clock.step_seconds, [step.computed for step in clock.steps], committed)
         length = answer_length(token_ids, stop_ids(job.model.config, job.tokenizer), job.model.config.mask_token_id)
         text = decode(job.tokenizer, token_ids[:length]).strip()
         return RunRecord(

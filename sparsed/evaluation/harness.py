@@ -41,6 +41,7 @@ except ModuleNotFoundError as error:
         sys.exit(2)
     raise ModuleNotFoundError(lacking) from error
 
+
 class OptionError(ValueError):
     """The model cannot be made from the options of --model_args, or cannot do a task as it is set up."""
 
