@@ -97,7 +97,8 @@ class Canvas:
     def candidates(self, start: int, end: int) -> Tensor:
         """Flat positions b * T + t of the masked tokens between two positions, int64 [n], ascending."""
         masked = self.ids == self.mask_id
-        masked[:, :start] = False
+        if start:  # a launch on a GPU, in every step
+            masked[:, :start] = False
         masked[:, end:] = False
         return masked.view(-1).nonzero().squeeze(-1)
 

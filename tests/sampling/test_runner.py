@@ -306,15 +306,19 @@ def test_prompts_of_other_lengths_compile_nothing(family, block_size):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_no_forward_waits_for_the_gpu(family, block_size):
-    """Full, selecting and sparse, once its kernels are compiled; what the sampler reads is its own affair."""
+    """Full, selecting and sparse, once its kernels are compiled; what the sampler reads is its own affair.
+
+    Of a sampler that tells its sequence: one from elsewhere is followed by its tokens, once a forward.
+    """
     model, ids = MODELS[family]().cuda(), torch.randint(0, 90, (1, 1000)).cuda()
     config = replace(SPARSE, block_size=block_size)
     try:
-        with torch.no_grad(), sparsify(model, config, steps=10, gen_length=48):
+        with torch.no_grad(), sparsify(model, config, steps=10, gen_length=48) as run:
             for mode in ("default", "error"):
-                torch.cuda.set_sync_debug_mode(mode)
-                for _ in range(10):
-                    model(ids)
+                with run.sequence(tuple(ids.shape)):
+                    torch.cuda.set_sync_debug_mode(mode)
+                    for _ in range(10):
+                        model(ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
