@@ -107,6 +107,7 @@ def figures() -> dict[str, str]:
         **_accuracy_figures(),
         **_dense_accuracy_figures(),
         **_agreement_figures(),
+        **_flex_figures(),
         **{f"show.{family}": f"{100 * benchmark(f'show-{family}-cpu')['cost']:.1f}" for family in TITLES},
     }
 
@@ -258,6 +259,18 @@ def _agreement_figures() -> dict[str, str]:
         for name in ("common", "early_answer", "late_answer"):
             share = statistics.fmean(np.ravel([sample[name] for sample in samples]))
             found[f"agreement.{family}.{name}"] = f"{100 * share:.1f}"
+    return found
+
+
+def _flex_figures() -> dict[str, str]:
+    """FlexAttention's time over that of our Triton kernel at the same blocks, and what its first use takes."""
+    found = {}
+    for family in TITLES:
+        rows = {(row["length"], row["kernel"]): row for row in benchmark(f"attention-{family}-flex-h200")["rows"]}
+        for length in ("4k", "64k"):
+            flex, ours = (rows[length, kernel]["seconds"]["median"] for kernel in ("flex", "triton"))
+            found[f"flex.{family}.{length}"] = f"{flex / ours:.2f}"
+        found[f"flex.{family}.first"] = f"{rows['4k', 'flex']['first_use_seconds']:.1f}"
     return found
 
 
