@@ -211,8 +211,8 @@ def write(monkeypatch, written):
     """Have the sampler's answer be these tokens."""
     generate = running.generate
 
-    def written_instead(job, clock):
-        out = generate(job, clock)
+    def written_instead(job, sampler, clock):
+        out = generate(job, sampler, clock)
         out[0, len(job.input_ids) :] = torch.tensor(written)
         return out
 

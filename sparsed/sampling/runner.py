@@ -40,7 +40,8 @@ class StepRunner:
     ):
         self.model, self.run, self.mask, self.first_row, self.most_rows = model, run, mask, first_row, most_rows
         self.cached = {} if cache is None else {"cache": cache}
-        self.replayable = _replayable(model)
+        # of a cached run few forwards compute all rows
+        self.replayable = cache is None and _replayable(model)
         self.warm: set[str] = set()
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pattern_version: int | None = None

@@ -28,7 +28,7 @@ class Saving:
         cache: with "prefix" or "dual", a block's first step, its refresh, computes all rows and keeps every layer's
             keys and values; the block's later steps compute the rows from its start on (prefix) or its own (dual),
             Dream's from one row earlier, and attend to all cached keys.
-        refresh: with a cache, every so manieth block's refresh computes all rows (None: 1; 0: the first block's alone);
+        refresh: with a cache, the refresh of every N-th block computes all rows (None: of each; 0: of the first only);
             the others compute those from the generated region's start on.
         threshold: a step commits every candidate of its block whose probability is at least this, and at least as many
             as the block's share of this step, one or more. Above 1 none ever is.
@@ -99,8 +99,12 @@ class Saving:
 
     def refreshes(self, blocks: int) -> int:
         """How many blocks begin with a forward of all rows."""
+        return sum(map(self._refreshes_all, range(blocks)))
+
+    def _refreshes_all(self, block: int) -> bool:
+        """Whether a block's refresh computes all rows."""
         every = 1 if self.refresh is None else self.refresh
-        return math.ceil(blocks / every) if every else 1
+        return block == 0 or (every > 0 and block % every == 0)
 
     def window(self, turn: Turn, canvas: Canvas, shift: int) -> tuple[int, int] | None:
         """The rows that a step computes, [start, stop); None for all.
@@ -112,8 +116,7 @@ class Saving:
             return None
         if turn.opens is None:
             return turn.start - shift, turn.end if self.cache == "dual" else canvas.length
-        every = 1 if self.refresh is None else self.refresh
-        if turn.opens == 0 or (every and turn.opens % every == 0):
+        if self._refreshes_all(turn.opens):
             return None
         return canvas.prompt_len - shift, canvas.length
 
