@@ -53,7 +53,7 @@ def sparsify(
         gen_length: tokens of the generated region, at the end of every forward's sequence.
         backend: auto, or a name in `BACKENDS`.
         rule: how blocks are selected, for comparisons with other methods.
-        schedule: when blocks are wanted, where that is not by `steps` and `skip`.
+        schedule: of samplers that tell their sequence: when blocks are wanted, where not by `steps` and `skip`.
 
     Yields:
         The `SparseRun`, with `reset()` and what was measured.
@@ -85,7 +85,8 @@ def sparsify(
         undo.callback(run.release)
         yield run
         run.check_idle()
-        if config.select < 1 and by_step.n_full < steps and (why := run.tally.why_never_sparse(by_step, gen_length)):
+        why = run.tally.why_never_sparse(by_step, gen_length) if schedule is None else None
+        if why and config.select < 1 and by_step.n_full < steps:
             warnings.warn(f"sparsify: nothing was sparse: {why}", stacklevel=3)
 
 
@@ -98,8 +99,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside PEFT's wrapper, `torch.compile`'s or `DataParallel`: what they and its own sampler call."""
     while True:
         parts = dict(model.named_children())
-        if callable(base := getattr(model, "get_base_model", None)):
-            model = base()
+        if callable(base := getattr(model, "get_base_model", None)) and (inner := base()) is not model:
+            model = inner
         elif len(parts) == 1 and parts.keys() <= {"_orig_mod", "module"}:
             (model,) = parts.values()
         else:
@@ -149,7 +150,7 @@ class _Shadow:
 
 
 def _counted(run: SparseRun, forward: Callable) -> Callable:
-    """The model's top-level forward: one denoising step, counted when it has succeeded."""
+    """The model's top-level forward: if of all tokens, one denoising step, counted when it has succeeded."""
     names = tuple(inspect.signature(forward).parameters)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -158,13 +159,16 @@ def _counted(run: SparseRun, forward: Callable) -> Callable:
         if tokens is None:
             raise ValueError("sparsify: the model was called without input_ids or inputs_embeds")
         rows = kwargs.get("rows")
-        if run.told or (rows is not None and not rows.whole):
-            batch, length = tokens.shape[:2]
-            step = run.forward((batch, length if rows is None else rows.length), rows is None or rows.whole)
-        else:
-            given = dict(zip(names, args, strict=False)) | kwargs
-            step = run.unannounced(tokens, given.get("attention_mask"))
-        with step:
+        (batch, length), whole = tokens.shape[:2], rows is None or rows.whole
+        with ExitStack() as step:
+            if run.told or not whole:
+                if not run.told:  # a window of somebody else's sampler, as it would be of the hub's classes
+                    run.tally.windows += 1
+                    step.enter_context(run.rows_only())
+                step.enter_context(run.forward((batch, length if rows is None else rows.length), whole))
+            else:
+                given = dict(zip(names, args, strict=False)) | kwargs
+                step.enter_context(run.unannounced(tokens, given.get("attention_mask")))
             return forward(*args, **kwargs)
 
     return counted

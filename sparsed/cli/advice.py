@@ -95,18 +95,18 @@ def advise(job: Job) -> dict[str, Any]:
         "pays_from": pays_from,
         "command": command_of(args, origin=sparsed >= origin),
         "dense_answer": _dense_answer(job, times[prompt_tokens], ran),
-        **_ways(job, times[prompt_tokens]),
+        **_ways(job, times[prompt_tokens], (origin, sparsed)),
     }
 
 
-def _ways(job: Job, own: StepTimes) -> dict[str, Any]:
+def _ways(job: Job, own: StepTimes, whole: tuple[float, float]) -> dict[str, Any]:
     """`ways`, the whole runs with caches and without, the fastest first; or `no_cache`, why none was timed."""
     reason = no_cache(job, own.prompt_tokens)
     if reason is not None:
         return {"ways": [], "no_cache": reason}
     answer, cached = time_few_rows(job, own.prompt_tokens)
     forwards = Forwards(own.full, own.selecting, own.sparse, answer, cached)
-    return {"ways": as_record(ways(job, forwards), partial(command_of, job.args)), "forwards": asdict(forwards)}
+    return {"ways": as_record(ways(job, forwards, whole), partial(command_of, job.args)), "forwards": asdict(forwards)}
 
 
 def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, Any]]:
@@ -189,6 +189,7 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     short, long = advice["fitted_prompt_tokens"]
     idle = steps - advice["steps_that_run"]
     some = f"{steps} steps, {idle} of which commit nothing and run no model," if idle else f"{steps} steps"
+    some = f"at most {some}" if any(way["fewest"] < way["most"] for way in advice["ways"]) else some
     whole = f"{some} with full attention (--origin) would take {origin:.1f} s"
     if own["backend"] == DENSE:
         lines = [
@@ -219,7 +220,7 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     lines.append(f"use: {advice['command']}")
     fastest = min(others, key=lambda other: other["seconds"], default=None)
     if fastest is not None and fastest["seconds"] < min(origin, sparsed):
-        lines.append(f"or, the fastest here, though not the paper's method: {fastest['command']}")
+        lines.append(f"or, the fastest without a cache, though not the paper's method: {fastest['command']}")
     return lines
 
 

@@ -130,6 +130,9 @@ def _answers(job: Job, stdout: Stdout) -> dict[str, Any]:
     """Generate, print each answer as soon as it is there, and how they differ; the record's fields about them."""
     args = job.args
     found: dict[str, Any] = {"runs": [], "first_forward_seconds": first_forward(job)}
+    sampler = args.sampler
+    if not (args.quiet or args.origin) and sampler.cached and sampler.refreshes(sampler.blocks or 1) <= 2:
+        tell("note: with two forwards of all rows or one, selecting blocks does not pay; --origin leaves it out")
     modes: list[Mode] = ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]
     for mode in modes:
         run = run_mode(job, mode)

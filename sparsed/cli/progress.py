@@ -50,8 +50,10 @@ def screen(console: Console, title: str, steps: int, answer: Answer) -> Iterator
     with unbroken():
         live.start()
         console.show_cursor()  # which nothing would bring back after a signal
+    shown = Screen(live, title, steps, answer)
     try:
-        yield Screen(live, title, steps, answer).show
+        yield shown.show
+        shown.finish()
     finally:
         with unbroken():
             live.stop()
@@ -114,12 +116,21 @@ class Screen:
     def __init__(self, live: Live, title: str, steps: int, answer: Answer):
         self._live, self._title, self._steps, self._answer = live, title, steps, answer
         self._phase, self._due = "", -math.inf
+        self._latest: tuple[str, list[Step], float] | None = None  # what was not drawn
+
+    def finish(self) -> None:
+        """Draw what was not drawn yet: a run may end before its steps do."""
+        if self._latest is not None:
+            self._due = -math.inf
+            self.show(*self._latest)
 
     def show(self, phase: str, done: list[Step], seconds: float) -> None:
         """Draw, if it is time to."""
+        self._latest = phase, done, seconds
         began = time.perf_counter()
         if began < self._due and phase == self._phase and len(done) < self._steps:
             return
+        self._latest = None
         self._answer.follow(done)
         step = min(len(done) + 1, self._steps)
         tokens, newest = self._answer.tokens(), self._answer.newest

@@ -50,26 +50,32 @@ class Way:
     whole: int
 
 
-def in_blocks(sampler: Settings, **saving: Any) -> Settings:
-    """The sampler with a cache; SettingError where the region cannot be cut into blocks."""
+def with_cache(sampler: Settings) -> Settings:
+    """The sampler with a cache and nothing else; SettingError where the region cannot be cut into blocks."""
     block_length = sampler.block_length or min(BLOCK_LENGTH, sampler.gen_length)
-    return replace(sampler, block_length=block_length, **{**OFF, **saving})
+    return replace(sampler, block_length=block_length, **{**OFF, "cache": "dual"})
 
 
-def ways(job: Job, forwards: Forwards) -> list[Way]:
-    """Every way to generate, the fastest first."""
-    return sorted(every_way(job.args.sampler, job.args.config, forwards), key=lambda way: (way.most, way.fewest))
+def ways(job: Job, forwards: Forwards, whole_runs: tuple[float, float]) -> list[Way]:
+    """Every way to generate, the fastest first; `whole_runs` as in `every_way`."""
+    found = every_way(job.args.sampler, job.args.config, forwards, whole_runs)
+    return sorted(found, key=lambda way: (way.most, way.fewest))
 
 
-def every_way(sampler: Settings, config: SparseDConfig, forwards: Forwards) -> Iterator[Way]:
-    """With full attention and with SparseD, with a cache and without, and with all rows computed once."""
+def every_way(
+    sampler: Settings, config: SparseDConfig, forwards: Forwards, whole_runs: tuple[float, float]
+) -> Iterator[Way]:
+    """With full attention and with SparseD, with a cache and without, and with all rows computed once.
+
+    Args:
+        whole_runs: seconds of all steps without a cache, with full attention and with SparseD.
+    """
     open_ended = sampler.bound is not None
-    cached = in_blocks(sampler, cache="dual")
+    cached = with_cache(sampler)
     blocks, steps = cached.blocks or 1, sum(not idle for idle in sampler.plain().idle)
-    fewest = blocks if open_ended else steps
-    for name, chosen in (("full attention", None), ("SparseD", config)):
-        low, high = (whole_rows(count, chosen, forwards) for count in (fewest, steps))
-        yield Way(name, {"origin": chosen is None}, low, high, steps)
+    for name, chosen, most in (("full attention", None, whole_runs[0]), ("SparseD", config, whole_runs[1])):
+        fewest = whole_rows(blocks, chosen, forwards) if open_ended else most
+        yield Way(name, {"origin": chosen is None}, fewest, most, steps)
     inner = blocks * (min(sampler.steps // blocks, cached.block_length or 1) - 1)
     for name, refresh, chosen in (
         ("cache", None, None),
@@ -94,7 +100,7 @@ def whole_rows(count: int, config: SparseDConfig | None, forwards: Forwards) -> 
 def no_cache(job: Job, prompt_tokens: int) -> str | None:
     """Why no cache can be timed here, None if one can."""
     try:
-        cached = in_blocks(job.args.sampler, cache="dual")
+        cached = with_cache(job.args.sampler)
     except SettingError as error:
         return f"a cache needs blocks: --{error.argument} {error.must}"
     needed = cache_bytes(job.model, cached, prompt_tokens)
@@ -105,7 +111,7 @@ def no_cache(job: Job, prompt_tokens: int) -> str | None:
 @torch.no_grad()
 def time_few_rows(job: Job, prompt_tokens: int) -> tuple[float, float]:
     """Seconds of a forward of the answer's rows over the cached prompt, and of a block's rows over cached keys."""
-    model, sampler = job.model, in_blocks(job.args.sampler, cache="dual")
+    model, sampler = job.model, with_cache(job.args.sampler)
     ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=model.device)
     canvas = F.pad(ids, (0, sampler.gen_length), value=model.config.mask_token_id)
     if sampler.cfg_scale:
@@ -139,12 +145,13 @@ def way_lines(found: list[dict[str, Any]]) -> list[str]:
     for way in found:
         took = f"{way['most']:.1f} s"
         if way["fewest"] < way["most"]:
-            took = f"{way['fewest']:.1f} to {took}, one step a block to one step for each of its shares"
+            took = f"{way['fewest']:.1f} to {took}, from one step a block to all steps"
         lines.append(f"  {way['name']}: {took}, {slowest / way['most']:.1f}x; {way['command']}")
     named = {way["name"]: way for way in found}
     cache, both = named.get("cache"), named.get("cache and SparseD")
     if cache and both and both["most"] >= cache["most"]:
-        lines.append(f"  selecting blocks does not pay with {both['whole']} forwards of all rows: add --origin")
+        with_so_many = "one forward" if both["whole"] == 1 else f"{both['whole']} forwards"
+        lines.append(f"  selecting blocks does not pay with {with_so_many} of all rows: add --origin")
     return lines
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import SparseDConfig
 from ..models.common import DiffusionLM
 from ..run import SparseRun
-from ..schedule import ByCommitted, Schedule
+from ..schedule import ByCommitted, ByStep, Schedule
 from ..selection import SPARSED, Rule
 from .canvas import Canvas, check_tensor
 from .common import ANSWER, CACHED, IDLE, OnStep, Step, sequence_of
@@ -53,6 +53,7 @@ def generate(
     shape = halves * len(canvas.ids), canvas.length
     options = {"backend": backend, "rule": rule, "schedule": schedule_of(settings, config, rule)}
     with sequence_of(model, config, settings.steps, settings.gen_length, shape, **options) as run:
+        check_schedule(settings, run)
         runner = reader(model, run, canvas, settings, halves)
         turns = told(run, canvas, settings.turns(canvas, end_tokens(model.config)))
         denoise(canvas, runner, settings, turns, model.config, generator, on_step)
@@ -65,6 +66,19 @@ def schedule_of(settings: Settings, config: SparseDConfig | None, rule: Rule) ->
     if not isinstance(config, SparseDConfig):
         return None
     return settings.schedule(config, settings.steps, settings.blocks, rule.needs_scores)
+
+
+def check_schedule(settings: Settings, run: SparseRun | None) -> None:
+    """Raise ValueError if a caller's own `sparsify` counts other forwards than these settings have: it might never
+    select."""
+    if run is None or not isinstance(run.schedule, ByStep):
+        return
+    if settings.cached and run.schedule.steps != (whole := settings.refreshes(settings.blocks or 1)):
+        raise ValueError(
+            f"with this cache {whole} forwards compute all rows: give sparsify steps={whole}, or the sampler config="
+        )
+    if settings.bound is not None and not settings.cached:
+        raise ValueError("with a threshold or factor nobody knows the steps: give the sampler config=, not sparsify")
 
 
 def end_tokens(config: Any) -> set[int]:

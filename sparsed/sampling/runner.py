@@ -126,9 +126,7 @@ class StepRunner:
         # other threads may go on using the GPU meanwhile
         capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
         with no_step, torch.cuda.device(ids.device), capture:
-            logits = self.model(
-                self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row, **self.cached
-            )
+            logits = self.model(self.inputs[0], self.mask, logit_rows=self.inputs[1], first_row=self.first_row)
         return graph, logits
 
     def _replay(self, phase: str, ids: Tensor, rows: Tensor) -> Tensor:

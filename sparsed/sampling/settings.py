@@ -69,6 +69,7 @@ class DreamSettings(Saving):
 
     family: ClassVar[str] = "dream"
     shift: ClassVar[int] = 1  # a token's logits are in the row before it
+    always_in_blocks: ClassVar[bool] = False
     cfg_scale: ClassVar[float] = 0.0
 
     gen_length: int
@@ -169,6 +170,7 @@ class LLaDASettings(Saving):
 
     family: ClassVar[str] = "llada"
     shift: ClassVar[int] = 0
+    always_in_blocks: ClassVar[bool] = True
 
     gen_length: int
     steps: int
@@ -250,9 +252,9 @@ def own_options(family: str) -> tuple[str, ...]:
 
 
 def in_blocks(family: str, options: dict[str, Any]) -> bool:
-    """Whether a family writes its region block after block: LLaDA always, Dream where something makes blocks of it."""
-    makes_blocks = options.get("cache", "none") != "none", options.get("threshold"), options.get("factor")
-    return family == "llada" or any(option not in (None, False) for option in makes_blocks)
+    """Whether a family writes its region block after block: LLaDA always, Dream where one of `Saving`'s is given."""
+    makes_blocks = (options.get(name, default) != default for name, default in OFF.items())
+    return FAMILIES[family].always_in_blocks or any(makes_blocks)
 
 
 def settings_for(family: str, *, gen_length: int, steps: int, block_length: int, **options: Any) -> Settings:

@@ -102,7 +102,8 @@ def most_confident(shape: torch.Size, rows: Tensor, confidence: Tensor, counts: 
         confidence: [n].
         counts: [B] how many to take; of a row with fewer candidates, all.
     """
-    _, ranks = _ranked(shape, rows, confidence)
+    # a ranking of -inf is above that of what is no candidate
+    _, ranks = _ranked(shape, rows, confidence.clamp_min(torch.finfo(confidence.dtype).min))
     return ranks.flatten()[rows] < counts[rows // shape[1]]
 
 

@@ -149,15 +149,14 @@ def test_too_little_memory_says_that_it_fits_without_a_cache(call, monkeypatch, 
 # --- --advise, by hand
 
 
-def ranked(sampler):
-    return {way.name: way for way in ways.every_way(sampler, SparseDConfig(skip=0.25), FORWARDS)}
+def ranked(sampler, whole_runs=(1280.0, 711.0)):
+    found = ways.every_way(sampler, SparseDConfig(skip=0.25), FORWARDS, whole_runs)
+    return {way.name: way for way in found}
 
 
 def test_whole_runs_of_every_way_by_hand():
     found = ranked(LLaDASettings(128, 128, 32))
-    assert found["full attention"].most == 128 * 10.0
-    # 32 of 128 steps are full, the last of them selects
-    assert found["SparseD"].most == 31 * 10.0 + 17.0 + 96 * 4.0
+    assert (found["full attention"].most, found["SparseD"].most) == (1280.0, 711.0), "as told of all steps"
     # four blocks of 32 steps, the first of which is a refresh
     assert found["cache"].most == 4 * 10.0 + 124 * 1.0
     assert found["cache and SparseD"].most == 17.0 + 3 * 4.0 + 124 * 1.0  # the first of four is full, and selects
@@ -192,12 +191,14 @@ def test_selecting_that_does_not_pay_is_said():
 
 
 def test_advice_ranks_them_and_times_few_rows(call):
-    _, _, record = call("--advise --seq_len 32 --steps 32")
+    _, _, record = call("--advise --seq_len 32 --steps 128")
     advice = record["advice"]
     names = {"full attention", "SparseD", "cache", "cache and SparseD", "cache, all rows once"}
     assert {way["name"] for way in advice["ways"]} == names
     assert [way["most"] for way in advice["ways"]] == sorted(way["most"] for way in advice["ways"])
     assert advice["forwards"]["cached"] > 0 < advice["forwards"]["answer"]
+    took = {way["name"]: way["most"] for way in advice["ways"]}
+    assert (took["full attention"], took["SparseD"]) == (advice["origin_seconds"], advice["sparsed_seconds"])
     commands = {way["name"]: way["command"] for way in advice["ways"]}
     assert "--cache dual --refresh 0 " in commands["cache, all rows once"] + " "
     assert "--cache" not in commands["SparseD"] and "--origin" not in commands["cache and SparseD"]

@@ -151,6 +151,12 @@ def test_drawing_takes_a_small_share_of_the_time(monkeypatch):
     pauses = [later - earlier for earlier, later in zip(drawn, drawn[1:], strict=False)]
     assert sum(pause < 0.1 for pause in pauses) <= 2, "the change of phase and the end alone do not wait"
     assert 504 in steps and steps[-1] == 1000
+    drawn.clear()
+    for step in (3, 4):  # a run that ends before its steps do
+        screen.show("sparse", [None] * step, 0.0)
+    assert not drawn
+    screen.finish(), screen.finish()
+    assert len(drawn) == 1 and steps[-1] == 5
 
 
 def test_the_answer_follows_the_steps(checkpoints):

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsed import SparseDConfig, sparsify
+from sparsed import SparseDConfig, llada_generate, sparsify
 from tests.helpers.foreign_cases import Twin, cached_sampler
 from tests.helpers.patch_cases import build
+from tests.helpers.standins import MASK, tiny_dream, tiny_llada
 from tests.helpers.standins_cached import CachedHubDream, CachedHubLLaDA
 
 PROMPT_LEN, GEN_LENGTH = 61, 24
@@ -64,3 +65,36 @@ def test_a_cache_that_dropped_keys_is_an_error(model):
         with pytest.raises(ValueError, match=r"8 tokens attend to 48 of the sequence's 85 keys: .* cannot be followed"):
             model(ids[:, -8:], past=fewer)
         assert run.step == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [tiny_dream, tiny_llada])
+def test_windows_of_this_package_s_models_are_no_steps_either(make):
+    """In somebody else's sampler: with full attention over the cache, though blocks are selected."""
+    model = make()
+    ids = torch.cat((torch.randint(0, 90, (1, 96)), torch.full((1, 32), MASK)), 1)
+    cache, rows = model.kv_cache(1, 128), model.rows(96, 104, 128, None)
+    with sparsify(model, SparseDConfig(0.2, 0.2, 16), steps=4, gen_length=32) as run:
+        for step in range(2):
+            ids[0, 96 + step] = step + 1
+            model(ids, cache=cache)
+        before = [layer.clone() for layer in cache._layers]
+        inside = model(ids[:, 96:104], rows=rows, cache=cache)
+        assert run.step == 2 and run.density < 0.5
+        for layer, was in zip(cache._layers, before, strict=True):
+            layer.copy_(was)
+    assert torch.equal(inside, model(ids[:, 96:104], rows=rows, cache=cache))
+
+
+@pytest.mark.parametrize(
+    ("saving", "says"), [({"cache": "dual"}, "give sparsify steps=4"), ({"threshold": 0.5}, "give the sampler config=")]
+)
+def test_own_samplers_whose_steps_sparsify_does_not_count_are_refused(saving, says):
+    model, ids = tiny_llada(), torch.randint(0, 90, (1, 60))
+    options = {"gen_length": 32, "steps": 32, "block_length": 8}
+    with sparsify(model, SparseDConfig(0.2, 0.3, 16), steps=32, gen_length=32), pytest.raises(ValueError, match=says):
+        llada_generate(model, ids, **options, **saving)
+    with sparsify(model, SparseDConfig(0.2, 0.3, 16), steps=4, gen_length=32) as run:
+        inside = llada_generate(model, ids, **options, cache="dual")
+    assert run.density < 0.6
+    assert torch.equal(inside, llada_generate(model, ids, **options, cache="dual", config=SparseDConfig(0.2, 0.3, 16)))

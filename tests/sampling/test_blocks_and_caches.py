@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsed import SparseDConfig
+from sparsed.sampling import settings_for_answer
 from sparsed.watching import watched
 from tests.helpers import reference_blocks, reference_sampling
 from tests.helpers.patch_cases import published_config
@@ -683,3 +684,17 @@ def test_every_generation_keeps_its_promises(ending, case, seed):
             given_alone = {name: value for name, value in options.items() if name not in ("temperature", "remasking")}
             twin, _ = twin_of(model)
             assert reference_blocks.generate(twin, prompts[row : row + 1, pad:], **twin_names(given_alone)).gap < CLEAR
+
+
+@pytest.mark.parametrize("saving", [{"cache": "dual"}, {"threshold": 0}, {"factor": 1}, {"early_stop": True}])
+def test_dream_s_answers_fill_their_last_block_where_it_has_blocks(saving):
+    assert settings_for_answer("dream", 40, None, 32).gen_length == 40
+    found = settings_for_answer("dream", 40, None, 32, **saving)
+    assert (found.gen_length, found.block_length, found.steps) == (64, 32, 64)
+
+
+def test_a_ranking_that_overflows_still_ranks_candidates():
+    model = MODELS["dream"]
+    options = {"gen_length": 16, "steps": 16, "block_length": 8, "alg": "entropy", "alg_temp": 1e-42}
+    out = GENERATE["dream"](model, torch.randint(0, 90, (1, 20)), **options, on_step=None)
+    assert (out == MASK).sum() < 16
