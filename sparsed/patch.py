@@ -71,8 +71,7 @@ def sparsify(
     check_backend(backend)
     model = unwrapped(model)
     seams = seams_of(model)
-    # a rule that looks at nothing needs no full step
-    by_step = ByStep(steps, config.n_full(steps) if rule.needs_scores else 0)
+    by_step = ByStep.of(config, steps, rule.needs_scores)
     mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
     run = SparseRun(config, schedule or by_step, gen_length, backend, rule, mask_id)
     with ExitStack() as undo:

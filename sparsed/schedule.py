@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from .config import SparseDConfig
+
 # what a forward computes: full attention; the same, and selects the blocks; attention over the selected blocks
 FULL, SELECTING, SPARSE = "full", "selecting", "sparse"
 
@@ -31,6 +33,11 @@ class ByStep:
 
     steps: int
     n_full: int
+
+    @staticmethod
+    def of(config: SparseDConfig, steps: int, needs_scores: bool) -> "ByStep":
+        """As the config's `skip` says; a rule that looks at no scores needs no full step."""
+        return ByStep(steps, config.n_full(steps) if needs_scores else 0)
 
     def wants_pattern(self, at: Progress) -> bool:
         return self.n_full < self.steps and at.step >= self.n_full - 1

@@ -133,7 +133,7 @@ class Saving:
             steps = self.refreshes(blocks or 1)
         elif self.bound is not None:
             return ByCommitted(config.skip if needs_scores else 0.0)
-        return ByStep(steps, config.n_full(steps) if needs_scores else 0)
+        return ByStep.of(config, steps, needs_scores)
 
 
 def _is_number(value: Any) -> bool:
