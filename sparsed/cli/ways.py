@@ -16,6 +16,7 @@ from ..sampling import Settings
 from ..sampling.runner import StepRunner
 from ..sampling.saving import BLOCK_LENGTH, OFF
 from ..sampling.unmasking import SettingError
+from ..schedule import Progress
 from .memory import available_bytes, cache_bytes
 from .running import Job
 
@@ -41,6 +42,7 @@ class Way:
         fewest, most: seconds; the same unless a threshold or factor leaves the number of steps open: `fewest` has one
             step a block, `most` all of them.
         whole: forwards of all rows, at most.
+        tokens_a_forward: those that `fewest` and `most` assume.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Way:
     fewest: float
     most: float
     whole: int
+    tokens_a_forward: tuple[float, float]
 
 
 def with_cache(sampler: Settings) -> Settings:
@@ -73,28 +76,37 @@ def every_way(
     open_ended = sampler.bound is not None
     cached = with_cache(sampler)
     blocks, steps = cached.blocks or 1, sum(not idle for idle in sampler.plain().idle)
+
+    def tokens_a_forward(most: int) -> tuple[float, float]:
+        return sampler.gen_length / (blocks if open_ended else most), sampler.gen_length / most
+
+    plain = replace(sampler, cache="none", refresh=None)
     for name, chosen, most in (("full attention", None, whole_runs[0]), ("SparseD", config, whole_runs[1])):
-        fewest = whole_rows(blocks, chosen, forwards) if open_ended else most
-        yield Way(name, {"origin": chosen is None}, fewest, most, steps)
+        fewest = whole_rows(blocks, plain, chosen, forwards) if open_ended else most
+        yield Way(name, {"origin": chosen is None}, fewest, most, steps, tokens_a_forward(steps))
     inner = blocks * (min(sampler.steps // blocks, cached.block_length or 1) - 1)
     for name, refresh, chosen in (
         ("cache", None, None),
         ("cache and SparseD", None, config),
         ("cache, all rows once", 0, None),
     ):
-        whole = replace(cached, refresh=refresh).refreshes(blocks)
-        refreshed = whole_rows(whole, chosen, forwards) + (blocks - whole) * forwards.answer
+        refreshing = replace(cached, refresh=refresh)
+        whole = refreshing.refreshes(blocks)
+        refreshed = whole_rows(whole, refreshing, chosen, forwards) + (blocks - whole) * forwards.answer
         most = refreshed + inner * forwards.cached
         flags = {"origin": chosen is None, "cache": "dual", "refresh": refresh}
-        yield Way(name, flags, refreshed if open_ended else most, most, whole)
+        yield Way(name, flags, refreshed if open_ended else most, most, whole, tokens_a_forward(blocks + inner))
 
 
-def whole_rows(count: int, config: SparseDConfig | None, forwards: Forwards) -> float:
-    """Seconds of so many forwards of all rows, the first of which are full under a config."""
-    n_full = count if config is None else config.n_full(count)
-    if n_full >= count:
+def whole_rows(count: int, sampler: Settings, config: SparseDConfig | None, forwards: Forwards) -> float:
+    """Seconds of so many forwards of all rows, each of which commits as many tokens; None for full attention."""
+    if config is None:
         return count * forwards.full
-    return (n_full - 1) * forwards.full + forwards.selecting + (count - n_full) * forwards.sparse
+    schedule = sampler.schedule(config, count, sampler.blocks, needs_scores=True)
+    full = sum(not schedule.wants_pattern(Progress(step, step / count)) for step in range(count))
+    if full == count:
+        return count * forwards.full
+    return full * forwards.full + forwards.selecting + (count - full - 1) * forwards.sparse
 
 
 def no_cache(job: Job, prompt_tokens: int) -> str | None:
@@ -145,7 +157,8 @@ def way_lines(found: list[dict[str, Any]]) -> list[str]:
     for way in found:
         took = f"{way['most']:.1f} s"
         if way["fewest"] < way["most"]:
-            took = f"{way['fewest']:.1f} to {took}, from one step a block to all steps"
+            many, few = way["tokens_a_forward"]
+            took = f"{way['fewest']:.1f} to {took}, if a forward commits {many:.3g} tokens or {few:.3g}"
         lines.append(f"  {way['name']}: {took}, {slowest / way['most']:.1f}x; {way['command']}")
     named = {way["name"]: way for way in found}
     cache, both = named.get("cache"), named.get("cache and SparseD")

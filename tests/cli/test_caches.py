@@ -162,6 +162,7 @@ def test_whole_runs_of_every_way_by_hand():
     assert found["cache and SparseD"].most == 17.0 + 3 * 4.0 + 124 * 1.0  # the first of four is full, and selects
     assert found["cache, all rows once"].most == 10.0 + 3 * 2.0 + 124 * 1.0
     assert all(way.fewest == way.most for way in found.values())
+    assert all(way.tokens_a_forward == (1.0, 1.0) for way in found.values())
     assert (found["cache"].whole, found["cache, all rows once"].whole) == (4, 1)
     assert found["cache, all rows once"].flags == {"origin": True, "cache": "dual", "refresh": 0}
 
@@ -170,7 +171,15 @@ def test_a_threshold_leaves_a_range():
     found = ranked(LLaDASettings(128, 128, 32, threshold=0.9))
     assert (found["full attention"].fewest, found["full attention"].most) == (40.0, 1280.0)
     assert (found["cache"].fewest, found["cache"].most) == (40.0, 40.0 + 124.0)
-    assert found["SparseD"].fewest == 17.0 + 3 * 4.0
+    # nothing is committed at the first forward of four, a quarter, as much as `skip`, at the second, which selects
+    assert found["SparseD"].fewest == 10.0 + 17.0 + 2 * 4.0
+    assert found["cache"].tokens_a_forward == found["full attention"].tokens_a_forward == (32.0, 1.0)
+    (line,) = (line for line in as_lines(found) if " cache: " in line)
+    assert "40.0 to 164.0 s, if a forward commits 32 tokens or 1, 7.8x" in line
+
+
+def as_lines(found):
+    return ways.way_lines([vars(way) | {"command": way.name} for way in found.values()])
 
 
 def test_steps_that_commit_nothing_are_left_out():
@@ -183,8 +192,7 @@ def test_selecting_that_does_not_pay_is_said():
     """With two refreshes one selects at 17 and one is sparse at 4, against two full ones of 10."""
 
     def lines(gen_length):
-        found = ranked(LLaDASettings(gen_length, gen_length, 32)).values()
-        return "\n".join(ways.way_lines([vars(way) | {"command": way.name} for way in found]))
+        return "\n".join(as_lines(ranked(LLaDASettings(gen_length, gen_length, 32))))
 
     assert "selecting blocks does not pay with 2 forwards of all rows: add --origin" in lines(64)
     assert "does not pay" not in lines(128)
