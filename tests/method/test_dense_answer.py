@@ -13,6 +13,7 @@ from sparsed.blocks import BlockGrid, Pattern
 from sparsed.evaluation.methods import METHODS
 from sparsed.kernels import block_scores, full_attention
 from sparsed.sampling import runner
+from sparsed.sampling.replay import Replays
 from sparsed.schedule import FULL
 from sparsed.selection import isolated_top_k
 from sparsed.watching import pooled, recall, watched
@@ -345,8 +346,8 @@ def test_a_row_padded_by_whole_blocks_equals_the_row_alone(request, family):
 def test_replayed_tokens_are_the_same(monkeypatch, family, pads):
     model = (tiny_dream if family == "dream" else tiny_llada)().cuda()
     prompts, mask = torch.randint(0, 90, (len(pads), 61)).cuda(), left_padding(61, pads).long().cuda()
-    config, captured, capture = SparseDConfig(0.2, 0.4, 16, dense_answer=True), [], runner.StepRunner._capture
-    monkeypatch.setattr(runner.StepRunner, "_capture", lambda self, ids: captured.append(1) or capture(self, ids))
+    config, captured, capture = SparseDConfig(0.2, 0.4, 16, dense_answer=True), [], Replays._capture
+    monkeypatch.setattr(Replays, "_capture", lambda self, *args: captured.append(args) or capture(self, *args))
     options = options_of(family, {"gen_length": 48, "steps": 24, "attention_mask": mask, "config": config})
     replayed = GENERATE[family](model, prompts, **options)
     assert len(captured) == 2, "one graph a phase"

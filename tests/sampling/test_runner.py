@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sparsed import SparseDConfig, sparsify
-from sparsed.sampling import runner
+from sparsed.sampling import replay, runner
 from sparsed.sampling.common import Step
+from sparsed.sampling.replay import Replays
 from sparsed.sampling.runner import StepRunner
 from sparsed.watching import watched
 from tests.helpers.sampling_cases import GENERATE, head_of, options_of
@@ -27,45 +28,41 @@ SPARSE = SparseDConfig(0.2, 0.4, 16)
 @pytest.fixture
 def captured(monkeypatch):
     """How many forwards were captured so far, one entry each."""
-    calls, capture = [], StepRunner._capture
-    monkeypatch.setattr(StepRunner, "_capture", lambda self, ids: calls.append(self.run) or capture(self, ids))
+    calls, capture = [], Replays._capture
+    monkeypatch.setattr(Replays, "_capture", lambda self, *args: calls.append(args) or capture(self, *args))
     return calls
 
 
 class FakeGraph:
     """Stands for a CUDA graph where there is no GPU: computes what was captured, over the blocks of that time."""
 
-    def __init__(self, runner):
-        self.runner, run = runner, runner.run
+    def __init__(self, run, forward, inputs, logits):
+        self.run, self.forward, self.inputs, self.logits = run, forward, inputs, logits
         self.then = None if run is None else copy.copy(run._generations.now)
-        self.logits = torch.empty(runner.most_rows, runner.model.config.vocab_size)
-
-    def pool(self):
-        return None
 
     def replay(self):
-        one, run = self.runner, self.runner.run
-        if run is not None:
-            now, run._generations.now = run._generations.now, copy.copy(self.then)
-        self.logits.copy_(one.model(one.inputs[0], one.mask, logit_rows=one.inputs[1], first_row=one.first_row))
-        if run is not None:
-            run._generations.now = now
+        if self.run is not None:
+            now, self.run._generations.now = self.run._generations.now, copy.copy(self.then)
+        self.logits.copy_(self.forward(*self.inputs))
+        if self.run is not None:
+            self.run._generations.now = now
 
 
 @pytest.fixture
 def faked(monkeypatch):
-    """Steps are replayed on the CPU; a list with an entry for every capture."""
+    """Steps are replayed on the CPU; a list with an entry for every capture: the number of tokens."""
     captures = []
 
-    def capture(self, ids):
-        captures.append(self.phase)
-        if not self.inputs:
-            self.inputs = ids.clone(), torch.full((self.most_rows,), self.first_row)
-        graph = FakeGraph(self)
-        return graph, graph.logits
+    def capture(self, known, forward):
+        captures.append(known.inputs[0].numel())
+        known.inputs = tuple(x.clone() for x in known.inputs)
+        with self.aside():
+            known.logits = forward(*known.inputs).clone()
+        run = getattr(self.aside, "__self__", None)
+        known.graph = FakeGraph(run, forward, known.inputs, known.logits)
 
-    monkeypatch.setattr(runner, "_replayable", lambda model: True)
-    monkeypatch.setattr(StepRunner, "_capture", capture)
+    monkeypatch.setattr(replay, "replayable", lambda model: True)
+    monkeypatch.setattr(Replays, "_capture", capture)
     return captures
 
 
@@ -92,7 +89,38 @@ def test_what_is_loaded_and_counted_around_a_replay(monkeypatch, faked, family, 
         return GENERATE[family](model, prompts, config=config, generator=torch.Generator().manual_seed(3), **options)
 
     replayed = generate()
-    assert faked == (["full", "sparse"] if config is SPARSE else ["full"]), "one graph a phase"
+    assert len(faked) == (2 if config is SPARSE else 1), "one graph a phase"
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
+    assert torch.equal(generate(), replayed)
+
+
+CACHED_CASES = [
+    ("llada", {"cache": "dual"}, [12]),
+    ("llada", {"cache": "dual", "refresh": 2, "early_stop": True}, [12, 48]),
+    ("llada", {"cache": "dual", "cfg_scale": 1.0, "temperature": 1.0}, [24]),
+    ("llada", {"cache": "prefix", "threshold": 0.9}, [48, 36, 24, 12]),
+    ("dream", {"cache": "dual", "block_length": 12}, [13]),
+    ("dream", {"cache": "dual", "block_length": 8, "refresh": 0, "alg": "entropy"}, [9, 49]),
+    ("dream", {"cache": "prefix", "block_length": 24, "factor": 0.3}, [49, 25]),
+]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("config", [None, SPARSE], ids=["full", "sparse"])
+@pytest.mark.parametrize(("family", "options", "windows"), CACHED_CASES, ids=str)
+def test_one_graph_serves_the_windows_of_all_blocks(monkeypatch, faked, family, options, windows, config, padded):
+    """Each of the first window's size; a graph that read the first block's rows or positions gives other tokens."""
+    model = MODELS[family]()
+    prompts, mask = torch.randint(0, 90, (2, 61)), torch.ones(2, 61, dtype=torch.long)
+    mask[1, : 20 if padded else 0] = 0
+    options = options_of(family, {"gen_length": 48, "steps": 48, "block_length": 12} | options)
+
+    def generate():
+        generator = torch.Generator().manual_seed(3)
+        return GENERATE[family](model, prompts, attention_mask=mask, config=config, generator=generator, **options)
+
+    replayed = generate()
+    assert faked == [2 * size for size in windows]
     monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
     assert torch.equal(generate(), replayed)
 
@@ -158,16 +186,16 @@ def test_a_step_with_more_rows_than_the_graphs_take_runs_as_it_is(faked):
 
 
 def test_a_model_that_cannot_be_captured_runs_as_it_is(monkeypatch):
-    monkeypatch.setattr(runner, "_replayable", lambda model: True)
+    monkeypatch.setattr(replay, "replayable", lambda model: True)
     model, prompts = MODELS["llada"](), torch.randint(0, 90, (1, 30))
     options = {"gen_length": 16, "steps": 16, "block_length": 16, "config": SPARSE}
     tries = []
 
-    def failing(self, ids):
-        tries.append(ids)
+    def failing(self, known, forward):
+        tries.append(known)
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(StepRunner, "_capture", failing)
+    monkeypatch.setattr(Replays, "_capture", failing)
     tokens = GENERATE["llada"](model, prompts, **options)
     monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
     assert len(tries) == 1 and torch.equal(GENERATE["llada"](model, prompts, **options), tokens)
@@ -181,7 +209,7 @@ def test_a_capture_that_fails_at_its_end_counts_no_step(monkeypatch):
         yield
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(runner, "_replayable", lambda model: True)
+    monkeypatch.setattr(replay, "replayable", lambda model: True)
     monkeypatch.setattr(torch.cuda, "graph", failing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())

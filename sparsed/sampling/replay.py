@@ -1,0 +1,102 @@
+"""Forwards replayed as CUDA graphs, which take the GPU's time alone and none of the host's."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..models.common import DiffusionLM
+
+Forward = Callable[..., Tensor]
+
+
+@dataclass
+class Replayed:
+    """Forwards of one kind, of tensors of the same shapes, and the graph of them once there is one.
+
+    Args:
+        inputs: what the graph reads; at first those of a forward that ran as it is.
+    """
+
+    inputs: tuple[Tensor, ...]
+    graph: torch.cuda.CUDAGraph | None = None
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def takes(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether these have the same shapes."""
+        return [x.shape for x in inputs] == [x.shape for x in self.inputs]
+
+
+class Replays:
+    """The graphs of one generation's forwards.
+
+    The first forward of a kind runs as it is, and has its kernels compiled; the second is captured, and the later ones
+    replay it. Of inputs with other shapes, a kind begins anew.
+
+    Args:
+        model: what the forwards run.
+        aside: a context in which a forward does not count.
+
+    Attributes:
+        possible: whether forwards can be captured at all.
+    """
+
+    def __init__(self, model: DiffusionLM, aside: Callable[[], AbstractContextManager]):
+        self.aside = aside
+        self.possible = replayable(model)
+        self._kinds: dict[str, Replayed] = {}
+
+    def of(self, kind: str, forward: Forward, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """`forward(*inputs)` from a graph, which the next call may overwrite; None if it must run as it is.
+
+        Args:
+            kind: forwards of a kind differ in their inputs alone.
+            forward: reads nothing that changes but its inputs.
+        """
+        if not self.possible:
+            return None
+        known = self._kinds.get(kind)
+        if known is None or not known.takes(inputs):
+            self._kinds[kind] = Replayed(inputs)
+            return None
+        if known.graph is None:
+            try:
+                self._capture(known, forward)
+            except RuntimeError:  # something in the model waits for the device, or there is no memory for a graph
+                self.possible = False
+                return None
+        assert known.graph is not None  # captured just now, if not before
+        for static, given in zip(known.inputs, inputs, strict=True):
+            static.copy_(given)
+        known.graph.replay()
+        return known.logits
+
+    def forget(self, kind: str) -> None:
+        """The next forward of that kind reads something else: begin anew."""
+        self._kinds.pop(kind, None)
+
+    def _capture(self, known: Replayed, forward: Forward) -> None:
+        inputs = tuple(x.clone() for x in known.inputs)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.graph.pool() for other in self._kinds.values() if other.graph is not None), None)
+        # other threads may go on using the GPU meanwhile
+        capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+        with self.aside(), torch.cuda.device(inputs[0].device), capture:
+            logits = forward(*inputs)
+        known.inputs, known.graph, known.logits = inputs, graph, logits
+
+
+def replayable(model: DiffusionLM) -> bool:
+    """Whether the model lies on one GPU, and nobody has hooked into it or replaced its methods: a replay calls none."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        return False
+    for module in model.modules():
+        replaced = [name for name, value in module.__dict__.items() if callable(value) and hasattr(type(module), name)]
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if any(not hasattr(module.__dict__[name], "sparsed_run") for name in replaced):
+            return False
+    return True
