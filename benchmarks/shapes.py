@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from sparsed.models import DreamConfig, LLaDAConfig
+from sparsed.models.joint import lay_projections_together
 from sparsed.models.loading import MODELS
 
 ModelConfig = DreamConfig | LLaDAConfig
@@ -94,4 +95,5 @@ def random_model(family: str, device: torch.device) -> torch.nn.Module:
     made = {id(p): random_weight(p.shape, device) for p in model.parameters()}  # one for a tied head and embedding
     weights = {name: made[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict(weights, assign=True)
+    lay_projections_together(model)  # as `load_model` does on a GPU
     return model.eval().requires_grad_(False)

@@ -10,10 +10,11 @@ if importlib.util.find_spec("triton"):
     from . import elementwise_triton
     from .block_scores_triton import block_scores_triton
     from .block_sparse_triton import block_sparse_attention
+    from .few_queries_triton import few_queries_attention
     from .top_k_triton import highest_places_triton
 else:
     block_scores_triton = block_sparse_attention = highest_places_triton = None  # type: ignore[assignment]
-    elementwise_triton = None  # type: ignore[assignment]
+    elementwise_triton = few_queries_attention = None  # type: ignore[assignment]
 
 
 @functools.cache

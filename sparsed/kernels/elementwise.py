@@ -43,6 +43,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+def store_rotated(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Write `rotate`d k, and v, to their slots in `keys` and `values`.
+
+    Args:
+        k, v: [B, H, n, D].
+        cos, sin: as `rotate` takes them.
+        slots: int64 [n].
+        keys, values: [B, H, T, D], in the dtype of k.
+    """
+    if usable(k, v):
+        elementwise_triton.store_rotated(k, v, cos, sin, slots, keys, values)
+        return
+    keys.index_copy_(2, slots, rotate(k, cos, sin))
+    values.index_copy_(2, slots, v)
+
+
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape, silu and product each rounded to their dtype."""
     if usable(gate, up):

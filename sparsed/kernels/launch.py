@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# query rows of a tile of the kernel for few queries
+FEW_ROWS = 64
 # shared memory, in bytes, that a Triton kernel may need beside its tiles
 RESERVE = 2048
 # of a GPU of consumer make; an H100 has 227 KiB

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..kernels import store_rotated
 from .rows import Rows
 
 
@@ -34,8 +35,14 @@ class KVCache:
         """What all layers take."""
         return sum(layer.nbytes for layer in self._layers)
 
-    def update(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the rows' keys and values, each [B, Hkv, n, D]; returns those of the whole sequence, [B, Hkv, T, D].
+    def update(
+        self, layer: int, rows: Rows, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Write the rows' keys, by `rope` rotated, and values; returns those of the whole sequence, [B, Hkv, T, D].
+
+        Args:
+            k, v: [B, Hkv, n, D].
+            rope: cosines and sines as `kernels.rotate` takes them.
 
         Raises:
             ValueError: the cache is of sequences of another shape, or the layer's other tokens were never written.
@@ -49,7 +56,5 @@ class KVCache:
         elif layer not in self._filled:
             raise ValueError("the cache is not filled: a forward must compute all tokens of the sequence first")
         keys, values = self._layers[layer]
-        slots = rows.slots.to(keys.device)
-        keys.index_copy_(2, slots, k)
-        values.index_copy_(2, slots, v)
+        store_rotated(k, v, *rope, rows.slots.to(keys.device), keys, values)
         return keys, values

@@ -191,9 +191,10 @@ class ForwardContext(NamedTuple):
             [B, n - first, Hq * D].
         """
         q = rotate(q, *(table[..., first:, :] for table in self.rope))
-        k = rotate(k, *self.rope)
-        if self.cache is not None:
-            k, v = self.cache.update(layer, self.rows, k, v)
+        if self.cache is None:
+            k = rotate(k, *self.rope)
+        else:
+            k, v = self.cache.update(layer, self.rows, k, v, self.rope)
         return merge_heads(module.attend(q, k, v, self.key_valid, self.rows.start + first))
 
 

@@ -23,6 +23,7 @@ from .common import (
     take_rows,
     with_plain_rope,
 )
+from .joint import projections
 from .rows import Rows
 
 
@@ -101,9 +102,8 @@ class DreamAttention(nn.Module):
 
     def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
         """Attention of the computed tokens x [B, n, width], from the `first` of them on -> [B, n - first, width]."""
-        q = split_heads(self.q_proj(x[:, first:]), self.heads)
-        k = split_heads(self.k_proj(x), self.kv_heads)
-        v = split_heads(self.v_proj(x), self.kv_heads)
+        projected = projections(x, first, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = map(split_heads, projected, (self.heads, self.kv_heads, self.kv_heads))
         return self.o_proj(given.attended(self, layer, q, k, v, first))
 
 

@@ -23,6 +23,7 @@ from .common import (
     take_rows,
     with_plain_rope,
 )
+from .joint import projections
 from .rows import Rows
 
 Rope = tuple[Tensor, Tensor]
@@ -134,9 +135,8 @@ class LLaDABlock(nn.Module):
     def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
         """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys alone."""
         normed = self.attn_norm(x)
-        q = split_heads(self.q_proj(normed[:, first:]), self.heads)
-        k = split_heads(self.k_proj(normed), self.kv_heads)
-        v = split_heads(self.v_proj(normed), self.kv_heads)
+        projected = projections(normed, first, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = map(split_heads, projected, (self.heads, self.kv_heads, self.kv_heads))
         attended = self.attn_out(given.attended(self, layer, q, k, v, first))
         x, normed = self.ff_norm(x[:, first:], attended)
         return x + self.ff_out(silu_product(self.ff_proj(normed), self.up_proj(normed)))

@@ -15,6 +15,7 @@ from .description import DESCRIPTION_FILES, read_config
 from .dream import DreamConfig, DreamLayer, DreamModel
 from .files import checkpoint_folder
 from .illada import ILLaDAConfig, ILLaDAModel
+from .joint import lay_projections_together
 from .llada import LLaDABlock, LLaDAConfig, LLaDAModel
 from .special_ids import with_special_ids
 from .weights import WEIGHT_FILES, checked_weights, fill
@@ -62,6 +63,8 @@ def load_model(
         from accelerate import dispatch_model
 
         dispatch_model(model, placement)
+    elif target.type == "cuda":
+        lay_projections_together(model)
     return model.eval()
 
 

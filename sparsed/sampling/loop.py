@@ -121,7 +121,7 @@ def denoise(
     for index, turn in enumerate(turns):
         step = Step(index, IDLE)
         if not turn.idle or not runner.skip():
-            rows = canvas.candidates(turn.start, turn.end)
+            rows = canvas.candidates(turn.start, turn.end) if turn.rows is None else turn.rows
             window = settings.window(turn, canvas, settings.shift)
             phase, computed = runner.phase, canvas.length
             if window is not None:

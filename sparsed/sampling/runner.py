@@ -47,7 +47,8 @@ class StepRunner:
         self.replays = Replays(model, nullcontext if run is None else run.uncounted)
         self.pattern_version: int | None = None
         self.window: Rows | None = None  # of the latest forward of few rows
-        self.total: Tensor | None = None  # of the latest logits
+        self.total: Tensor | None = None  # of the latest logits, on the host
+        self.told: torch.cuda.Event | None = None  # when it is there
 
     def __call__(self, ids: Tensor, rows: Tensor, window: tuple[int, int] | None = None) -> Tensor:
         """Logits [n, V] of the flat rows [n] of ids [B, T]; the next call may overwrite them.
@@ -60,7 +61,7 @@ class StepRunner:
         """
         self.check()
         logits = self._whole(ids, rows) if window is None else self._window(ids, rows, *window)
-        self.total = logits.sum(dtype=torch.float32)
+        self._watch(logits)
         return logits
 
     def skip(self) -> bool:
@@ -76,8 +77,19 @@ class StepRunner:
 
         Asked at the next step, when the sampler has waited for the device anyway.
         """
+        if self.told is not None:
+            self.told.synchronize()
         if self.total is not None and not torch.isfinite(self.total):
             raise FloatingPointError("the model's logits are not finite: float32 may hold what another dtype cannot")
+
+    def _watch(self, logits: Tensor) -> None:
+        """Have the sum of the logits, which is not finite unless all are, sent to the host."""
+        total = logits.sum(dtype=torch.float32)
+        if total.is_cuda:
+            self.total = total.to("cpu", non_blocking=True)
+            self.told = torch.cuda.current_stream(total.device).record_event()
+        else:
+            self.total = total
 
     @property
     def phase(self) -> str:

@@ -64,6 +64,7 @@ class Turn:
         opens: the number of the block whose first step this is; None inside a block, or where there are none.
         bound: with counts: commits all that are sure enough, and only as many more as the counts demand.
         ends: in the rows where its block is complete then and holds one of these tokens, the later blocks get that.
+        rows: the candidates, as `Canvas.candidates` gives them, if the rule has looked at them.
     """
 
     end: int
@@ -74,6 +75,7 @@ class Turn:
     opens: int | None = None
     bound: Bound | None = None
     ends: Collection[int] = ()
+    rows: Tensor | None = None
 
     def choose(self, shape: torch.Size, rows: Tensor, proposal: Proposal, generator: torch.Generator | None) -> Tensor:
         """Which of the candidates are committed, bool [n].
@@ -183,10 +185,11 @@ def while_masked(
         end = start + block_length
         counts = commit_counts(canvas.masked(start, end), each)
         for inner in range(each):
-            if not canvas.masked(start, end).any():
+            rows = canvas.candidates(start, end)
+            if not len(rows):
                 break
             share = counts[:, inner] if bound is None else counts[:, inner].clamp_min(1)
-            yield Turn(end, share, start=start, opens=None if inner else block, bound=bound, ends=ends)
+            yield Turn(end, share, start=start, opens=None if inner else block, bound=bound, ends=ends, rows=rows)
 
 
 class SettingError(ValueError):

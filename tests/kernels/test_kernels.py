@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from sparsed.kernels import add_rms_norm, availability, full_attention, rms_norm, rotate, silu_product
+from sparsed.kernels import add_rms_norm, availability, full_attention, rms_norm, rotate, silu_product, store_rotated
 from tests.helpers import reference
 from tests.helpers.interpreter import interpret
 
@@ -142,6 +142,20 @@ def check_elementwise(dtype, device, allowed, kernels=nullcontext):
         for first in (0, 30):
             both(rotate, x[:, :, first:], cos[..., first:, :], sin[..., first:, :])
         assert both(rotate, x, cos, sin).stride() == x.stride(), "heads are merged without a copy"
+        check_store(x, cos, sin, device, kernels, same)
+
+
+def check_store(x, cos, sin, device, kernels, same):
+    """Into slots in mid-sequence of a cache that holds something everywhere."""
+    slots = torch.arange(11, 11 + x.shape[2])
+    caches = []
+    for where, context in ((device, kernels), ("cpu", nullcontext)):
+        cache = torch.full((2, 2, 60, *x.shape[1:2], x.shape[3]), 7.0, dtype=x.dtype, device=where).transpose(2, 3)
+        given = (x, 2 * x[:, :, 1:].roll(1, 2)[:, :, :1].expand_as(x), cos, sin, slots, *cache)
+        with context():
+            store_rotated(*(t.to(where) for t in given))
+        caches.append(cache)
+    same(*caches)
 
 
 INTERPRETED = """
