@@ -155,7 +155,8 @@ def generate(job: Job, sampler: Settings, clock: StepClock) -> Tensor:
     device = job.model.device
     input_ids = torch.tensor([job.input_ids], device=device)
     generator = torch.Generator(device).manual_seed(job.args.seed)
-    return sampling.generate(job.model, input_ids, sampler, generator=generator, on_step=clock.tick)
+    ends = stop_ids(job.model.config, job.tokenizer) if sampler.early_stop else None
+    return sampling.generate(job.model, input_ids, sampler, end_token_ids=ends, generator=generator, on_step=clock.tick)
 
 
 def _progress(job: Job, mode: Mode, label: str) -> AbstractContextManager[Show]:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import FEW_ROWS, RESERVE, fits, on_device_of
 
@@ -41,13 +42,16 @@ def few_queries_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | N
     held = (rows + 2 * keys * stages) * d_tile * q.element_size()
     chunk = _chunk(length, batch * kv_heads * tiles, keys, held, q.device)
     splits = triton.cdiv(length, chunk)
+    described = _describable(k, keys) and _describable(v, keys)
     parts = q.new_empty(splits, batch, heads, n_query, head_dim, dtype=torch.float32)
     weights = q.new_empty(splits, batch, heads, n_query, dtype=torch.float32)
     _part_kernel[(splits, tiles, batch * kv_heads)](
-        q, k, v, None if key_valid is None else key_valid.contiguous().view(torch.uint8), parts, weights,
+        q, *((_described(x, keys) for x in (k, v)) if described else (k, v)),
+        None if key_valid is None else key_valid.contiguous().view(torch.uint8), parts, weights,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         n_query, length, chunk, kv_heads, head_dim**-0.5 * LOG2_E,
         PADDED=key_valid is not None,
+        DESCRIBED=described,
         SHARED=shared,
         D=head_dim,
         D_TILE=d_tile,
@@ -101,11 +105,26 @@ def _chunk(length: int, programs: int, keys: int, held: int, device: torch.devic
     return triton.cdiv(triton.cdiv(length, splits), keys) * keys
 
 
+def _describable(x: Tensor, keys: int) -> bool:
+    """Whether Hopper's copy engine can fetch tiles of x, by a tenth faster than threads do."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return False
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    width = x.shape[3] * x.element_size()
+    return x.element_size() == 2 and aligned and width in (32, 64, 128, 256) and keys <= 256
+
+
+def _described(x: Tensor, keys: int) -> TensorDescriptor:
+    """x [B, H, T, D] in tiles of `keys` tokens of a head."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, keys, x.shape[3]])
+
+
 @triton.jit
 def _sweep(
-    acc, total, peak, q, k_base, v_base, k_row, v_row, valid_base, first, last, length, scale,
+    acc, total, peak, q, k_in, v_in, b, kv_head, k_row, v_row, valid_base, first, last, length, scale,
     MASKED: tl.constexpr,
     PADDED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     D: tl.constexpr,
     D_TILE: tl.constexpr,
     KEYS: tl.constexpr,
@@ -117,14 +136,16 @@ def _sweep(
         columns = begin + n
         ok = columns < length
         at = columns.to(tl.int64)
-        if MASKED:
-            if PADDED:
-                ok = ok & (tl.load(valid_base + columns, mask=ok, other=0) != 0)
-            keys = tl.load(k_base + at[None, :] * k_row + d[:, None], mask=ok[None, :] & (d[:, None] < D), other=0.0)
+        if MASKED and PADDED:
+            ok = ok & (tl.load(valid_base + columns, mask=ok, other=0) != 0)
+        if DESCRIBED:
+            keys = tl.trans(tl.reshape(k_in.load([b, kv_head, begin, 0]), (KEYS, D_TILE)))
+        elif MASKED:
+            keys = tl.load(k_in + at[None, :] * k_row + d[:, None], mask=ok[None, :] & (d[:, None] < D), other=0.0)
         elif D == D_TILE:
-            keys = tl.load(k_base + at[None, :] * k_row + d[:, None])
+            keys = tl.load(k_in + at[None, :] * k_row + d[:, None])
         else:
-            keys = tl.load(k_base + at[None, :] * k_row + d[:, None], mask=d[:, None] < D, other=0.0)
+            keys = tl.load(k_in + at[None, :] * k_row + d[:, None], mask=d[:, None] < D, other=0.0)
         logits = tl.dot(q, keys, input_precision="ieee") * scale
         if MASKED:
             logits = tl.where(ok[None, :], logits, float("-inf"))
@@ -135,22 +156,25 @@ def _sweep(
         fade = tl.exp2(peak - anchor)
         total = total * fade + tl.sum(probabilities, 1)
         peak = higher
-        if MASKED:
-            values = tl.load(v_base + at[:, None] * v_row + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
+        if DESCRIBED:
+            values = tl.reshape(v_in.load([b, kv_head, begin, 0]), (KEYS, D_TILE))
+        elif MASKED:
+            values = tl.load(v_in + at[:, None] * v_row + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
         elif D == D_TILE:
-            values = tl.load(v_base + at[:, None] * v_row + d[None, :])
+            values = tl.load(v_in + at[:, None] * v_row + d[None, :])
         else:
-            values = tl.load(v_base + at[:, None] * v_row + d[None, :], mask=d[None, :] < D, other=0.0)
+            values = tl.load(v_in + at[:, None] * v_row + d[None, :], mask=d[None, :] < D, other=0.0)
         acc = tl.dot(probabilities.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
     return acc, total, peak
 
 
 @triton.jit(do_not_specialize=["n_query", "length", "chunk"])
 def _part_kernel(
-    q_ptr, k_ptr, v_ptr, valid_ptr, part_ptr, weight_ptr,
+    q_ptr, k_in, v_in, valid_ptr, part_ptr, weight_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     n_query, length, chunk, kv_heads, scale,
     PADDED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     SHARED: tl.constexpr,
     D: tl.constexpr,
     D_TILE: tl.constexpr,
@@ -169,8 +193,9 @@ def _part_kernel(
     ok = row_ok[:, None] & (d[None, :] < D)
     q_at = q_ptr + b * q_batch + head * q_head + (rows % n_query).to(tl.int64) * q_row
     q = tl.load(q_at[:, None] + d[None, :], mask=ok, other=0.0)
-    k_base = k_ptr + b * k_batch + kv_head * k_head
-    v_base = v_ptr + b * v_batch + kv_head * v_head
+    if not DESCRIBED:
+        k_in += b * k_batch + kv_head * k_head
+        v_in += b * v_batch + kv_head * v_head
     valid_base = valid_ptr + b * length if PADDED else valid_ptr
 
     acc = tl.zeros([ROWS, D_TILE], tl.float32)
@@ -180,12 +205,12 @@ def _part_kernel(
     # only the last tile can reach past the end: masks are for it, and for padding
     whole = first if PADDED else first + (last - first) // KEYS * KEYS
     acc, total, peak = _sweep(
-        acc, total, peak, q, k_base, v_base, k_row, v_row, valid_base, first, whole, length, scale,
-        False, PADDED, D, D_TILE, KEYS,
+        acc, total, peak, q, k_in, v_in, b.to(tl.int32), kv_head.to(tl.int32), k_row, v_row, valid_base, first, whole,
+        length, scale, False, PADDED, DESCRIBED, D, D_TILE, KEYS,
     )  # fmt: skip
     acc, total, peak = _sweep(
-        acc, total, peak, q, k_base, v_base, k_row, v_row, valid_base, whole, last, length, scale,
-        True, PADDED, D, D_TILE, KEYS,
+        acc, total, peak, q, k_in, v_in, b.to(tl.int32), kv_head.to(tl.int32), k_row, v_row, valid_base, whole, last,
+        length, scale, True, PADDED, DESCRIBED, D, D_TILE, KEYS,
     )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     # where a row lies among those of all splits, batch rows and heads

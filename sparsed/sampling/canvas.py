@@ -92,7 +92,9 @@ class Canvas:
     @property
     def committed(self) -> float:
         """Share of the generated region that is there, of the batch row that has least; waits for the device."""
-        return 1 - self.masked(self.prompt_len, self.length).max().item() / (self.length - self.prompt_len)
+        region = self.length - self.prompt_len
+        # of whole numbers, so that a fifth is exactly what 0.2 is
+        return (region - int(self.masked(self.prompt_len, self.length).max())) / region
 
     def candidates(self, start: int, end: int) -> Tensor:
         """Flat positions b * T + t of the masked tokens between two positions, int64 [n], ascending."""
@@ -107,12 +109,12 @@ class Canvas:
         flat = self.ids.view(-1)
         flat[rows] = torch.where(chosen, tokens, flat[rows])
 
-    def stop(self, start: int, end: int, ends: Collection[int]) -> Tensor:
-        """Fill the masks behind a block with the first of the end tokens in it, in the rows where it is complete and
-        holds one; returns their flat positions b * T + t, ascending."""
+    def stop(self, start: int, end: int, ends: Collection[int], over: bool) -> Tensor:
+        """Fill the masks behind a block with the first of the end tokens in it, in the rows where it holds one and is
+        complete, or over; returns their flat positions b * T + t, ascending."""
         block, rest = self.ids[:, start:end], self.ids[:, end:]
         is_end = torch.isin(block, torch.tensor(list(ends), device=block.device))
-        stops = is_end.any(-1) & (self.masked(start, end) == 0)
+        stops = is_end.any(-1) & ((self.masked(start, end) == 0) | over)
         fill = (rest == self.mask_id) & stops[:, None]
         rest.copy_(torch.where(fill, block.gather(1, is_end.int().argmax(-1, keepdim=True)), rest))
         rows, places = fill.nonzero(as_tuple=True)

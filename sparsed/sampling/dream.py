@@ -1,5 +1,7 @@
 """Dream's sampler: every masked token is a candidate in every step; row j of the logits predicts token j + 1."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def dream_generate(
     factor: float | None = None,
     early_stop: bool = False,
     mask_id: int | None = None,
+    end_token_ids: Collection[int] | None = None,
     generator: torch.Generator | None = None,
     config: SparseDConfig | None = None,
     backend: str = "auto",
@@ -56,6 +59,8 @@ def dream_generate(
         cache, refresh, threshold, factor, early_stop: fewer rows and steps, see `Saving`; with a cache,
             threshold or factor the region is written in blocks, of 32 tokens unless block_length says otherwise.
         mask_id: the mask token, by default the model's.
+        end_token_ids: what ends an answer under early_stop, by default what the model's config names; `chat.stop_ids`
+            knows the tokenizer's chat ends, too.
         generator: source of randomness, on the model's device.
         config: SparseD; None means full attention.
         backend, rule: as for `sparsify`.
@@ -75,6 +80,6 @@ def dream_generate(
         cache=cache, refresh=refresh, threshold=threshold, factor=factor, early_stop=early_stop,
     )  # fmt: skip
     return generate(
-        model, input_ids, settings, attention_mask=attention_mask, mask_id=mask_id, generator=generator, config=config,
-        backend=backend, rule=rule, on_step=on_step,
+        model, input_ids, settings, attention_mask=attention_mask, mask_id=mask_id, end_token_ids=end_token_ids,
+        generator=generator, config=config, backend=backend, rule=rule, on_step=on_step,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """LLaDA's sampler: the generated region is unmasked block after block; row j of the logits predicts token j."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def llada_generate(
     factor: float | None = None,
     early_stop: bool = False,
     mask_id: int | None = None,
+    end_token_ids: Collection[int] | None = None,
     generator: torch.Generator | None = None,
     config: SparseDConfig | None = None,
     backend: str = "auto",
@@ -52,6 +55,8 @@ def llada_generate(
         confidence_eos_eot_inf: commit end-of-text and end-of-turn tokens last.
         cache, refresh, threshold, factor, early_stop: fewer rows and steps, see `Saving`.
         mask_id: the mask token, by default the model's.
+        end_token_ids: what ends an answer under early_stop, by default what the model's config names; `chat.stop_ids`
+            knows the tokenizer's chat ends, too.
         generator: source of randomness, on the model's device.
         config: SparseD, in both halves of a guided batch; None means full attention.
         backend, rule: as for `sparsify`.
@@ -71,6 +76,6 @@ def llada_generate(
         cache=cache, refresh=refresh, threshold=threshold, factor=factor, early_stop=early_stop,
     )  # fmt: skip
     return generate(
-        model, input_ids, settings, attention_mask=attention_mask, mask_id=mask_id, generator=generator, config=config,
-        backend=backend, rule=rule, on_step=on_step,
+        model, input_ids, settings, attention_mask=attention_mask, mask_id=mask_id, end_token_ids=end_token_ids,
+        generator=generator, config=config, backend=backend, rule=rule, on_step=on_step,
     )  # fmt: skip

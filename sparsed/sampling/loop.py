@@ -1,6 +1,6 @@
 """The one loop of all samplers: a turn, logits, proposals, commits, until no turn is left."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ def generate(
     *,
     attention_mask: Tensor | None = None,
     mask_id: int | None = None,
+    end_token_ids: Collection[int] | None = None,
     generator: torch.Generator | None = None,
     config: SparseDConfig | None = None,
     backend: str = "auto",
@@ -55,7 +56,8 @@ def generate(
     with sequence_of(model, config, settings.steps, settings.gen_length, shape, **options) as run:
         check_schedule(settings, run)
         runner = reader(model, run, canvas, settings, halves)
-        turns = told(run, canvas, settings.turns(canvas, end_tokens(model.config)))
+        ends = end_tokens(model.config) if end_token_ids is None else end_token_ids
+        turns = told(run, canvas, settings.turns(canvas, ends))
         denoise(canvas, runner, settings, turns, model.config, generator, on_step)
     return canvas.ids
 
@@ -132,7 +134,7 @@ def denoise(
             canvas.commit(rows, proposal.tokens, chosen)
             step = Step(index, phase, computed, rows, proposal.tokens, proposal.probability, chosen)
             if turn.ends:
-                filled = canvas.stop(turn.start, turn.end, turn.ends)
+                filled = canvas.stop(turn.start, turn.end, turn.ends, turn.over)
                 step = replace(step, filled=filled, fill=canvas.ids.view(-1)[filled])
         if on_step is not None:
             on_step(step)

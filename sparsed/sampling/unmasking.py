@@ -63,7 +63,8 @@ class Turn:
         start: its candidates are those from this position on.
         opens: the number of the block whose first step this is; None inside a block, or where there are none.
         bound: with counts: commits all that are sure enough, and only as many more as the counts demand.
-        ends: in the rows where its block is complete then and holds one of these tokens, the later blocks get that.
+        ends: in the rows where its block is complete or over then and holds one of these, the later blocks get that.
+        over: this is the block's last step, whatever is still masked.
         rows: the candidates, as `Canvas.candidates` gives them, if the rule has looked at them.
     """
 
@@ -75,6 +76,7 @@ class Turn:
     opens: int | None = None
     bound: Bound | None = None
     ends: Collection[int] = ()
+    over: bool = False
     rows: Tensor | None = None
 
     def choose(self, shape: torch.Size, rows: Tensor, proposal: Proposal, generator: torch.Generator | None) -> Tensor:
@@ -86,6 +88,10 @@ class Turn:
         """
         if self.counts is None:
             return torch.rand(len(rows), generator=generator, device=rows.device) < self.chance
+        # ranked among the turn's own positions, of which there may be far fewer
+        width = self.end - self.start
+        rows = rows - self.start - rows // shape[1] * (shape[1] - width)
+        shape = torch.Size((shape[0], width))
         if self.bound is None:
             return most_confident(shape, rows, proposal.ranking, self.counts)
         assert proposal.certainty is not None  # a bound asks for it
@@ -168,7 +174,8 @@ def even_shares(canvas: Canvas, idle: list[bool], block_length: int, ends: Colle
             counts = commit_counts(canvas.masked(start, end), each)
             if ends and not counts.any():
                 return
-        yield Turn(end, counts[:, inner], idle=nothing, start=start if ends else 0, ends=ends)
+        over = inner == each - 1
+        yield Turn(end, counts[:, inner], idle=nothing, start=start if ends else 0, ends=ends, over=over)
 
 
 def while_masked(
@@ -189,7 +196,8 @@ def while_masked(
             if not len(rows):
                 break
             share = counts[:, inner] if bound is None else counts[:, inner].clamp_min(1)
-            yield Turn(end, share, start=start, opens=None if inner else block, bound=bound, ends=ends, rows=rows)
+            opens, over = None if inner else block, inner == each - 1
+            yield Turn(end, share, start=start, opens=opens, bound=bound, ends=ends, over=over, rows=rows)
 
 
 class SettingError(ValueError):

@@ -10,7 +10,8 @@ from tests.helpers import reference
 from tests.helpers.interpreter import interpret
 
 full_attention_module = importlib.import_module("sparsed.kernels.full_attention")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# logits reach some hundreds, where float32 rounds to 1e-5
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def check_few_queries(device, dtype, batch, heads, queries, keys, width, pads=None):

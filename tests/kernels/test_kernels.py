@@ -37,7 +37,7 @@ def test_full_attention_and_its_log_sum_exp(device, dtype, length, last, n_heads
     if lse is not None:
         assert lse.dtype == torch.float32
         torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-3, rtol=0)
-    if device == "cuda" and dtype == torch.bfloat16 and width == 128:
+    if device == "cuda" and dtype == torch.bfloat16 and width == 128 and last is None:
         assert lse is not None, "selection would have to compute it again"
 
 

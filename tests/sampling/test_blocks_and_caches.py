@@ -410,6 +410,25 @@ def test_sparsed_counts_committed_tokens(family, options, skip, dense_answer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_fifth_committed_is_what_skip_waits_for(family):
+    """Block after block in one step each: the second forward selects, not the third."""
+    case = {"gen_length": 40, "steps": 40, "block_length": 8, "threshold": 0}
+    *_, batch = check(MODELS[family], unlike=[{"sparse": None}], sparse=(0.2, 0.3, 16), **case)
+    assert kinds(batch) == ["full", "selecting", "sparse", "sparse", "sparse"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokens_that_end_an_answer_can_be_given(family):
+    """As a tokenizer knows more of them than the model's config."""
+    options = {**SIZES, "cache": "dual", "early_stop": True}
+    prompts = torch.randint(0, 90, (1, PROMPT_LEN))
+    plain = GENERATE[family](MODELS[family], prompts, end_token_ids=(), **options)[0]
+    end = plain[PROMPT_LEN + 3].item()
+    early = GENERATE[family](MODELS[family], prompts, end_token_ids={end}, **options)[0]
+    assert early.tolist() == plain[: PROMPT_LEN + 8].tolist() + [end] * 16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_least_committed_row_says_when_sparsed_selects(family):
     def one_waits(batch):
         """A row has the share a forward before the other has it."""

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sparsed.sampling.canvas import Canvas
 from sparsed.sampling.unmasking import commit_counts, commit_fractions, idle_steps, steps_a_block
 
 
@@ -65,3 +66,24 @@ def test_llada_refuses_what_does_not_divide(gen_length, steps, block_length, lin
     with pytest.raises(ValueError) as refused:
         steps_a_block(gen_length, steps, block_length)
     assert str(refused.value) == line
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(1, 0.2), (2, 0.4), (3, 0.6), (4, 0.8), (5, 1.0)])
+@pytest.mark.parametrize("each", [4, 12, 32])
+def test_a_share_that_is_committed_is_exactly_what_skip_says(tokens, share, each):
+    """As decimals: 1 - 0.8 is less than 0.2 in floating point."""
+    canvas = Canvas.of(torch.zeros(2, 3, dtype=torch.long), None, 5 * each, 9, 10)
+    canvas.ids[0, 3:] = 1
+    canvas.ids[1, 3 : 3 + tokens * each] = 1
+    assert canvas.committed == share, "of the row that has least"
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_block_that_is_over_stops_with_masks_in_it(over):
+    """A model that commits the mask token itself leaves one; before, the mask waits for its turn."""
+    canvas = Canvas.of(torch.zeros(3, 1, dtype=torch.long), None, 4, 9, 10)
+    canvas.ids[:] = torch.tensor([[0, 7, 9, 9, 9], [0, 1, 7, 9, 9], [0, 1, 9, 9, 9]])
+    filled = canvas.stop(1, 3, {7, 8}, over)
+    stopped = [[0, 7, 9, 7, 7]] if over else [[0, 7, 9, 9, 9]]
+    assert canvas.ids.tolist() == [*stopped, [0, 1, 7, 7, 7], [0, 1, 9, 9, 9]]
+    assert filled.tolist() == [*([3, 4] if over else []), 8, 9]
