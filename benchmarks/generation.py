@@ -1,0 +1,319 @@
+"""Whole generations on one GPU: full attention, SparseD, a block cache, and both, in equal steps and in fewer.
+
+    python -m benchmarks.generation --family llada --lengths 4k,16k,32k,64k --out FILE.json
+
+Batch 1, 256 new tokens in blocks of 32, bfloat16, greedy, random weights of the published shape. 256 steps give a block
+one forward of all rows and 31 cached ones, 72 steps one and 8. Cached generations are run whole, as often as --repeats
+says; uncached ones once, and beyond 16k they are put together from the medians of a few forwards of each kind, which
+the record says (`measured`). At each length every way's attention is first held against float64 on random heads, and
+every way has run once at the first length (`warm_up`: what that took). The record is written after each generation.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+
+from sparsed import SparseDConfig
+from sparsed.backends import DENSE, Problem, choose_backend
+from sparsed.console.parser import Parser
+from sparsed.console.readers import whole
+from sparsed.kernels import full_attention, full_attention_kernel
+from sparsed.models.common import DiffusionLM
+from sparsed.run import synchronize
+from sparsed.sampling import Settings, generate, schedule_of
+from sparsed.sampling.common import CACHED, Step, attention_of
+from sparsed.sampling.settings import FAMILIES
+from sparsed.schedule import FULL, SELECTING, SPARSE, ByStep
+from sparsed.selection import SPARSED
+
+from .common import LENGTHS, build_parser, markdown, new_record, parse_arguments, require_gpu, save, summary
+from .dense_answer import checked_dense_answer
+from .kernels import DTYPE, Gate, Heads, attention_gate, random_heads
+from .latency import WrongKernel, checked_kernel
+from .shapes import SHAPES, ModelConfig, attention_shape, random_model
+
+NEW_TOKENS, BLOCK_LENGTH = 256, 32
+STEPS = (256, 72)
+RUN_WHOLE = 16 * 1024  # prompt tokens up to which uncached generations are
+FEW = 3  # forwards of a kind that an uncached generation is put together from, at least
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to generate: SparseD under a config, or full attention without one; and what it caches."""
+
+    name: str
+    config: SparseDConfig | None = None
+    saving: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self, family: str, steps: int) -> Settings:
+        """How the family samples."""
+        return FAMILIES[family](NEW_TOKENS, steps, block_length=BLOCK_LENGTH, **self.saving)
+
+
+PAPER, DENSE_ANSWER = SparseDConfig(), SparseDConfig(select=0.15, dense_answer=True)
+CACHE = {"cache": "dual"}
+WAYS = (
+    Way("full attention"),
+    Way("SparseD, the paper's", PAPER),
+    Way("SparseD, dense answer rows, select 0.15", DENSE_ANSWER),
+    Way("dual cache", None, CACHE),
+    Way("dual cache, the paper's SparseD", PAPER, CACHE),
+    Way("dual cache, dense answer rows, select 0.15", DENSE_ANSWER, CACHE),
+    Way("dual cache, all rows once", None, CACHE | {"refresh": 0}),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed generation, or the first forwards of one: the phase, rows and seconds of each.
+
+    `compile_seconds` are what `sparsify` reports; they are in no forward.
+    """
+
+    forwards: list[tuple[str, int, float]]
+    compile_seconds: float
+    peak_memory_bytes: int
+    kernel: dict[str, Any]
+
+
+class Enough(Exception):
+    """As many forwards as were wanted have run."""
+
+
+@torch.no_grad()
+def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards: int | None = None) -> Run:
+    """Generate after a prompt of so many tokens; with `forwards`, only so many, the first of which selects."""
+    torch.manual_seed(0)  # the same prompt for every way; ids below the mask token's, which it must not hold
+    prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    schedule = schedule_of(settings, way.config, SPARSED) if forwards is None else ByStep(forwards, 1)
+    found: list[tuple[str, int, float]] = []
+    with attention_of(model, way.config, settings.steps, NEW_TOKENS, schedule=schedule) as sparse:
+        compiled, last = 0.0, time.perf_counter()
+
+        def tick(step: Step) -> None:
+            nonlocal compiled, last
+            synchronize(model.device)
+            now, so_far = time.perf_counter(), 0.0 if sparse is None else sparse.compile_seconds
+            if step.ran:
+                found.append((step.phase, step.computed, now - last - (so_far - compiled)))
+            compiled, last = so_far, now
+            if len(found) == forwards:
+                raise Enough
+
+        with suppress(Enough):
+            generate(model, prompt, settings, on_step=tick)
+        names = ("density", "backend", "backend_reason") if sparse is not None else ()
+        kernel = {name: getattr(sparse, name) for name in names}
+        return Run(found, compiled, torch.cuda.max_memory_allocated(), kernel)
+
+
+def check(way: Way, model: ModelConfig, length: int, device: torch.device) -> dict[str, Any]:
+    """The kernels that a way takes at a length, each held against float64, or WrongKernel."""
+    found = {"full": (DENSE, checked_kernel(DENSE, model, length, PAPER, device))}
+    if way.config is not None:
+        problem = Problem(device, DTYPE, 1, *attention_shape(model), way.config.block_size, False)
+        backend, _ = choose_backend("auto", problem, length)
+        checked = checked_dense_answer if way.config.dense_answer else checked_kernel
+        found["sparse"] = backend, checked(backend, model, length, way.config, device)
+    if way.saving:
+        found["cached"] = checked_cached(model, length, device)
+    return {kind: {"kernel": kernel, **asdict(gate)} for kind, (kernel, gate) in found.items()}
+
+
+def checked_cached(model: ModelConfig, length: int, device: torch.device) -> tuple[str, Gate]:
+    """The kernel of a block's rows over cached keys, held against float64, or WrongKernel."""
+    heads = random_heads(model, length, device)
+    rows = Heads(heads.q[:, :, -BLOCK_LENGTH - 1 :], heads.k, heads.v)
+    kernel = full_attention_kernel(rows.q, rows.k, rows.v, False)
+    gate = attention_gate(full_attention(rows.q, rows.k, rows.v)[0], rows)
+    if not gate.passed:
+        raise WrongKernel(f"{kernel}: cached attention errs by {gate.error:.1e}, allowed {gate.allowed:.1e}")
+    return kernel, gate
+
+
+Times = dict[str, dict[str, Any]]  # of each phase, the summary of its forwards' seconds
+
+
+def times_of(runs: list[Run]) -> Times:
+    """Without the samples, of which there may be thousands."""
+    samples: dict[str, list[float]] = {}
+    for phase, _, seconds in chain.from_iterable(one.forwards for one in runs):
+        samples.setdefault(phase, []).append(seconds)
+    brief = {phase: summary(seconds) or {} for phase, seconds in samples.items()}
+    return {phase: {name: found[name] for name in found if name != "samples"} for phase, found in brief.items()}
+
+
+def told(runs: list[Run]) -> dict[str, Any]:
+    """What the record says of runs beside their seconds."""
+    return {
+        "compile_seconds": [one.compile_seconds for one in runs],
+        "peak_memory_bytes": max(one.peak_memory_bytes for one in runs),
+        **runs[-1].kernel,
+    }
+
+
+def measured(runs: list[Run]) -> dict[str, Any]:
+    """The record of whole generations in as many steps."""
+    counts = Counter(phase for phase, *_ in runs[0].forwards)
+    forwards = {phase: {"count": counts[phase], "seconds": times} for phase, times in times_of(runs).items()}
+    samples = [sum(seconds for *_, seconds in one.forwards) for one in runs]
+    return {"measured": True, "seconds": statistics.median(samples), "samples": samples, "forwards": forwards}
+
+
+def put_together(times: Times, way: Way, steps: int) -> dict[str, Any]:
+    """The same of an uncached generation that was not run: its forwards, each as long as the median of its phase."""
+    counts = {FULL: steps}
+    if way.config is not None:
+        n_full = way.config.n_full(steps)
+        counts = {FULL: n_full - 1, SELECTING: 1, SPARSE: steps - n_full}
+    forwards = {phase: {"count": count, "seconds": times[phase]} for phase, count in counts.items() if count}
+    seconds = sum(part["count"] * part["seconds"]["median"] for part in forwards.values())
+    return {"measured": False, "seconds": seconds, "forwards": forwards}
+
+
+def cached(model: DiffusionLM, tokens: int, way: Way, repeats: int) -> dict[str, Any]:
+    """The record of a way with a cache: whole generations, at every number of steps."""
+    entry: dict[str, Any] = {"steps": {}}
+    for steps in STEPS:
+        runs = [run(model, tokens, way, way.settings(model.family, steps)) for _ in range(repeats)]
+        entry["steps"][str(steps)] = measured(runs) | told(runs)
+    return entry
+
+
+def uncached(model: DiffusionLM, tokens: int, way: Way, full: Times) -> dict[str, Any]:
+    """The record of a way without one.
+
+    Args:
+        full: the times of full attention, whose full forwards are SparseD's as well; empty for itself.
+    """
+    most = max(STEPS)
+    settings = way.settings(model.family, most)
+    if tokens <= RUN_WHOLE:
+        runs = [run(model, tokens, way, settings)]
+    elif way.config is None:
+        runs = [run(model, tokens, way, settings, FEW)]
+    else:  # each selects once
+        runs = [run(model, tokens, way, settings, 2) for _ in range(FEW)]
+    times = full | times_of(runs)
+    entry: dict[str, Any] = {"steps": {str(steps): put_together(times, way, steps) for steps in STEPS}, **told(runs)}
+    if tokens <= RUN_WHOLE:
+        entry["steps"][str(most)] = measured(runs)
+    return entry
+
+
+def measure(model: DiffusionLM, row: dict[str, Any], repeats: int) -> Iterator[str]:
+    """Fill in the row of one length; yields a line for each way that is done.
+
+    Raises:
+        WrongKernel: before anything of that way is timed.
+    """
+    tokens, full = row["prompt_tokens"], {}
+    for way in WAYS:
+        entry = {"config": way.config and asdict(way.config), "saving": way.saving}
+        row["ways"][way.name] = entry
+        entry["gates"] = check(way, model.config, tokens + NEW_TOKENS, model.device)
+        try:
+            if not full and way != WAYS[0]:
+                entry["error"] = "full attention ran out of memory"
+            elif way.saving:
+                entry |= cached(model, tokens, way, repeats)
+            else:
+                entry |= uncached(model, tokens, way, full)
+        except torch.OutOfMemoryError:
+            entry["error"] = "out of memory"
+        if way == WAYS[0] and "steps" in entry:
+            full = {FULL: entry["steps"][str(max(STEPS))]["forwards"][FULL]["seconds"]}
+        add_gains(row)
+        said = {steps: round(found["seconds"], 3) for steps, found in entry.get("steps", {}).items()}
+        yield f"{row['length']}, {way.name}: {entry.get('error') or said}"
+
+
+def add_gains(row: dict[str, Any]) -> None:
+    """How many times faster every generation of a row is than full attention in the most steps."""
+    origin = row["ways"][WAYS[0].name].get("steps")
+    for way in row["ways"].values() if origin else ():
+        for entry in way.get("steps", {}).values():
+            entry["speedup"] = origin[str(max(STEPS))]["seconds"] / entry["seconds"]
+
+
+def warm(model: DiffusionLM, tokens: int) -> dict[str, float]:
+    """Run every way's kinds of forwards once: the seconds of that first use, by name."""
+    seconds = {}
+    for way in WAYS:
+        began = time.perf_counter()
+        with suppress(torch.OutOfMemoryError):  # it comes again, where it is told
+            run(model, tokens, way, way.settings(model.family, min(STEPS)), None if way.saving else 2)
+        seconds[way.name] = time.perf_counter() - began
+    return seconds
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each length and way; whole generations, one cached step, memory."""
+    columns = ["model", "prompt", "way", *(f"{steps} steps" for steps in STEPS), "cached step", "peak memory"]
+    rows = [(record["family"], row, name) for record in records for row in record["rows"] for name in row["ways"]]
+    return markdown(columns, [_line(family, row, name) for family, row, name in rows])
+
+
+def _line(family: str, row: dict[str, Any], name: str) -> list[str]:
+    way = row["ways"][name]
+    if "steps" not in way:
+        return [family, row["length"], f"{name}: {way.get('error', 'a kernel is wrong')}", *["-"] * (len(STEPS) + 2)]
+    entries = [way["steps"][str(steps)] for steps in STEPS]
+    step = entries[0]["forwards"].get(CACHED)
+    return [
+        family,
+        row["length"],
+        name,
+        *(
+            f"{'' if e['measured'] else '(put together) '}{e['seconds']:.3g} s, {e.get('speedup', 1):.3g}x"
+            for e in entries
+        ),
+        "-" if step is None else f"{1e3 * step['seconds']['median']:.2f} ms",
+        f"{(way.get('peak_memory_bytes') or entries[0]['peak_memory_bytes']) / 2**30:.1f} GiB",
+    ]
+
+
+def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """The flags, checked; a wrong call exits with code 2 after one line."""
+    parser = build_parser("generation", __doc__, lengths="4k,16k", families=SHAPES)
+    text = "cached generations of each way (default: %(default)s)"
+    parser.add_argument("--repeats", type=whole(1), default=3, help=text)
+    return parser, parse_arguments(parser, argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse(argv)
+    device, right = require_gpu(parser), True
+    torch.manual_seed(0)
+    model = random_model(args.family, device)
+    record = new_record(parser, args, device, DTYPE) | {"weights": "random", "new_tokens": NEW_TOKENS, "rows": []}
+    record |= {"block_length": BLOCK_LENGTH, "warm_up": warm(model, LENGTHS[args.lengths[0]])}
+    for name in args.lengths:
+        row = {"length": name, "prompt_tokens": LENGTHS[name], "ways": {}}
+        record["rows"].append(row)
+        try:
+            for line in measure(model, row, args.repeats):
+                print(line, flush=True)
+                save(args.out, record)
+        except WrongKernel as error:
+            row["error"], right = str(error), False
+            save(args.out, record)
+    print(table([record]))
+    if not right:
+        parser.exit(1, f"{parser.prog}: error: a kernel is wrong, see the record\n")
+
+
+if __name__ == "__main__":
+    main()

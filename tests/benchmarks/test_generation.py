@@ -1,0 +1,142 @@
+"""The benchmark of whole generations, on a CPU: what it runs, checks, counts and prints; its times need a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import generation
+from benchmarks.common import LENGTHS
+from benchmarks.generation import WAYS, Way, put_together, run
+from sparsed import SparseDConfig, load_model
+from sparsed.kernels import full_attention
+from tests.helpers.checkpoints import tiny_checkpoint
+
+CPU = torch.device("cpu")
+ATTENTION = SparseDConfig(0.25, 0.3, 16)
+
+
+class Played:
+    """A call of the benchmark whose GPU and model are played by the CPU and a tiny model."""
+
+    def __init__(self, tmp_path, monkeypatch, family):
+        self.out = tmp_path / "record.json"
+        self.flags = ["--family", family, "--lengths", "4k,64k", "--repeats", "2", "--out", str(self.out)]
+        model = load_model(tiny_checkpoint(tmp_path / "model", family), device="cpu")
+        ways = [Way(way.name, way.config and ATTENTION, way.saving) for way in WAYS]
+        for name, value in {
+            "require_gpu": lambda parser: CPU,
+            "random_model": lambda family, device: model,
+            "WAYS": tuple(ways),
+            "NEW_TOKENS": 32,
+            "BLOCK_LENGTH": 8,
+            "STEPS": (32, 12),
+            "RUN_WHOLE": 100,
+        }.items():
+            monkeypatch.setattr(generation, name, value)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)
+        monkeypatch.setitem(LENGTHS, "4k", 90)
+        monkeypatch.setitem(LENGTHS, "64k", 170)
+
+    def run(self):
+        """The exit code and the record."""
+        try:
+            generation.main(self.flags)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, json.loads(self.out.read_text())
+
+
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_from_end_to_end(family, tmp_path, monkeypatch, capsys):
+    played = Played(tmp_path, monkeypatch, family)
+    checked = []
+    monkeypatch.setattr(
+        generation, "check", lambda way, model, length, device: checked.append((way.name, length)) or {}
+    )
+    code, record = played.run()
+    assert checked == [(way.name, tokens + 32) for tokens in (90, 170) for way in WAYS]
+    assert code == 0 and [row["length"] for row in record["rows"]] == ["4k", "64k"]
+    full, sparsed, _, dual, both, _, once = (way.name for way in WAYS)
+    for row, whole in zip(record["rows"], (True, False), strict=True):
+        counts = {
+            (name, steps): {phase: part["count"] for phase, part in entry["forwards"].items()}
+            for name, way in row["ways"].items()
+            for steps, entry in way["steps"].items()
+        }
+        assert counts[full, "32"] == {"full": 32} and counts[full, "12"] == {"full": 12}
+        # a quarter of the steps are full, the last of them selects
+        assert counts[sparsed, "32"] == {"full": 7, "selecting": 1, "sparse": 24}
+        assert counts[sparsed, "12"] == {"full": 2, "selecting": 1, "sparse": 9}
+        assert counts[dual, "32"] == {"full": 4, "cached": 28} and counts[dual, "12"] == {"full": 4, "cached": 8}
+        assert counts[both, "32"] == {"selecting": 1, "sparse": 3, "cached": 28}  # of four refreshes one is full
+        assert counts[once, "32"] == {"full": 1, "answer": 3, "cached": 28}
+        measured = {key: entry["measured"] for key, entry in row["ways"][full]["steps"].items()}
+        assert measured == {"32": whole, "12": False}, "fewer steps are made of the same forwards"
+        assert all(entry["measured"] for entry in row["ways"][both]["steps"].values())
+        for way in row["ways"].values():
+            for entry in way["steps"].values():
+                assert entry["speedup"] == row["ways"][full]["steps"]["32"]["seconds"] / entry["seconds"]
+    assert capsys.readouterr().out.endswith(generation.table([record]) + "\n")
+
+
+def test_what_is_checked(tmp_path, monkeypatch):
+    Played(tmp_path, monkeypatch, "llada")
+    model = load_model(tmp_path / "model", device="cpu")
+    for way, kinds in zip(
+        generation.WAYS, ([], ["sparse"], ["sparse"], ["cached"], *[["sparse", "cached"]] * 2), strict=False
+    ):
+        gates = generation.check(way, model.config, 122, CPU)
+        assert list(gates) == ["full", *kinds]
+        assert all(gate["error"] <= gate["allowed"] for gate in gates.values())
+        assert {kind: gate["kernel"] for kind, gate in gates.items()} == {
+            kind: {"full": "full", "sparse": "gather", "cached": "torch"}[kind] for kind in gates
+        }
+
+
+def test_what_is_put_together():
+    times = {phase: {"median": seconds} for phase, seconds in {"full": 10.0, "selecting": 17.0, "sparse": 4.0}.items()}
+    assert put_together(times, WAYS[0], 72)["seconds"] == 720.0
+    # ceil(.2 * 72) = 15
+    assert put_together(times, WAYS[1], 72)["seconds"] == 14 * 10.0 + 17.0 + 57 * 4.0
+
+
+def test_the_first_forwards_alone(tmp_path, monkeypatch):
+    Played(tmp_path, monkeypatch, "llada")
+    model = load_model(tmp_path / "model", device="cpu")
+    way = Way("", ATTENTION)
+    assert [phase for phase, *_ in run(model, 90, way, way.settings("llada", 32), 2).forwards] == [
+        "selecting",
+        "sparse",
+    ]
+
+
+def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch, capsys):
+    played = Played(tmp_path, monkeypatch, "llada")
+
+    def wrong(q, k, v):
+        return full_attention(q, k[:, :, 1:], v[:, :, 1:]) if q.shape[2] < k.shape[2] else full_attention(q, k, v)
+
+    monkeypatch.setattr(generation, "full_attention", wrong)
+    code, record = played.run()
+    assert code == 1 and "a kernel is wrong" in capsys.readouterr().err
+    for row in record["rows"]:
+        assert "cached attention errs" in row["error"] and "steps" not in row["ways"][WAYS[3].name]
+
+
+def test_no_memory_for_it_is_said(tmp_path, monkeypatch, capsys):
+    played, plain = Played(tmp_path, monkeypatch, "dream"), generation.run
+
+    def limited(model, tokens, way, *args):
+        if tokens == 170 and way.config is None:
+            raise torch.OutOfMemoryError
+        return plain(model, tokens, way, *args)
+
+    monkeypatch.setattr(generation, "run", limited)
+    code, record = played.run()
+    assert code == 0
+    ways = record["rows"][1]["ways"]
+    assert ways[WAYS[0].name]["error"] == "out of memory" and "ran out of memory" in ways[WAYS[1].name]["error"]
+    assert "full attention: out of memory" in capsys.readouterr().out
