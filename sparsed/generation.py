@@ -94,7 +94,7 @@ UNSEEN = object()
 
 
 @dataclass
-class Forward:
+class RunningForward:
     """The forward that is running.
 
     Args:

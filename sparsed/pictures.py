@@ -130,9 +130,9 @@ def denoise(model: DiffusionLM, input_ids: Tensor) -> list[Tensor]:
 def selection_of(model: DiffusionLM, ids: Tensor) -> list[tuple[Tensor, Pattern]]:
     """Block scores [1, heads, nQ, nK] and kept blocks of every layer, if the step that reads `ids` were to select."""
     seen: list[tuple[Tensor, Pattern]] = []
-    first_step_chooses = replace(CONFIG, skip=0)
+    first_step_selects = replace(CONFIG, skip=0)
     rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
-    with sparsify(model, first_step_chooses, steps=2, gen_length=NEW_TOKENS, rule=rule) as run, run.sequence(ids.shape):
+    with sparsify(model, first_step_selects, steps=2, gen_length=NEW_TOKENS, rule=rule) as run, run.sequence(ids.shape):
         model(ids)
     return seen
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backends import DENSE
 from .config import SparseDConfig
-from .generation import Forward, Generations
+from .generation import Generations, RunningForward
 from .kept import KeptBlocks
 from .masks import same_tensor
 from .schedule import FULL, SELECTING, SPARSE, Progress, Schedule
@@ -58,7 +58,7 @@ class SparseRun:
         self._running = threading.Lock()
         self._told = threading.Lock()  # held while a sampler's sequence is open
         self._uncounted = self._rows_only = False
-        self._forward: Forward | None = None
+        self._forward: RunningForward | None = None
         self._layers = 0  # that attended to all tokens in one forward, at most
 
     @property
@@ -150,7 +150,7 @@ class SparseRun:
             shape: [batch, length] of the sequences; of another shape, it has full attention and is no step.
             whole: whether it computes all of their tokens; else it cannot select, and has full attention instead.
         """
-        with self._alone(Forward(shape[1])) as forward:
+        with self._alone(RunningForward(shape[1])) as forward:
             now = self._generations.now
             aside = shape != now.shape
             forward.only_full = aside or self._rows_only or not (whole or now.kept.complete)
@@ -170,7 +170,7 @@ class SparseRun:
             attention_mask: whatever the model was given under that name.
         """
         follow = partial(self._generations.follow, tokens, attention_mask)
-        with self._alone(Forward(tokens.shape[1], follow)) as forward:
+        with self._alone(RunningForward(tokens.shape[1], follow)) as forward:
             yield
             self._layers = max(self._layers, forward.layers)
             if forward.windows or 0 < forward.layers < self._layers:
@@ -184,7 +184,7 @@ class SparseRun:
                 self.count()
 
     @contextmanager
-    def _alone(self, forward: Forward) -> Iterator[Forward]:
+    def _alone(self, forward: RunningForward) -> Iterator[RunningForward]:
         """The only forward that is running."""
         if not self._running.acquire(blocking=False):
             raise RuntimeError("sparsify: a forward began inside another one of the same model, or in another thread")
@@ -195,7 +195,7 @@ class SparseRun:
             self._forward = None
             self._running.release()
 
-    def _start(self, forward: Forward) -> None:
+    def _start(self, forward: RunningForward) -> None:
         """Of a forward whose generation is known: what an earlier try at this step selected is dropped."""
         forward.selecting = self.phase == SELECTING
         if forward.selecting:
@@ -288,7 +288,7 @@ class SparseRun:
             )
         self._now_running().windows += 1
 
-    def _followed(self) -> Forward:
+    def _followed(self) -> RunningForward:
         """The forward that is running, whose generation is known from here on."""
         forward = self._now_running()
         if forward.follow is not None:
@@ -297,7 +297,7 @@ class SparseRun:
             self._start(forward)
         return forward
 
-    def _now_running(self) -> Forward:
+    def _now_running(self) -> RunningForward:
         if self._forward is None:
             raise RuntimeError(
                 "sparsify: attention ran outside a forward of the model that was given to sparsify: give it the model "

@@ -57,7 +57,7 @@ def generate(
         check_schedule(settings, run)
         runner = reader(model, run, canvas, settings, halves)
         ends = end_tokens(model.config) if end_token_ids is None else end_token_ids
-        turns = told(run, canvas, settings.turns(canvas, ends))
+        turns = reporting(run, canvas, settings.turns(canvas, ends))
         denoise(canvas, runner, settings, turns, model.config, generator, on_step)
     return canvas.ids
 
@@ -89,7 +89,7 @@ def end_tokens(config: Any) -> set[int]:
     return {*config.end_token_ids, *(index for index in named if index is not None)}
 
 
-def told(run: SparseRun | None, canvas: Canvas, turns: Iterable[Turn]) -> Iterator[Turn]:
+def reporting(run: SparseRun | None, canvas: Canvas, turns: Iterable[Turn]) -> Iterator[Turn]:
     """The turns; before each, the run learns how much is committed, where its schedule asks."""
     for turn in turns:
         if run is not None and isinstance(run.schedule, ByCommitted):

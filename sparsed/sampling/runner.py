@@ -48,7 +48,7 @@ class StepRunner:
         self.pattern_version: int | None = None
         self.window: Rows | None = None  # of the latest forward of few rows
         self.total: Tensor | None = None  # of the latest logits, on the host
-        self.told: torch.cuda.Event | None = None  # when it is there
+        self.arrived: torch.cuda.Event | None = None  # when it is there
 
     def __call__(self, ids: Tensor, rows: Tensor, window: tuple[int, int] | None = None) -> Tensor:
         """Logits [n, V] of the flat rows [n] of ids [B, T]; the next call may overwrite them.
@@ -77,8 +77,8 @@ class StepRunner:
 
         Asked at the next step, when the sampler has waited for the device anyway.
         """
-        if self.told is not None:
-            self.told.synchronize()
+        if self.arrived is not None:
+            self.arrived.synchronize()
         if self.total is not None and not torch.isfinite(self.total):
             raise FloatingPointError("the model's logits are not finite: float32 may hold what another dtype cannot")
 
@@ -87,7 +87,7 @@ class StepRunner:
         total = logits.sum(dtype=torch.float32)
         if total.is_cuda:
             self.total = total.to("cpu", non_blocking=True)
-            self.told = torch.cuda.current_stream(total.device).record_event()
+            self.arrived = torch.cuda.current_stream(total.device).record_event()
         else:
             self.total = total
 
