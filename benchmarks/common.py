@@ -18,7 +18,7 @@ from sparsed.console.parser import Parser
 from sparsed.console.readers import some_of
 
 NEW_TOKENS = 128
-LENGTHS = {"short_context": 64} | {f"{k}k": 1024 * k for k in (1, 2, 4, 8, 16, 32, 64, 128)}  # prompt tokens
+LENGTHS = {"short_context": 64} | {f"{k}k": 1024 * k for k in (1, 2, 4, 8, 16, 32, 64, 96, 128)}  # prompt tokens
 KERNEL_PACKAGES = ("triton", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
@@ -95,6 +95,12 @@ def summary(samples: list[float]) -> dict[str, Any] | None:
         "count": len(samples),
         "samples": samples,
     }
+
+
+def brief(samples: list[float]) -> dict[str, Any] | None:
+    """`summary` without the samples, of which there may be thousands."""
+    found = summary(samples)
+    return found and {name: value for name, value in found.items() if name != "samples"}
 
 
 def clamp(value: float, low: int, high: int) -> int:

@@ -6,7 +6,9 @@ Batch 1, 256 new tokens in blocks of 32, bfloat16, greedy, random weights of the
 one forward of all rows and 31 cached ones, 72 steps one and 8. Cached generations are run whole, as often as --repeats
 says; uncached ones once, and beyond 16k they are put together from the medians of a few forwards of each kind, which
 the record says (`measured`). At each length every way's attention is first held against float64 on random heads, and
-every way has run once at the first length (`warm_up`: what that took). The record is written after each generation.
+every way has run once at the first length (`warm_up`: what that took). With --reference Fast-dLLM's own code then runs
+in a process of its own; `ours_faster` holds it against our dual cache in as many forwards of each kind. The record is
+written after each way.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +38,12 @@ from sparsed.sampling.settings import FAMILIES
 from sparsed.schedule import FULL, SELECTING, SPARSE, ByStep
 from sparsed.selection import SPARSED
 
-from .common import LENGTHS, build_parser, markdown, new_record, parse_arguments, require_gpu, save, summary
+from . import fast_dllm
+from .common import LENGTHS, brief, build_parser, markdown, new_record, parse_arguments, require_gpu, save
 from .dense_answer import checked_dense_answer
 from .kernels import DTYPE, Gate, Heads, attention_gate, random_heads
 from .latency import WrongKernel, checked_kernel
+from .reference import missing
 from .shapes import SHAPES, ModelConfig, attention_shape, random_model
 
 NEW_TOKENS, BLOCK_LENGTH = 256, 32
@@ -62,11 +67,12 @@ class Way:
 
 PAPER, DENSE_ANSWER = SparseDConfig(), SparseDConfig(select=0.15, dense_answer=True)
 CACHE = {"cache": "dual"}
+CACHE_ALONE = "dual cache"
 WAYS = (
     Way("full attention"),
     Way("SparseD, the paper's", PAPER),
     Way("SparseD, dense answer rows, select 0.15", DENSE_ANSWER),
-    Way("dual cache", None, CACHE),
+    Way(CACHE_ALONE, None, CACHE),
     Way("dual cache, the paper's SparseD", PAPER, CACHE),
     Way("dual cache, dense answer rows, select 0.15", DENSE_ANSWER, CACHE),
     Way("dual cache, all rows once", None, CACHE | {"refresh": 0}),
@@ -147,12 +153,11 @@ Times = dict[str, dict[str, Any]]  # of each phase, the summary of its forwards'
 
 
 def times_of(runs: list[Run]) -> Times:
-    """Without the samples, of which there may be thousands."""
+    """By phase, over all runs."""
     samples: dict[str, list[float]] = {}
     for phase, _, seconds in chain.from_iterable(one.forwards for one in runs):
         samples.setdefault(phase, []).append(seconds)
-    brief = {phase: summary(seconds) or {} for phase, seconds in samples.items()}
-    return {phase: {name: found[name] for name in found if name != "samples"} for phase, found in brief.items()}
+    return {phase: brief(seconds) for phase, seconds in samples.items()}
 
 
 def told(runs: list[Run]) -> dict[str, Any]:
@@ -290,7 +295,40 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser = build_parser("generation", __doc__, lengths="4k,16k", families=SHAPES)
     text = "cached generations of each way (default: %(default)s)"
     parser.add_argument("--repeats", type=whole(1), default=3, help=text)
-    return parser, parse_arguments(parser, argv)
+    parser.add_argument(
+        "--reference", type=Path, metavar="DIR", help="also time Fast-dLLM's own code, which lies there"
+    )
+    args = parse_arguments(parser, argv)
+    if args.reference is not None:
+        if args.family not in fast_dllm.FAMILIES:
+            parser.error(f"argument --reference: Fast-dLLM's code does not run {args.family}")
+        lacking = missing(args.reference, fast_dllm.NEEDED)
+        if lacking is not None:
+            parser.error(f"argument --reference: {args.reference} has no {lacking}")
+    return parser, args
+
+
+def add_reference(record: dict[str, Any], args: argparse.Namespace) -> None:
+    """Add Fast-dLLM's generations to the rows, and save after each length; an error goes into the record."""
+    rows = {row["length"]: row for row in record["rows"]}
+    record["reference"] = {"folder": str(args.reference)}
+    try:
+        lengths = list(rows)
+        for answer in fast_dllm.measure(args.reference, args.family, lengths, NEW_TOKENS, BLOCK_LENGTH, STEPS):
+            if "length" not in answer:
+                record["reference"] |= answer
+                continue
+            row = rows[answer.pop("length")]
+            row["ways"][fast_dllm.NAME] = answer
+            ours = row["ways"][CACHE_ALONE].get("steps", {})
+            for steps, entry in answer.get("steps", {}).items():
+                entry["ours_faster"] = fast_dllm.ratio(entry, ours[steps]) if ours else None
+            add_gains(row)
+            save(args.out, record)
+            print(f"{row['length']}, {fast_dllm.NAME}: done", flush=True)
+    except RuntimeError as error:
+        record["reference"]["error"] = str(error)
+        save(args.out, record)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -310,7 +348,14 @@ def main(argv: list[str] | None = None) -> None:
         except WrongKernel as error:
             row["error"], right = str(error), False
             save(args.out, record)
+    if args.reference is not None:
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        add_reference(record, args)
     print(table([record]))
+    if "error" in record.get("reference", {}):
+        parser.exit(1, f"{parser.prog}: error: {record['reference']['error']}\n")
     if not right:
         parser.exit(1, f"{parser.prog}: error: a kernel is wrong, see the record\n")
 

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ LONE = "the only generation at this length: the compile time that torch counted 
 NEEDED = ("models/LLaDA/generate.py", "models/Dream/generation_utils.py", "site/transformers")
 
 
-def missing(folder: Path) -> str | None:
+def missing(folder: Path, needed: Collection[str] = NEEDED) -> str | None:
     """The first file that a folder lacks to be a reference, None if it is one."""
-    return next((name for name in NEEDED if not (folder / name).exists()), None)
+    return next((name for name in needed if not (folder / name).exists()), None)
 
 
 def plan(name: str) -> dict[str, Any]:
@@ -63,18 +63,34 @@ def measure(
         "modes": modes,
         "plans": [plan(name) for name in lengths],
     }
-    command = [sys.executable, str(Path(reference_worker.__file__).resolve()), json.dumps(job)]
-    with subprocess.Popen(command, cwd=folder, env=_environment(folder), stdout=subprocess.PIPE, text=True) as process:
+    yield from map(_converted, answers(reference_worker.__file__, job, folder, folder))
+
+
+def answers(worker: str, job: dict[str, Any], folder: Path, code: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects that a worker prints in a process of its own.
+
+    Args:
+        worker: its file.
+        job: its argument.
+        folder: a checkout with the packages that it needs in `site`.
+        code: the folder in it that its modules are imported from.
+
+    Raises:
+        RuntimeError: the process failed; its own words are on stderr.
+    """
+    command = [sys.executable, str(Path(worker).resolve()), json.dumps(job)]
+    environment = _environment(folder, code)
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("{"):
-                yield _converted(json.loads(line))
+                yield json.loads(line)
     if process.returncode:
         raise RuntimeError(f"the released code ended with exit code {process.returncode}")
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, code: Path) -> dict[str, str]:
     """This process's environment with the reference's packages in place of ours."""
-    paths = os.pathsep.join(map(str, (folder.resolve() / "site", folder.resolve())))
+    paths = os.pathsep.join(map(str, (folder.resolve() / "site", code.resolve())))
     # safe path: the worker's own folder, ours, stays off the path
     return os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
 

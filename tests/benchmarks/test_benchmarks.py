@@ -12,7 +12,18 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import agreement, attention, kernels, latency, phases, plot, reference, reference_worker, selection
+from benchmarks import (
+    agreement,
+    attention,
+    fast_dllm_worker,
+    kernels,
+    latency,
+    phases,
+    plot,
+    reference,
+    reference_worker,
+    selection,
+)
 from benchmarks.common import LENGTHS, summary
 from sparsed import SparseDConfig, dream_generate, llada_generate, load_model, sparsify
 from sparsed.backends import BACKENDS
@@ -359,8 +370,9 @@ def test_the_reference_is_a_process_of_its_own(monkeypatch, tmp_path):
         next(answers)
 
 
-def test_the_worker_imports_nothing_of_ours():
-    for node in ast.walk(ast.parse(Path(reference_worker.__file__).read_text())):
+@pytest.mark.parametrize("worker", [reference_worker, fast_dllm_worker])
+def test_the_workers_import_nothing_of_ours(worker):
+    for node in ast.walk(ast.parse(Path(worker.__file__).read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0

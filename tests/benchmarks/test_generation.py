@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import generation
+from benchmarks import fast_dllm, generation
 from benchmarks.common import LENGTHS
 from benchmarks.generation import WAYS, Way, put_together, run
 from sparsed import SparseDConfig, load_model
@@ -140,3 +140,51 @@ def test_no_memory_for_it_is_said(tmp_path, monkeypatch, capsys):
     ways = record["rows"][1]["ways"]
     assert ways[WAYS[0].name]["error"] == "out of memory" and "ran out of memory" in ways[WAYS[1].name]["error"]
     assert "full attention: out of memory" in capsys.readouterr().out
+
+
+# --- Fast-dLLM beside ours
+
+
+def test_its_forwards_in_our_terms():
+    run = {"forwards": [[122, 10.0], [8, 1.0], [8, 3.0], [122, 12.0]], "peak_memory_bytes": 7}
+    theirs = fast_dllm.converted(run, 122)
+    assert theirs["seconds"] == 26.0 and theirs["peak_memory_bytes"] == 7
+    assert {phase: part["count"] for phase, part in theirs["forwards"].items()} == {"full": 2, "cached": 2}
+    assert theirs["forwards"]["cached"]["seconds"]["median"] == 2.0
+    ours = {"forwards": {phase: {"seconds": {"median": each}} for phase, each in {"full": 4.0, "cached": 0.5}.items()}}
+    assert fast_dllm.ratio(theirs, ours) == 26.0 / (2 * 4.0 + 2 * 0.5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_it_runs_after_ours_and_is_held_against_the_cache_alone(fails, tmp_path, monkeypatch, capsys):
+    played = Played(tmp_path, monkeypatch, "llada")
+    monkeypatch.setattr(generation, "check", lambda *_: {})
+    monkeypatch.setattr(generation, "missing", lambda *_: None)
+    played.flags += ["--reference", str(tmp_path)]
+
+    def measure(folder, family, lengths, *sizes):
+        assert (folder, family, lengths, sizes) == (tmp_path, "llada", ["4k", "64k"], (32, 8, (32, 12)))
+        yield {"versions": {"torch": "x"}}
+        full = {"full": {"count": 4, "seconds": {"median": 1.0}}}
+        entry = {"measured": True, "seconds": 4.0, "forwards": full, "peak_memory_bytes": 7}
+        yield {"length": "4k", "steps": {"32": dict(entry), "12": dict(entry)}}
+        if fails:
+            raise RuntimeError("ended with exit code 1")
+        yield {"length": "64k", "error": "out of memory"}
+
+    monkeypatch.setattr(fast_dllm, "measure", measure)
+    code, record = played.run()
+    out, err = capsys.readouterr()
+    assert code == fails and ("exit code 1" in err) == fails
+    assert record["reference"]["versions"] == {"torch": "x"}
+    found = record["rows"][0]["ways"][fast_dllm.NAME]["steps"]["32"]
+    ours = record["rows"][0]["ways"]["dual cache"]["steps"]["32"]["forwards"]["full"]["seconds"]["median"]
+    assert found["ours_faster"] == 4.0 / (4 * ours) and found["speedup"] > 0
+    assert fast_dllm.NAME in out and (fails or f"{fast_dllm.NAME}: out of memory" in out)
+
+
+@pytest.mark.parametrize(("flags", "named"), [([], "llada/generate.py"), (["--family", "illada"], "does not run")])
+def test_a_folder_that_is_no_reference(flags, named, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        generation.main(["--out", str(tmp_path / "x.json"), "--reference", str(tmp_path), *flags])
+    assert stop.value.code == 2 and named in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""Fast-dLLM's own code beside ours: its process, and what it measured in the terms of our own record.
+
+DIR is a checkout of its public repository with the packages that it needs in DIR/site, apart from torch;
+benchmarks/README.md has the commands that make one.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsed.sampling.common import CACHED
+from sparsed.schedule import FULL
+
+from . import fast_dllm_worker
+from .common import LENGTHS, brief
+from .reference import answers
+from .shapes import published_config
+
+NAME = "Fast-dLLM's code, dual cache"
+NEEDED = ("llada/generate.py", "dream/model/generation_utils_block.py", "site/transformers", "site/einops")
+FAMILIES = ("dream", "llada")
+
+
+def measure(
+    folder: Path, family: str, lengths: list[str], new_tokens: int, block_length: int, steps: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """{"versions": ...}, then for each length, as it is done: {"length": ...} with "steps" as ours has them or "error".
+
+    Raises:
+        RuntimeError: the process failed; its own words are on stderr.
+    """
+    job = {
+        "family": family,
+        "shape": published_config(family),
+        "device": "cuda",
+        "new_tokens": new_tokens,
+        "block_length": block_length,
+        "steps": steps,
+        "lengths": {name: LENGTHS[name] for name in lengths},
+    }
+    for answer in answers(fast_dllm_worker.__file__, job, folder, folder / family):
+        if "steps" in answer:
+            rows = LENGTHS[answer["length"]] + new_tokens
+            answer["steps"] = {steps: converted(run, rows) for steps, run in answer["steps"].items()}
+        yield answer
+
+
+def converted(run: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A generation's forwards by phase: those of all rows are full, the others cached."""
+    seconds: dict[str, list[float]] = {}
+    for computed, each in run["forwards"]:
+        seconds.setdefault(FULL if computed == rows else CACHED, []).append(each)
+    forwards = {phase: {"count": len(each), "seconds": brief(each)} for phase, each in seconds.items()}
+    total = sum(map(sum, seconds.values()))
+    return {"measured": True, "seconds": total, "forwards": forwards, "peak_memory_bytes": run["peak_memory_bytes"]}
+
+
+def ratio(theirs: dict[str, Any], ours: dict[str, Any]) -> float:
+    """How many times faster ours would be in as many forwards of each kind as theirs has."""
+    medians = {phase: part["seconds"]["median"] for phase, part in ours["forwards"].items()}
+    return theirs["seconds"] / sum(part["count"] * medians[phase] for phase, part in theirs["forwards"].items())
