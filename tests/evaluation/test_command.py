@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsed.cli import main_dream
 from sparsed.evaluation import answering, command, results, wilson
 from sparsed.evaluation.results import Folder, OtherRun, summarize, table
 from sparsed.models import identity
@@ -21,6 +22,7 @@ from sparsed.prompts import demo_path
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--demo", "llada", "--lengths", "512", "--seq_len", "8", "--steps", "2", "--block_size", "32", "--quiet"]
+DREAM = ["dream" if word == "llada" else word for word in SMALL]
 CALL = [*SMALL, "--tasks", "qa_1,fwe", "--methods", "origin,sparsed", "--limit", "3"]
 
 
@@ -276,6 +278,22 @@ def test_wrong_caches_are_one_line(tmp_path, capsys, flags, option):
     assert command.main([*call, *flags]) == 2
     err = capsys.readouterr().err
     assert f"argument {option}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "last"),
+    [
+        (main_dream, ["--demo"], "factor, or --block_length"),
+        (command.main, [*DREAM, "--tasks", "qa_1", "--limit", "1", "--block_length", "4"], "factor"),
+    ],
+    ids=["script", "evaluation"],
+)
+def test_an_early_stop_makes_no_blocks_of_dream_s_answer(tmp_path, capsys, main, words, last):
+    out = [] if main is main_dream else ["--out", str(tmp_path)]
+    assert main([*words, "--early_stop", *out]) == 2
+    said = f"argument --early_stop: needs blocks, after which to stop: give a cache, threshold or {last}\n"
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.endswith(said)
 
 
 def test_two_processes_leave_what_one_does(done, tmp_path):

@@ -151,6 +151,16 @@ def test_wrong_caches_and_thresholds_are_named(folders, wrong):
         harness.SparseDLM(pretrained=str(folders["llada"]), device="cpu", **wrong)
 
 
+def test_an_early_stop_alone_makes_no_blocks(make):
+    lm = make(origin=True, early_stop=True, block_length=8)
+    if lm.model.family == "llada":  # which always has them
+        assert lm._settings({"until": []}, "here")[2].early_stop
+        return
+    with pytest.raises(harness.OptionError, match="here: early_stop needs blocks.*a cache, threshold or factor$"):
+        lm._settings({"until": []}, "here")
+    assert lm._settings({"until": [], "cache": "dual"}, "here")[2].block_length == 8
+
+
 def test_likelihoods_say_that_caches_do_not_apply_to_them(make, caplog):
     tasks = {"choices": SimpleNamespace(OUTPUT_TYPE="multiple_choice")}
     make(origin=True).check(tasks)
