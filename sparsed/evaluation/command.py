@@ -46,15 +46,15 @@ def evaluate(args: Arguments) -> None:
     source = "--demo" if args.demo else "--model_path"
     with blame(args, source):
         path = str(demo_path(args.demo)) if args.demo else str(args.model_path)
-        model_family(path)  # what is not supported is said before its tokenizer is missed
+        family = model_family(path)  # what is not supported is said before its tokenizer is missed
         tokenizer = load_tokenizer(path)
     with blame(args, source, (ChatTemplateError,)):
         batches = plan(args, tokenizer)
+    settings = samplers(args, family, batches)
     with blame(args, "--device"):
         team = Team.of(args.device)
     with blame(args, source):
         model = load_model(path, device=team.device or args.device, dtype=args.dtype)
-    settings = samplers(args, model.family, batches)
     longest = max([*args.lengths, 0])
     told = team.index == 0 and not args.quiet
     if told and longest > model.config.max_length:

@@ -273,11 +273,18 @@ def test_caches_are_part_of_a_configuration_and_forwards_are_counted(done, tmp_p
 @pytest.mark.parametrize(
     ("flags", "option"), [(["--refresh", "1"], "--refresh"), (["--cache", "dual", "--steps", "3"], "--steps")]
 )
-def test_wrong_caches_are_one_line(tmp_path, capsys, flags, option):
+def test_wrong_caches_are_one_line_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, flags, option):
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("loaded"))
     call = [*SMALL, "--tasks", "qa_1", "--block_length", "4", "--out", str(tmp_path)]
     assert command.main([*call, *flags]) == 2
     err = capsys.readouterr().err
     assert f"argument {option}" in err and err.count("\n") == 1
+
+
+def test_wrong_caches_are_refused_with_the_flags(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.parse([*SMALL, "--refresh", "1", "--out", str(tmp_path)])
+    assert capsys.readouterr().err.endswith("argument --refresh: needs a cache, which is filled anew: prefix or dual\n")
 
 
 @pytest.mark.parametrize(
