@@ -23,12 +23,11 @@ from ..models.identity import files_digest, weights_digest
 from ..models.loading import model_family
 from ..prompts import demo_path
 from ..sampling.common import Step
-from ..sampling.saving import OFF
 from . import plots
 from .answering import Answerer
 from .arguments import Arguments, parse
 from .planning import Batch, plan, samplers
-from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table
+from .results import DEFAULTS, RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table
 from .tasks import Sample
 from .team import Team, leave_group
 
@@ -81,7 +80,8 @@ def _settings(args: Arguments, path: str, model: DiffusionLM) -> Record:
         "seq_len": args.seq_len,
         "steps": args.steps,
         "block_length": args.block_length,
-        **{name: value for name, value in args.saving.items() if value != OFF[name]},  # absent in earlier folders
+        # what is not on is absent, as in earlier folders
+        **{name: value for name, value in args.saving.items() if value not in (None, DEFAULTS[name])},
         "backend": args.backend,
         "tasks_file": files_digest([args.tasks_file]) if args.tasks_file else None,
     }

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..console.files import write_json, write_text
+from ..sampling.saving import OFF
 from .methods import METHODS
 from .scoring import mean_of, paired_difference, proportion
 
@@ -17,6 +18,8 @@ SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "tab
 # what tells one way to run from another; None where it means nothing to the method or was not asked for
 NUMBERS = ("select", "skip", "block_size")
 VARIANT = ("method", *NUMBERS, "dense_answer")
+# what settings mean that a folder does not name
+DEFAULTS: dict[str, Any] = {**OFF, "refresh": 1}
 # what the summary reads of a line, and of which kinds it may be
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "task"), (str,)),
@@ -59,9 +62,10 @@ class Folder:
             raise OtherRun(f"{self.path} is not empty and holds no evaluation: choose another folder")
         known: Record = about(file) if file.is_file() else {"settings": settings, "calls": []}
         before = known["settings"]
-        changed = [name for name in settings | before if settings.get(name) != before.get(name)]
+        meant, meant_before = DEFAULTS | settings, DEFAULTS | before
+        changed = [name for name in meant | meant_before if meant.get(name) != meant_before.get(name)]
         if changed and self.finished():
-            difference = f"{changed[0]} {before.get(changed[0])!r}, now {settings.get(changed[0])!r}"
+            difference = f"{changed[0]} {_said(meant_before.get(changed[0]))}, now {_said(meant.get(changed[0]))}"
             raise OtherRun(f"{self.path} holds results of another configuration ({difference}): choose another folder")
         if self.process == 0:
             calls = [] if changed else known["calls"]
@@ -104,6 +108,11 @@ class Folder:
     def _parts(self) -> list[Path]:
         """The processes' own files, however many there were."""
         return sorted(file for file in self.path.glob(f"{SAMPLES}.*") if file.suffix[1:].isdigit())
+
+
+def _said(value: Any) -> str:
+    """A setting's value in a message."""
+    return "not given" if value is None else repr(value)
 
 
 def about(file: Path) -> Record:

@@ -125,6 +125,22 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
         Folder(tmp_path).claim({"seed": 0}, {})
 
 
+def test_settings_that_a_folder_does_not_name_have_their_defaults(tmp_path):
+    folder = Folder(tmp_path)
+    folder.claim({"steps": None, "cache": "dual", "refresh": 1}, {})
+    folder.append([line("s0", "origin", 1.0)])
+    folder.claim({"steps": None, "cache": "dual"}, {})
+    for changes, says in (
+        ({"cache": "prefix"}, "cache 'dual', now 'prefix'"),
+        ({"cache": "dual", "refresh": 0}, "refresh 1, now 0"),
+        ({"cache": "dual", "threshold": 0.5}, "threshold not given, now 0.5"),
+        ({"cache": "dual", "early_stop": True}, "early_stop False, now True"),
+        ({}, "cache 'dual', now 'none'"),
+    ):
+        with pytest.raises(OtherRun, match=f"\\({says}\\)"):
+            folder.claim({"steps": None, **changes}, {})
+
+
 @pytest.mark.parametrize("damage", ["{}\n", "5\n", "[]\n", "\n", "not JSON\n"])
 def test_damaged_lines_do_not_count(tmp_path, damage):
     folder = Folder(tmp_path)
@@ -266,8 +282,10 @@ def test_caches_are_part_of_a_configuration_and_forwards_are_counted(done, tmp_p
     (found,) = lines_of(tmp_path)
     assert found["forwards"] == 8 and "| forwards | seconds |" in capsys.readouterr().out
     assert "cache" not in results.about(done / results.RUN)["settings"]
+    assert command.main([*call, "--cache", "dual", "--refresh", "1"]) == 0, "the default, given"
+    assert "refresh" not in results.about(tmp_path / results.RUN)["settings"]
     assert command.main(call) == 2
-    assert "another configuration (cache 'dual', now None)" in capsys.readouterr().err
+    assert "another configuration (cache 'dual', now 'none')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
