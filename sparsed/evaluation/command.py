@@ -115,8 +115,10 @@ def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batc
             bar.set_description(f"{samples[0].task} {variant.method} {number}/{len(todo)}", refresh=False)
             missing = batch.missing(variant, finished)
             asked = [sample for sample in samples if sample.id in missing]
+            end = bar.n + answerer.settings[batch.gen_length].steps
             with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
                 lines = answerer.answer(asked, variant, batch.gen_length, bar.step)
+            bar.reach(end)
             with blame(args, "--out", (OSError,)):
                 folder.append(lines)
 
@@ -127,7 +129,8 @@ class Progress(tqdm):
     def __init__(self, steps: int, hidden: bool):
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
         stream = sys.stderr if self.terminal else io.StringIO()
-        super().__init__(total=steps, unit="step", disable=hidden, file=stream, smoothing=0.05, dynamic_ncols=True)
+        # smoothing 0, the mean speed of all steps: those that a batch does not need are done at once
+        super().__init__(total=steps, unit="step", disable=hidden, file=stream, smoothing=0, dynamic_ncols=True)
         self.told = time.monotonic()
 
     def step(self, _: Step) -> None:
@@ -136,6 +139,10 @@ class Progress(tqdm):
         if not self.terminal and not self.disable and time.monotonic() - self.told > EVERY:
             self.told = time.monotonic()
             tell(str(self))
+
+    def reach(self, steps: int) -> None:
+        """So many steps are done, or were not needed."""
+        self.update(steps - self.n)
 
 
 def _report(args: Arguments, folder: Folder, batches: list[Batch]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -451,6 +452,33 @@ def test_a_log_gets_lines_with_the_time_left(monkeypatch, tmp_path, capsys):
     assert sum("the same command goes on from there" in text for text in told) == 1
     lines = [text for text in told if "step" in text]
     assert len(lines) == 2 and "qa_1 origin 1/1" in lines[0] and "1/2 [" in lines[0] and "\r" not in lines[0]
+
+
+def test_steps_that_a_batch_does_not_need_are_done_with_it(monkeypatch, tmp_path, capsys):
+    """With threshold 0 each of two blocks takes one step of its four."""
+    bars, close = [], command.Progress.close
+    monkeypatch.setattr(command, "EVERY", 0.0)
+    monkeypatch.setattr(command.Progress, "close", lambda bar: bars.append((bar.n, bar.total)) or close(bar))
+    words = [word for word in SMALL if word != "--quiet"] + ["--steps", "8", "--block_length", "4", "--threshold", "0"]
+    words += ["--tasks", "qa_1", "--methods", "origin", "--limit", "2", "--out", str(tmp_path / "r")]
+    assert command.main(words) == 0
+    lines = [text for text in capsys.readouterr().err.splitlines() if "/16 [" in text]
+    assert [re.search(r"(\d+)/16 ", line)[1] for line in lines] == ["1", "2", "9", "10"]
+    assert bars[0] == (16, 16)
+
+
+def test_the_time_left_is_at_the_mean_speed_of_what_is_done(monkeypatch):
+    """Four batches of 100 steps took 20 of them, a second each, and four are left."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    bar = command.Progress(800, hidden=False)
+    for batch in range(1, 5):
+        for _ in range(20):
+            now[0] += 1
+            bar.step(None)
+        bar.reach(100 * batch)
+    assert "400/800 [01:20<01:20" in str(bar)
+    bar.close()
 
 
 def test_tasks_of_a_users_own(tmp_path, capsys):
