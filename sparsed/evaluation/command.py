@@ -152,8 +152,8 @@ def _report(args: Arguments, folder: Folder, batches: list[Batch]) -> None:
     # an earlier call may have measured more: that comes last
     records = [*(finished.pop(name) for names in samples for name in names), *finished.values()]
     folder.close(records)
-    summary = summarize(records)
-    write_json(folder.path / SUMMARY, {**summary, **about(folder.path / RUN)})
+    summary = {**summarize(records), **about(folder.path / RUN)}
+    write_json(folder.path / SUMMARY, summary)
     text = table(summary)
     write_text(folder.path / TABLE, text)
     if importlib.util.find_spec("matplotlib") is None:

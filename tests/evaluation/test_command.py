@@ -87,6 +87,23 @@ def test_the_table_has_a_line_for_each_variant_and_a_column_for_each_task():
     assert rows[3].endswith("| +0.0 (-34.6 to +34.6) |") and rows[2].endswith("| - |")
 
 
+def test_the_table_says_which_caches_and_thresholds_were_used():
+    lines = [line("s0", method, 1.0, length=length) for method in ("origin", "sparsed") for length in (512, 1024)]
+    saving = {"threshold": 0.9, "cache": "dual", "refresh": 0, "early_stop": True}
+    plain, settings = table(summarize(lines)), {"steps": 8, "block_length": 32, **saving}
+    above = "With --cache dual --refresh 0 --threshold 0.9 --early_stop, full attention as well.\n\n"
+    assert table({**summarize(lines), "settings": settings}) == above + plain, "once, whatever the lengths"
+    assert table({**summarize(lines), "settings": {"steps": 8}}) == plain
+    alone = table({**summarize(lines[2:]), "settings": {"factor": 1.0}})
+    assert alone.startswith("With --factor 1.0.\n\n### ")
+
+
+def test_the_table_says_that_forwards_are_a_batch_s_and_seconds_a_sample_s():
+    lines = [line(f"s{n}", "origin", 1.0, forwards=32, seconds=2.0) for n in range(4)]
+    rows = [row for row in table(summarize(lines)).splitlines() if row.startswith("| ")]
+    assert rows[0].endswith("| forwards of a batch | seconds a sample |") and rows[2].endswith("| 32 | 2 |")
+
+
 def test_the_gain_of_dense_answer_rows_is_over_the_same_without():
     plain = [line(f"s{n}", "sparsed", float(n % 2)) for n in range(40)]
     dense = [line(f"s{n}", "sparsed", float(n % 4 > 0), dense_answer=True) for n in range(40)]
@@ -281,7 +298,9 @@ def test_caches_are_part_of_a_configuration_and_forwards_are_counted(done, tmp_p
     call += ["--out", str(tmp_path)]
     assert command.main([*call, "--cache", "dual"]) == 0
     (found,) = lines_of(tmp_path)
-    assert found["forwards"] == 8 and "| forwards | seconds |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert found["forwards"] == 8 and "| forwards of a batch | seconds a sample |" in out
+    assert out.startswith("With --cache dual, full attention as well.\n\n### 512 tokens\n")
     assert "cache" not in results.about(done / results.RUN)["settings"]
     assert command.main([*call, "--cache", "dual", "--refresh", "1"]) == 0, "the default, given"
     assert "refresh" not in results.about(tmp_path / results.RUN)["settings"]
