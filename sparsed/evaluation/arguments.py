@@ -3,6 +3,8 @@
 import argparse
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -13,7 +15,8 @@ from ..config import SparseDConfig
 from ..console.parser import Parser
 from ..console.readers import config_field, device, list_of, non_empty, path, shown, some_of, whole
 from ..models.loading import DTYPES
-from ..sampling.saving import OFF
+from ..sampling.saving import OFF, Saving
+from ..sampling.unmasking import SettingError
 from ..saving_flags import add_saving
 from .methods import METHODS, Variant, variants
 from .tasks import TASKS
@@ -88,7 +91,18 @@ def parse(argv: list[str] | None) -> Arguments:
     sweep = product(*(given.pop(name) for name in ("block_size", "skip", "select")), dense)
     configs = [SparseDConfig(skip, select, size, dense) for size, skip, select, dense in sweep]
     saving = {name: given.pop(name) for name in OFF}
+    with blame_setting(parser):
+        Saving(**saving).check_saving()
     return Arguments(**given, saving=saving, variants=variants(methods, configs), parser=parser)
+
+
+@contextmanager
+def blame_setting(parser: Parser) -> Iterator[None]:
+    """Turn a sampler's wrong setting into a line about the flag of its name, and exit code 2."""
+    try:
+        yield
+    except SettingError as error:
+        parser.error(f"argument --{error.argument}: {error.must}")
 
 
 def build_parser() -> Parser:

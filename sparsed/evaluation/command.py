@@ -23,12 +23,11 @@ from ..models.identity import files_digest, weights_digest
 from ..models.loading import model_family
 from ..prompts import demo_path
 from ..sampling.common import Step
-from ..sampling.saving import OFF
 from . import plots
 from .answering import Answerer
 from .arguments import Arguments, parse
 from .planning import Batch, plan, samplers
-from .results import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table
+from .results import DEFAULTS, RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about, summarize, table
 from .tasks import Sample
 from .team import Team, leave_group
 
@@ -46,15 +45,15 @@ def evaluate(args: Arguments) -> None:
     source = "--demo" if args.demo else "--model_path"
     with blame(args, source):
         path = str(demo_path(args.demo)) if args.demo else str(args.model_path)
-        model_family(path)  # what is not supported is said before its tokenizer is missed
+        family = model_family(path)  # what is not supported is said before its tokenizer is missed
         tokenizer = load_tokenizer(path)
     with blame(args, source, (ChatTemplateError,)):
         batches = plan(args, tokenizer)
+    settings = samplers(args, family, batches)
     with blame(args, "--device"):
         team = Team.of(args.device)
     with blame(args, source):
         model = load_model(path, device=team.device or args.device, dtype=args.dtype)
-    settings = samplers(args, model.family, batches)
     longest = max([*args.lengths, 0])
     told = team.index == 0 and not args.quiet
     if told and longest > model.config.max_length:
@@ -81,7 +80,8 @@ def _settings(args: Arguments, path: str, model: DiffusionLM) -> Record:
         "seq_len": args.seq_len,
         "steps": args.steps,
         "block_length": args.block_length,
-        **{name: value for name, value in args.saving.items() if value != OFF[name]},  # absent in earlier folders
+        # what is not on is absent, as in earlier folders
+        **{name: value for name, value in args.saving.items() if value not in (None, DEFAULTS[name])},
         "backend": args.backend,
         "tasks_file": files_digest([args.tasks_file]) if args.tasks_file else None,
     }
@@ -115,8 +115,10 @@ def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batc
             bar.set_description(f"{samples[0].task} {variant.method} {number}/{len(todo)}", refresh=False)
             missing = batch.missing(variant, finished)
             asked = [sample for sample in samples if sample.id in missing]
+            end = bar.n + answerer.settings[batch.gen_length].steps
             with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
                 lines = answerer.answer(asked, variant, batch.gen_length, bar.step)
+            bar.reach(end)
             with blame(args, "--out", (OSError,)):
                 folder.append(lines)
 
@@ -127,7 +129,8 @@ class Progress(tqdm):
     def __init__(self, steps: int, hidden: bool):
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
         stream = sys.stderr if self.terminal else io.StringIO()
-        super().__init__(total=steps, unit="step", disable=hidden, file=stream, smoothing=0.05, dynamic_ncols=True)
+        # smoothing 0, the mean speed of all steps: those that a batch does not need are done at once
+        super().__init__(total=steps, unit="step", disable=hidden, file=stream, smoothing=0, dynamic_ncols=True)
         self.told = time.monotonic()
 
     def step(self, _: Step) -> None:
@@ -137,6 +140,10 @@ class Progress(tqdm):
             self.told = time.monotonic()
             tell(str(self))
 
+    def reach(self, steps: int) -> None:
+        """So many steps are done, or were not needed."""
+        self.update(steps - self.n)
+
 
 def _report(args: Arguments, folder: Folder, batches: list[Batch]) -> None:
     """Put the results in order, sum them up, print the table."""
@@ -145,8 +152,8 @@ def _report(args: Arguments, folder: Folder, batches: list[Batch]) -> None:
     # an earlier call may have measured more: that comes last
     records = [*(finished.pop(name) for names in samples for name in names), *finished.values()]
     folder.close(records)
-    summary = summarize(records)
-    write_json(folder.path / SUMMARY, {**summary, **about(folder.path / RUN)})
+    summary = {**summarize(records), **about(folder.path / RUN)}
+    write_json(folder.path / SUMMARY, summary)
     text = table(summary)
     write_text(folder.path / TABLE, text)
     if importlib.util.find_spec("matplotlib") is None:

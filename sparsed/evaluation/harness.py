@@ -68,6 +68,7 @@ class SparseDLM(TemplateLM):
             self.tokenizer = load_tokenizer(self.options.pretrained)
         except ValueError as error:
             raise OptionError(f"--model_args: {error}") from error
+        self.told = False  # that likelihoods know no caches
         self.generator = torch.Generator(self.model.device).manual_seed(self.options.seed + self.rank)
 
     @classmethod
@@ -148,14 +149,20 @@ class SparseDLM(TemplateLM):
 
     def check(self, tasks: dict[str, Any]) -> None:
         """Raise OptionError, which names the task, unless the model can do all of these as they are set up."""
-        if self.options.saving != OFF and any(task.OUTPUT_TYPE != "generate_until" for task in tasks.values()):
-            told = "likelihoods take a forward of all rows each: cache, threshold and the like do not apply to them"
-            logging.getLogger(__name__).warning(told)
+        if any(task.OUTPUT_TYPE != "generate_until" for task in tasks.values()):
+            self._tell_of_likelihoods()
         for name, task in tasks.items():
             if task.OUTPUT_TYPE == "loglikelihood_rolling":
                 raise OptionError(f"task {name}: sparsed has no likelihoods of whole documents, only of targets")
             if task.OUTPUT_TYPE == "generate_until":
                 self._settings(task.get_config("generation_kwargs") or {}, f"task {name}, --gen_kwargs")
+
+    def _tell_of_likelihoods(self) -> None:
+        """Say once, in one of the processes, that what saves rows and steps of answers saves none of likelihoods."""
+        if self.options.saving != OFF and self.rank == 0 and not self.told:
+            told = "likelihoods take a forward of all rows each: cache, threshold and the like do not apply to them"
+            logging.getLogger(__name__).warning(told)
+            self.told = True
 
     def _settings(self, given: dict[str, Any], where: str) -> tuple[int, list[str], sampling.Settings]:
         """Tokens of an answer, what it stops at, and how the family samples, as a request's settings say."""
@@ -195,6 +202,7 @@ class SparseDLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether it is greedy) of each ((context, target), context ids, target ids)."""
+        self._tell_of_likelihoods()  # to callers that have not had the tasks checked
         options, answers = self.options, []
         for texts, context, target in self._progress(requests, "Scoring", disable_tqdm):
             # the same draws for all targets of one length, so that they do not add to the differences

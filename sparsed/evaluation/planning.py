@@ -8,8 +8,7 @@ from typing import Any
 
 from ..console.endings import blame
 from ..sampling import Settings, settings_for
-from ..sampling.unmasking import SettingError
-from .arguments import Arguments
+from .arguments import Arguments, blame_setting
 from .methods import Variant
 from .results import key
 from .tasks import TASKS, Sample, make_sample, read_samples, sample_id
@@ -81,10 +80,8 @@ def samplers(args: Arguments, family: str, batches: list[Batch]) -> dict[int, Se
     found = {}
     for gen_length in dict.fromkeys(batch.gen_length for batch in batches):
         steps = args.steps or gen_length
-        try:
+        with blame_setting(args.parser):
             found[gen_length] = settings_for(
                 family, gen_length=gen_length, steps=steps, block_length=args.block_length, **args.saving
             )
-        except SettingError as error:
-            args.parser.error(f"argument --{error.argument}: {error.must}")
     return found

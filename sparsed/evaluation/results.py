@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..console.files import write_json, write_text
+from ..sampling.saving import OFF
 from .methods import METHODS
 from .scoring import mean_of, paired_difference, proportion
 
@@ -17,6 +18,10 @@ SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "tab
 # what tells one way to run from another; None where it means nothing to the method or was not asked for
 NUMBERS = ("select", "skip", "block_size")
 VARIANT = ("method", *NUMBERS, "dense_answer")
+# what settings mean that a folder does not name
+DEFAULTS: dict[str, Any] = {**OFF, "refresh": 1}
+# the columns of what an answer took, by their names in a row: the samples of a batch share its forwards and its time
+WORK = {"forwards": "forwards of a batch", "seconds": "seconds a sample"}
 # what the summary reads of a line, and of which kinds it may be
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "task"), (str,)),
@@ -59,9 +64,10 @@ class Folder:
             raise OtherRun(f"{self.path} is not empty and holds no evaluation: choose another folder")
         known: Record = about(file) if file.is_file() else {"settings": settings, "calls": []}
         before = known["settings"]
-        changed = [name for name in settings | before if settings.get(name) != before.get(name)]
+        meant, meant_before = DEFAULTS | settings, DEFAULTS | before
+        changed = [name for name in meant | meant_before if meant.get(name) != meant_before.get(name)]
         if changed and self.finished():
-            difference = f"{changed[0]} {before.get(changed[0])!r}, now {settings.get(changed[0])!r}"
+            difference = f"{changed[0]} {_said(meant_before.get(changed[0]))}, now {_said(meant.get(changed[0]))}"
             raise OtherRun(f"{self.path} holds results of another configuration ({difference}): choose another folder")
         if self.process == 0:
             calls = [] if changed else known["calls"]
@@ -104,6 +110,11 @@ class Folder:
     def _parts(self) -> list[Path]:
         """The processes' own files, however many there were."""
         return sorted(file for file in self.path.glob(f"{SAMPLES}.*") if file.suffix[1:].isdigit())
+
+
+def _said(value: Any) -> str:
+    """A setting's value in a message."""
+    return "not given" if value is None else repr(value)
 
 
 def about(file: Path) -> Record:
@@ -155,7 +166,7 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
         rows: one per cell: task, length, the variant, seeds, n, accuracy in percent with its Wilson interval (low and
             high), its difference to full attention on the same samples, and its gain over the same variant without
             dense answer rows (None where there is nothing to compare with), density, recall (mean over layers, None
-            without a pattern), recall_layers, seconds per sample, forwards of the model for it.
+            without a pattern), recall_layers, seconds per sample, forwards of the batch that it was answered in.
         averages: one per length and variant: the means over tasks of accuracy and difference, with 95 % intervals, and
             of density, seconds and forwards; the methods in the order of `METHODS`, whatever order they were run in.
     """
@@ -208,7 +219,7 @@ def _accuracy(tasks: list[list[Record]], known: dict[tuple, float]) -> Record:
 
 
 def _forwards(records: list[Record]) -> float | None:
-    """Of the model for an answer, on average; None among lines of earlier versions, which do not say."""
+    """Of a batch, on average over its answers; None among lines of earlier versions, which do not say."""
     counts = [record["forwards"] for record in records if record.get("forwards") is not None]
     return float(np.mean(counts)) if len(counts) == len(records) else None
 
@@ -239,13 +250,22 @@ def _columns(name: str) -> tuple[str, str, str]:
     return name, f"{prefix}low", f"{prefix}high"
 
 
-def table(summary: dict[str, list[Record]]) -> str:
-    """Markdown in the form of the paper's Table 1: one table per length, one line per method, one column per task."""
+def table(summary: Record) -> str:
+    """Markdown in the form of the paper's Table 1: one table per length, one line per method, one column per task;
+    above them what saved rows and steps of every method, as far as the summary's `settings` name it."""
     lengths = list(dict.fromkeys(row["length"] for row in summary["rows"]))
-    return "\n".join(_length_table(length, summary) for length in lengths)
+    saved = _saving_line(summary.get("settings", {}), {row["method"] for row in summary["rows"]})
+    return "\n".join([*saved, *(_length_table(length, summary) for length in lengths)])
 
 
-def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
+def _saving_line(settings: Record, methods: set[str]) -> list[str]:
+    """The flags for caches and thresholds that were on, in a line; nothing if none was."""
+    given = {name: settings[name] for name in OFF if name in settings}
+    flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
+    return [f"With {flags}{', full attention as well' if 'origin' in methods else ''}.\n"] if given else []
+
+
+def _length_table(length: int | None, summary: Record) -> str:
     rows, averages = ([row for row in summary[name] if row["length"] == length] for name in ("rows", "averages"))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     counts = sorted({row["n"] for row in rows})
@@ -254,8 +274,8 @@ def _length_table(length: int | None, summary: dict[str, list[Record]]) -> str:
     differences = {"difference": "to full attention"}
     if any(average.get("gain") is not None for average in averages):
         differences["gain"] = "to the same without dense answer rows"
-    work = ["forwards", "seconds"] if all(average.get("forwards") is not None for average in averages) else []
-    columns = ["method", "density", *tasks, "average", *differences.values(), *work]
+    work = WORK if all(average.get("forwards") is not None for average in averages) else {}
+    columns = ["method", "density", *tasks, "average", *differences.values(), *work.values()]
     lines = [columns, ["---"] * len(columns)]
     for average in averages:
         cells = {row["task"]: _figure(row, "accuracy") for row in rows if variant_of(row) == variant_of(average)}

@@ -17,6 +17,7 @@ Own = TypeVar("Own", bound="Saving")
 
 CACHES = ("none", "prefix", "dual")
 OFF: dict[str, Any] = {"cache": "none", "refresh": None, "threshold": None, "factor": None, "early_stop": False}
+MAKE_BLOCKS = ("cache", "threshold", "factor")  # of Dream's region, too; an early stop needs them
 BLOCK_LENGTH = 32  # of Dream, where something makes blocks of its region and no length is given
 
 
@@ -34,7 +35,7 @@ class Saving:
             as the block's share of this step, one or more. Above 1 none ever is.
         factor: instead of it: candidates in the order of their probabilities p, the n-th as long as (n + 1) * (1 - p)
             is below this.
-        early_stop: after a block that holds an end token, the row's later blocks get that token.
+        early_stop: after a block that holds an end token, the row's later blocks get that token; it makes no blocks.
 
     Raises:
         SettingError: a value outside its range, or two settings that do not go together.

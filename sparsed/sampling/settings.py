@@ -21,7 +21,7 @@ from .proposals import (
     probability_of,
     tempered,
 )
-from .saving import BLOCK_LENGTH, OFF, Saving
+from .saving import BLOCK_LENGTH, MAKE_BLOCKS, OFF, Saving
 from .unmasking import (
     SettingError,
     Turn,
@@ -35,6 +35,7 @@ from .unmasking import (
 EPS = 1e-3
 ALGORITHMS = ("maskgit_plus", "entropy", "topk_margin", "origin")
 REMASKING = ("low_confidence", "random")
+NEEDS_BLOCKS = f"needs blocks, after which to stop: give a {', '.join(MAKE_BLOCKS[:-1])} or {MAKE_BLOCKS[-1]}"
 
 
 def check_temperature(name: str, value: float) -> None:
@@ -101,7 +102,8 @@ class DreamSettings(Saving):
             check_numbers(block_length=self.block_length)
             steps_a_block(self.gen_length, self.steps, self.block_length)
         elif self.early_stop:
-            raise SettingError("early_stop", "needs blocks, after which to stop: give block_length, or a cache")
+            line = f"early_stop {NEEDS_BLOCKS}, or block_length"
+            raise SettingError("early_stop", f"{NEEDS_BLOCKS}, or --block_length", line)
         if self.alg == "origin" and self.bound:
             name = "factor" if self.threshold is None else "threshold"
             raise SettingError(name, "not allowed with the algorithm origin, which looks at no probability")
@@ -252,9 +254,9 @@ def own_options(family: str) -> tuple[str, ...]:
 
 
 def in_blocks(family: str, options: dict[str, Any]) -> bool:
-    """Whether a family writes its region block after block: LLaDA always, Dream where one of `Saving`'s is given."""
-    makes_blocks = (options.get(name, default) != default for name, default in OFF.items())
-    return FAMILIES[family].always_in_blocks or any(makes_blocks)
+    """Whether a family writes its region block after block: LLaDA always, Dream with a cache, threshold or factor."""
+    made = (options.get(name, OFF[name]) != OFF[name] for name in MAKE_BLOCKS)
+    return FAMILIES[family].always_in_blocks or any(made)
 
 
 def settings_for(family: str, *, gen_length: int, steps: int, block_length: int, **options: Any) -> Settings:
@@ -271,6 +273,8 @@ def settings_for(family: str, *, gen_length: int, steps: int, block_length: int,
     """
     if in_blocks(family, options):
         options["block_length"] = min(block_length, gen_length)
+    elif options.get("early_stop") is True:
+        raise SettingError("early_stop", NEEDS_BLOCKS)  # for which a block length alone is not enough here
     return FAMILIES[family](gen_length, steps, **options)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsed.cli import main_dream
 from sparsed.evaluation import answering, command, results, wilson
 from sparsed.evaluation.results import Folder, OtherRun, summarize, table
 from sparsed.models import identity
@@ -21,6 +23,7 @@ from sparsed.prompts import demo_path
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--demo", "llada", "--lengths", "512", "--seq_len", "8", "--steps", "2", "--block_size", "32", "--quiet"]
+DREAM = ["dream" if word == "llada" else word for word in SMALL]
 CALL = [*SMALL, "--tasks", "qa_1,fwe", "--methods", "origin,sparsed", "--limit", "3"]
 
 
@@ -84,6 +87,23 @@ def test_the_table_has_a_line_for_each_variant_and_a_column_for_each_task():
     assert rows[3].endswith("| +0.0 (-34.6 to +34.6) |") and rows[2].endswith("| - |")
 
 
+def test_the_table_says_which_caches_and_thresholds_were_used():
+    lines = [line("s0", method, 1.0, length=length) for method in ("origin", "sparsed") for length in (512, 1024)]
+    saving = {"threshold": 0.9, "cache": "dual", "refresh": 0, "early_stop": True}
+    plain, settings = table(summarize(lines)), {"steps": 8, "block_length": 32, **saving}
+    above = "With --cache dual --refresh 0 --threshold 0.9 --early_stop, full attention as well.\n\n"
+    assert table({**summarize(lines), "settings": settings}) == above + plain, "once, whatever the lengths"
+    assert table({**summarize(lines), "settings": {"steps": 8}}) == plain
+    alone = table({**summarize(lines[2:]), "settings": {"factor": 1.0}})
+    assert alone.startswith("With --factor 1.0.\n\n### ")
+
+
+def test_the_table_says_that_forwards_are_a_batch_s_and_seconds_a_sample_s():
+    lines = [line(f"s{n}", "origin", 1.0, forwards=32, seconds=2.0) for n in range(4)]
+    rows = [row for row in table(summarize(lines)).splitlines() if row.startswith("| ")]
+    assert rows[0].endswith("| forwards of a batch | seconds a sample |") and rows[2].endswith("| 32 | 2 |")
+
+
 def test_the_gain_of_dense_answer_rows_is_over_the_same_without():
     plain = [line(f"s{n}", "sparsed", float(n % 2)) for n in range(40)]
     dense = [line(f"s{n}", "sparsed", float(n % 4 > 0), dense_answer=True) for n in range(40)]
@@ -121,6 +141,22 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     (tmp_path / "letters.txt").write_text("mine")
     with pytest.raises(OtherRun, match="not empty"):
         Folder(tmp_path).claim({"seed": 0}, {})
+
+
+def test_settings_that_a_folder_does_not_name_have_their_defaults(tmp_path):
+    folder = Folder(tmp_path)
+    folder.claim({"steps": None, "cache": "dual", "refresh": 1}, {})
+    folder.append([line("s0", "origin", 1.0)])
+    folder.claim({"steps": None, "cache": "dual"}, {})
+    for changes, says in (
+        ({"cache": "prefix"}, "cache 'dual', now 'prefix'"),
+        ({"cache": "dual", "refresh": 0}, "refresh 1, now 0"),
+        ({"cache": "dual", "threshold": 0.5}, "threshold not given, now 0.5"),
+        ({"cache": "dual", "early_stop": True}, "early_stop False, now True"),
+        ({}, "cache 'dual', now 'none'"),
+    ):
+        with pytest.raises(OtherRun, match=f"\\({says}\\)"):
+            folder.claim({"steps": None, **changes}, {})
 
 
 @pytest.mark.parametrize("damage", ["{}\n", "5\n", "[]\n", "\n", "not JSON\n"])
@@ -262,20 +298,47 @@ def test_caches_are_part_of_a_configuration_and_forwards_are_counted(done, tmp_p
     call += ["--out", str(tmp_path)]
     assert command.main([*call, "--cache", "dual"]) == 0
     (found,) = lines_of(tmp_path)
-    assert found["forwards"] == 8 and "| forwards | seconds |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert found["forwards"] == 8 and "| forwards of a batch | seconds a sample |" in out
+    assert out.startswith("With --cache dual, full attention as well.\n\n### 512 tokens\n")
     assert "cache" not in results.about(done / results.RUN)["settings"]
+    assert command.main([*call, "--cache", "dual", "--refresh", "1"]) == 0, "the default, given"
+    assert "refresh" not in results.about(tmp_path / results.RUN)["settings"]
     assert command.main(call) == 2
-    assert "another configuration (cache 'dual', now None)" in capsys.readouterr().err
+    assert "another configuration (cache 'dual', now 'none')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "option"), [(["--refresh", "1"], "--refresh"), (["--cache", "dual", "--steps", "3"], "--steps")]
 )
-def test_wrong_caches_are_one_line(tmp_path, capsys, flags, option):
+def test_wrong_caches_are_one_line_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, flags, option):
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("loaded"))
     call = [*SMALL, "--tasks", "qa_1", "--block_length", "4", "--out", str(tmp_path)]
     assert command.main([*call, *flags]) == 2
     err = capsys.readouterr().err
     assert f"argument {option}" in err and err.count("\n") == 1
+
+
+def test_wrong_caches_are_refused_with_the_flags(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.parse([*SMALL, "--refresh", "1", "--out", str(tmp_path)])
+    assert capsys.readouterr().err.endswith("argument --refresh: needs a cache, which is filled anew: prefix or dual\n")
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "last"),
+    [
+        (main_dream, ["--demo"], "factor, or --block_length"),
+        (command.main, [*DREAM, "--tasks", "qa_1", "--limit", "1", "--block_length", "4"], "factor"),
+    ],
+    ids=["script", "evaluation"],
+)
+def test_an_early_stop_makes_no_blocks_of_dream_s_answer(tmp_path, capsys, main, words, last):
+    out = [] if main is main_dream else ["--out", str(tmp_path)]
+    assert main([*words, "--early_stop", *out]) == 2
+    said = f"argument --early_stop: needs blocks, after which to stop: give a cache, threshold or {last}\n"
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.endswith(said)
 
 
 def test_two_processes_leave_what_one_does(done, tmp_path):
@@ -408,6 +471,33 @@ def test_a_log_gets_lines_with_the_time_left(monkeypatch, tmp_path, capsys):
     assert sum("the same command goes on from there" in text for text in told) == 1
     lines = [text for text in told if "step" in text]
     assert len(lines) == 2 and "qa_1 origin 1/1" in lines[0] and "1/2 [" in lines[0] and "\r" not in lines[0]
+
+
+def test_steps_that_a_batch_does_not_need_are_done_with_it(monkeypatch, tmp_path, capsys):
+    """With threshold 0 each of two blocks takes one step of its four."""
+    bars, close = [], command.Progress.close
+    monkeypatch.setattr(command, "EVERY", 0.0)
+    monkeypatch.setattr(command.Progress, "close", lambda bar: bars.append((bar.n, bar.total)) or close(bar))
+    words = [word for word in SMALL if word != "--quiet"] + ["--steps", "8", "--block_length", "4", "--threshold", "0"]
+    words += ["--tasks", "qa_1", "--methods", "origin", "--limit", "2", "--out", str(tmp_path / "r")]
+    assert command.main(words) == 0
+    lines = [text for text in capsys.readouterr().err.splitlines() if "/16 [" in text]
+    assert [re.search(r"(\d+)/16 ", line)[1] for line in lines] == ["1", "2", "9", "10"]
+    assert bars[0] == (16, 16)
+
+
+def test_the_time_left_is_at_the_mean_speed_of_what_is_done(monkeypatch):
+    """Four batches of 100 steps took 20 of them, a second each, and four are left."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    bar = command.Progress(800, hidden=False)
+    for batch in range(1, 5):
+        for _ in range(20):
+            now[0] += 1
+            bar.step(None)
+        bar.reach(100 * batch)
+    assert "400/800 [01:20<01:20" in str(bar)
+    bar.close()
 
 
 def test_tasks_of_a_users_own(tmp_path, capsys):

@@ -151,11 +151,30 @@ def test_wrong_caches_and_thresholds_are_named(folders, wrong):
         harness.SparseDLM(pretrained=str(folders["llada"]), device="cpu", **wrong)
 
 
-def test_likelihoods_say_that_caches_do_not_apply_to_them(make, caplog):
+def test_an_early_stop_alone_makes_no_blocks(make):
+    lm = make(origin=True, early_stop=True, block_length=8)
+    if lm.model.family == "llada":  # which always has them
+        assert lm._settings({"until": []}, "here")[2].early_stop
+        return
+    with pytest.raises(harness.OptionError, match="here: early_stop needs blocks.*a cache, threshold or factor$"):
+        lm._settings({"until": []}, "here")
+    assert lm._settings({"until": [], "cache": "dual"}, "here")[2].block_length == 8
+
+
+def test_likelihoods_say_once_that_caches_do_not_apply_to_them(make, caplog):
     tasks = {"choices": SimpleNamespace(OUTPUT_TYPE="multiple_choice")}
-    make(origin=True).check(tasks)
+    plain, other = make(origin=True, mc_num=1), make(origin=True, cache="dual", mc_num=1)
+    other._rank = 1
+    for lm in (plain, other):
+        lm.check(tasks)
+        score(lm, "Why?", " Because")
     assert not caplog.records
-    make(origin=True, cache="dual").check(tasks)
+    lm = make(origin=True, cache="dual", mc_num=1)
+    lm.check({"answers": SimpleNamespace(OUTPUT_TYPE="generate_until", get_config=lambda _: {"until": []})})
+    assert not caplog.records
+    for _ in range(2):
+        lm.check(tasks)
+        score(lm, "Why?", " Because")
     (record,) = caplog.records
     assert "do not apply" in record.message
 
@@ -348,13 +367,18 @@ def records(folder, pattern):
 
 
 @pytest.fixture
-def run_here(tasks, monkeypatch, tmp_path):
-    """Run the harness' command line in this process, offline, with no tasks but these; returns the exit code."""
+def offline(monkeypatch, tmp_path):
+    """The harness with a cache of its own, and with no tasks but those that a call names."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("lm_eval.evaluator.evaluate", harness.evaluator.evaluate)  # puts back what main changes
     # reading the thousands of its own tasks takes most of the time
     manager = importlib.import_module("lm_eval.tasks").TaskManager
     monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(manager, include_defaults=False))
+
+
+@pytest.fixture
+def run_here(offline, tasks, monkeypatch):
+    """Run the harness' command line in this process, offline, with no tasks but these; returns the exit code."""
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", harness.evaluator.evaluate)  # puts back what main changes
 
     def run(options, *words):
         model_args = ",".join(f"{name}={value}" for name, value in options.items())
@@ -397,6 +421,15 @@ def test_what_a_task_wants_is_checked_before_any_runs(words, named, evaluated):
 
 def test_a_cached_model_is_checked_too(evaluated, tmp_path):
     assert evaluated("--tasks", "local_whole", "--use_cache", str(tmp_path / "cache"))[0] == 2
+
+
+def test_the_harness_own_function_says_that_caches_do_not_apply(offline, folders, tasks, caplog):
+    """`simple_evaluate`, which looks at no tasks before."""
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(tasks))
+    options = {"pretrained": str(folders["llada"]), "threshold": 0.9, "mc_num": 1, "device": "cpu"}
+    evaluate = importlib.import_module("lm_eval").simple_evaluate
+    evaluate("sparsed", options, ["local_choices"], task_manager=manager, bootstrap_iters=0)
+    assert sum("do not apply" in record.message for record in caplog.records) == 1
 
 
 DEMO = ["--tasks", ",".join(TASKS), "--apply_chat_template", "--log_samples", "--output_path"]

@@ -705,7 +705,7 @@ def test_every_generation_keeps_its_promises(ending, case, seed):
             assert reference_blocks.generate(twin, prompts[row : row + 1, pad:], **twin_names(given_alone)).gap < CLEAR
 
 
-@pytest.mark.parametrize("saving", [{"cache": "dual"}, {"threshold": 0}, {"factor": 1}, {"early_stop": True}])
+@pytest.mark.parametrize("saving", [{"cache": "dual"}, {"threshold": 0}, {"factor": 1, "early_stop": True}])
 def test_dream_s_answers_fill_their_last_block_where_it_has_blocks(saving):
     assert settings_for_answer("dream", 40, None, 32).gen_length == 40
     found = settings_for_answer("dream", 40, None, 32, **saving)
