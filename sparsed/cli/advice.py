@@ -148,6 +148,7 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
         clock.start()
         for index in range(steps):
             phase = runner.phase
+            clock.begin(phase)
             runner(canvas, rows)
             clock.tick(Step(index, phase, canvas.shape[1]))
         runner.check()

@@ -173,6 +173,9 @@ def test_the_steps_that_run_are_the_sampler_s(words, make_job):
     job, seen = make_job(words), []
 
     class Watcher:
+        def begin(self, phase):
+            pass
+
         def tick(self, step):
             seen.append(step.ran)
 

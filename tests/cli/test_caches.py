@@ -1,6 +1,7 @@
 """Caches, thresholds and early stop in the scripts: the record, the page, the comparison, memory, `--advise`."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import msgspec
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks.shapes import meta_model
 from sparsed import SparseDConfig
-from sparsed.cli import main_dream, main_llada, memory, ways
+from sparsed.cli import main_dream, main_llada, memory, running, ways
 from sparsed.cli.ways import Forwards
 from sparsed.report import summary
 from sparsed.report.page import page
@@ -90,6 +91,30 @@ def test_a_threshold_saves_forwards_and_the_record_says_so(call):
     # a block a forward, but for one whose model draws the mask token
     assert 4 <= len(phases) <= 6
     assert f"{len(phases)} forwards for 32 tokens, {32 / len(phases):.3g} each" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--steps 16 --skip 0.5 --cache dual",
+        "--steps 16 --skip 0.5 --cache prefix --refresh 2 --origin",
+        "--steps 16 --skip 0.5 --cache dual --refresh 0",
+        "--steps 32 --skip 0.5 --threshold 0",
+        "--steps 32 --skip 0.5 --cache prefix --factor 1.9",
+        "--steps 64 --skip 0.2 --temperature 0",
+    ],
+)
+def test_what_is_shown_of_a_step_is_its_phase(words, call, monkeypatch):
+    shown = []
+
+    @contextmanager
+    def bar(*_):
+        yield lambda phase, done, seconds: shown.append((len(done), phase))
+
+    monkeypatch.setattr(running, "bar", bar)
+    (run,) = call(f"--seq_len 32 {words}")[2]["runs"]
+    ran = [(index, phase) for index, phase in enumerate(phases_of(run)) if phase != "idle"]
+    assert shown == [*ran, (len(run["forwards"]), "done")]
 
 
 def test_an_early_stop_is_in_the_last_step_without_a_probability(checkpoints, tmp_path, capsys):

@@ -47,15 +47,14 @@ def test_the_record_s_phases_are_the_run_s():
 
 
 def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
-    times = iter([0.0, 1.0, 1.0, 12.0, 12.0, 13.0, 13.0, 13.1, 13.1])
+    times = iter([0.0, 0.2, 0.7, 1.5, 1.5, 12.5, 12.5, 13.5, 13.5, 13.6, 13.6])
     monkeypatch.setattr(running.time, "perf_counter", lambda: next(times))
 
-    class Run:
-        compile_seconds = 0.0
-        phase, backend = "full", None
-
-    clock = running.StepClock(torch.device("cpu"), Run(), lambda *_: None)
+    shown = []
+    run = SimpleNamespace(compile_seconds=0.0)
+    clock = running.StepClock(torch.device("cpu"), run, lambda *told: shown.append(told))
     clock.start()
+    clock.begin("full")  # half a second to draw, in which no step is timed
     clock.tick(Step(0, "full"))
     clock.run.compile_seconds = 10.0
     clock.tick(Step(1, "selecting"))
@@ -64,3 +63,5 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
     assert clock.phases == ["full", "selecting", "cached", "idle"], "what each step says of itself"
     assert clock.step_seconds == [1.0, 1.0, 1.0, 0.0], "a step that ran no model takes no time"
     assert clock.compile_seconds == 10.0
+    clock.finish()
+    assert shown == [("full", clock.steps, 0), ("done", clock.steps, 3.0)]
