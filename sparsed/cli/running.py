@@ -15,7 +15,7 @@ from ..chat import Speller, answer_length, decode, stop_ids
 from ..models.common import DiffusionLM
 from ..prompts import answer_found
 from ..report.record import Mode, Phase, RunRecord, forwards_of
-from ..report.summary import LABELS, prefix_fields, typical
+from ..report.summary import LABELS, prefix_fields, typical, work_of
 from ..report.view import DONE
 from ..run import SparseRun, synchronize
 from ..sampling import Settings, schedule_of
@@ -133,6 +133,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             prompt_tokens=len(job.input_ids),
             seconds=sum(clock.step_seconds),
             forwards=forwards,
+            work=work_of(forwards, committed),
             **prefix_fields(forwards),
             compile_seconds=clock.compile_seconds,
             density=None if run is None else run.density,

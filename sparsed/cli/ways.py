@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from ..config import SparseDConfig
-from ..models.loading import GIB
+from ..models.loading import GIB, weight_bytes
 from ..run import synchronize
 from ..sampling import Settings
 from ..sampling.runner import StepRunner
-from ..sampling.saving import BLOCK_LENGTH, OFF
+from ..sampling.saving import OFF
 from ..sampling.unmasking import SettingError
 from ..schedule import Progress
-from .memory import available_bytes, cache_bytes
+from .memory import available_bytes, peak_bytes
 from .running import Job
 
 
@@ -55,8 +55,7 @@ class Way:
 
 def with_cache(sampler: Settings) -> Settings:
     """The sampler with a cache and nothing else; SettingError where the region cannot be cut into blocks."""
-    block_length = sampler.block_length or min(BLOCK_LENGTH, sampler.gen_length)
-    return replace(sampler, block_length=block_length, **{**OFF, "cache": "dual"})
+    return replace(sampler, **{**OFF, "cache": "dual"})
 
 
 def ways(job: Job, forwards: Forwards, whole_runs: tuple[float, float]) -> list[Way]:
@@ -115,9 +114,12 @@ def no_cache(job: Job, prompt_tokens: int) -> str | None:
         cached = with_cache(job.args.sampler)
     except SettingError as error:
         return f"a cache needs blocks: --{error.argument} {error.must}"
-    needed = cache_bytes(job.model, cached, prompt_tokens)
-    free = available_bytes(job.model.device, spread=job.args.device == "auto")
-    return None if needed <= free else f"a cache takes {needed / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
+    device = job.model.device
+    needed = peak_bytes(job.model, cached, None, device, prompt_tokens) - weight_bytes(job.model)
+    free = available_bytes(device, spread=job.args.device == "auto")
+    if needed <= free:
+        return None
+    return f"a forward with a cache takes {needed / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
 
 
 @torch.no_grad()
