@@ -218,7 +218,7 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
         )
     lines += way_lines(advice["ways"]) if advice["ways"] else [f"no cache was timed: {advice['no_cache']}"]
     lines.append("(estimates from a single forward pass of each kind; loading, compiling and sampling are not in them)")
-    lines.append(f"use: {advice['command']}")
+    lines.append(f"{'without a cache, ' if advice['ways'] else ''}use: {advice['command']}")
     fastest = min(others, key=lambda other: other["seconds"], default=None)
     if fastest is not None and fastest["seconds"] < min(origin, sparsed):
         lines.append(f"or, the fastest without a cache, though not the paper's method: {fastest['command']}")

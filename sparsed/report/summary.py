@@ -76,6 +76,12 @@ def work_of(forwards: Sequence[Forward], history: list[list[Commit]]) -> Work:
     return Work(dict(ran), tokens, probabilities.count(None), tokens / max(1, ran.total()), a_second)
 
 
+def selected_in_vain(run: RunRecord) -> bool:
+    """Whether blocks were selected for one sparse forward or none, too few to make up for it."""
+    kinds = [forward.phase for forward in run.forwards]
+    return Phase.SELECTING in kinds and kinds.count(Phase.SPARSE) <= 1
+
+
 def typical(runs: list[RunRecord]) -> RunRecord:
     """The median run by time (of an even number, the faster of the two middle ones), with all of them as `repeats`.
 

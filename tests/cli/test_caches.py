@@ -159,6 +159,24 @@ def test_the_memory_of_a_cache_is_the_cache_s(family, guided):
     assert cached - plain == model.kv_cache(halves, 4096 + 64).bytes
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--refresh 2", "selecting blocks does not pay; --origin leaves it out"),
+        ("--refresh 2 --compare", "selecting blocks does not pay\n"),
+        ("--refresh 0", None),
+        ("--refresh 2 --skip 1", None),
+        ("--refresh 2 --select 1", None),
+        ("--refresh 2 --origin", None),
+        ("--refresh 1", None),
+    ],
+)
+def test_that_selecting_does_not_pay_is_said_where_something_is_selected(words, said, call):
+    """Four blocks, of which half begin with a forward of all rows."""
+    err = call(f"--cache dual --seq_len 32 --steps 16 {words}")[1]
+    assert "does not pay" not in err if said is None else said in err
+
+
 @pytest.mark.parametrize(("cache", "graphs"), [("dual", 2), ("prefix", 4)])
 def test_the_graphs_of_cached_steps_keep_their_logits_on_a_gpu(cache, graphs):
     """With prefix of four window sizes, one a block."""
@@ -180,7 +198,9 @@ def test_what_the_readme_says_that_a_cache_takes(family, said):
         memory.peak_bytes(model, replace(sampler, cache=cache), None, torch.device("cpu"), 65536)
         for cache in ("dual", "none")
     )
-    assert f"{(cached - plain) / 1e9:.1f} GB" == said.rpartition(" ")[0] and said in README.read_text(encoding="utf-8")
+    assert f"{(cached - plain) / 1e9:.1f} GB" == said.rpartition(" ")[0] and said in " ".join(
+        README.read_text(encoding="utf-8").split()
+    )
 
 
 @pytest.mark.parametrize("family", MAIN)
@@ -210,6 +230,23 @@ def test_too_little_memory_says_that_it_fits_without_a_cache(call, monkeypatch, 
     words += ["--seq_len", "32", "--steps", "32", "--block_size", "16", "--block_length", "8"]
     assert MAIN[family](words) == 3
     assert "without --cache it fits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "must"),
+    [
+        ("dream", "--sampling-alg origin --factor 1", "not allowed with the algorithm origin"),
+        ("dream", "--factor nan", "a number above 0, got 'nan'"),
+        ("llada", "--factor nan", "a number above 0, got 'nan'"),
+        ("llada", "--threshold nan", "a number at least 0, got 'nan'"),
+        ("dream", "--cache dual --refresh nan", "whole number"),
+    ],
+)
+def test_a_wrong_bound_or_refresh_is_one_line(family, words, must, capsys):
+    assert MAIN[family](words.split()) == 2
+    out, err = capsys.readouterr()
+    option = words.split()[-2]
+    assert out == "" and err.count("\n") == 1 and f"argument {option}: " in err and must in err
 
 
 # --- --advise, by hand
