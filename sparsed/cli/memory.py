@@ -1,6 +1,7 @@
 """How much memory a run will take, known before the weights are loaded, and how much there is."""
 
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import torch
@@ -65,21 +66,17 @@ def check_memory(model: DiffusionLM, args: Call, prompt_tokens: int) -> None:
     """Raise TooLittleMemory, which names the largest preset that fits, if the run needs more than is free."""
     device = resolve_device(args.device)
     free = available_bytes(device, spread=args.device == "auto")
-    config = None if args.origin else args.config
-
-    def peak(sampler: Settings, tokens: int) -> int:
-        return peak_bytes(model, sampler, config, device, tokens)
-
-    needed = peak(args.sampler, prompt_tokens)
+    peak = partial(peak_bytes, model, config=None if args.origin else args.config, device=device)
+    needed = peak(args.sampler, prompt_tokens=prompt_tokens)
     if needed <= free:
         return
     way = "no preset fits: try a shorter --seq_len, --dtype bfloat16, or a device with more memory"
-    for preset in reversed(PRESETS):
-        if peak(args.sampler, LENGTHS.get(preset, 0)) <= free:  # the tokens of short_context are too few to count
+    for preset in reversed(PRESETS):  # the tokens of short_context are too few to count
+        if peak(args.sampler, prompt_tokens=LENGTHS.get(preset, 0)) <= free:
             way = f"--prompt {preset} is the largest preset that fits"
             break
     without = replace(args.sampler, cache="none", refresh=None)
-    if args.sampler.cached and peak(without, prompt_tokens) <= free:
+    if args.sampler.cached and peak(without, prompt_tokens=prompt_tokens) <= free:
         way += "; without --cache it fits"
     raise TooLittleMemory(
         f"{prompt_tokens} prompt tokens and {args.sampler.gen_length} new ones would take about {needed / GIB:.1f} "

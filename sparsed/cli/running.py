@@ -55,9 +55,9 @@ class StepClock:
         self.last = time.perf_counter()
 
     def begin(self, phase: str) -> None:
-        """Show what the step under way computes."""
+        """Show the phase that begins: what the next forward computes, or DONE."""
         began = time.perf_counter()
-        self._show(phase)
+        self.show(phase, self.steps, sum(self.step_seconds))
         self.last += time.perf_counter() - began
 
     def tick(self, step: Step) -> None:
@@ -70,17 +70,10 @@ class StepClock:
         self.steps.append(step)
         self.last = time.perf_counter()
 
-    def finish(self) -> None:
-        """Show that no step is under way any more."""
-        self._show(DONE)
-
     @property
     def phases(self) -> list[Phase]:
         """Of the steps that are over."""
         return [Phase(step.phase) for step in self.steps]
-
-    def _show(self, phase: str) -> None:
-        self.show(phase, self.steps, sum(self.step_seconds))
 
 
 @torch.no_grad()
@@ -121,7 +114,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             torch.cuda.reset_peak_memory_stats(gpu)
         clock.start()
         output = generate(job, sampler, clock)
-        clock.finish()
+        clock.begin(DONE)
         token_ids = output[0, len(job.input_ids) :].tolist()
         committed = history(clock.steps, token_ids, len(job.input_ids))
         forwards = forwards_of(clock.phases, clock.step_seconds, [step.computed for step in clock.steps], committed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..config import SparseDConfig
 from ..models.loading import GIB, weight_bytes
@@ -117,19 +118,20 @@ def no_cache(job: Job, prompt_tokens: int) -> str | None:
     device = job.model.device
     needed = peak_bytes(job.model, cached, None, device, prompt_tokens) - weight_bytes(job.model)
     free = available_bytes(device, spread=job.args.device == "auto")
-    if needed <= free:
-        return None
-    return f"a forward with a cache takes {needed / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
+    return None if needed <= free else f"caching takes {needed / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
+
+
+def canvas_of(job: Job, prompt_tokens: int) -> Tensor:
+    """The prompt repeated or cut to that length, and masks for the answer: ids [1, T], with guidance [2, T]."""
+    ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=job.model.device)
+    canvas = F.pad(ids, (0, job.args.sampler.gen_length), value=job.model.config.mask_token_id)
+    return canvas.repeat(2, 1) if job.args.sampler.cfg_scale else canvas
 
 
 @torch.no_grad()
 def time_few_rows(job: Job, prompt_tokens: int) -> tuple[float, float]:
     """Seconds of a forward of the answer's rows over the cached prompt, and of a block's rows over cached keys."""
-    model, sampler = job.model, with_cache(job.args.sampler)
-    ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=model.device)
-    canvas = F.pad(ids, (0, sampler.gen_length), value=model.config.mask_token_id)
-    if sampler.cfg_scale:
-        canvas = canvas.repeat(2, 1)
+    model, sampler, canvas = job.model, with_cache(job.args.sampler), canvas_of(job, prompt_tokens)
     most_rows = sampler.most_rows * len(canvas)
     runner = StepRunner(model, None, None, prompt_tokens - 1, most_rows, model.kv_cache(*canvas.shape))
     start = prompt_tokens - sampler.shift

@@ -219,8 +219,8 @@ def test_a_cache_is_timed_only_where_its_forwards_fit_too(family, checkpoints, m
 def test_too_little_memory_says_that_it_fits_without_a_cache(call, monkeypatch, checkpoints, capsys):
     needed, real = [], memory.peak_bytes
 
-    def peak(*given):
-        needed.append(real(*given))
+    def peak(*given, **named):
+        needed.append(real(*given, **named))
         return needed[-1]
 
     monkeypatch.setattr(memory, "peak_bytes", peak)
