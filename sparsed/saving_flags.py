@@ -21,7 +21,7 @@ def add_saving(group: Any) -> None:
     which = group.add_mutually_exclusive_group()
     sure = "commit every token of the block whose probability is at least P, so that fewer steps are needed"
     which.add_argument("--threshold", type=number_in(0, math.inf), metavar="P", help=sure)
-    surer = "the same by a bound that rises with their number: the n-th likeliest if (n + 1) (1 - probability) < F"
+    surer = "instead of --threshold: commit the n likeliest as long as (n + 1) (1 - probability of the n-th) < F"
     which.add_argument("--factor", type=number_in(0, math.inf, above=True), metavar="F", help=surer)
     stop = "end the answer with the block that holds an end token"
     group.add_argument("--early_stop", action="store_true", help=stop)

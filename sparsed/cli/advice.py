@@ -4,11 +4,9 @@ import math
 import shlex
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import cycle, islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..backends import DENSE
 from ..backends.flash import FLASH_FROM
@@ -22,7 +20,7 @@ from .arguments import Call
 from .progress import bar
 from .recording import SelectedBlocks
 from .running import Job, StepClock
-from .ways import Forwards, as_record, no_cache, time_few_rows, way_lines, ways
+from .ways import Forwards, as_record, canvas_of, no_cache, time_few_rows, way_lines, ways
 
 # prompt tokens of the shorter measurement: on a GPU, those from which on the kernels are the ones of long prompts
 SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
@@ -130,10 +128,7 @@ def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, A
 def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     """Time one step of each kind, the real forward without sampling, on the prompt repeated or cut to that length."""
     model, device, args, sampler = job.model, job.model.device, job.args, job.args.sampler.plain()
-    ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=device)
-    canvas = F.pad(ids, (0, sampler.gen_length), value=model.config.mask_token_id)
-    if sampler.cfg_scale:
-        canvas = canvas.repeat(2, 1)
+    canvas = canvas_of(job, prompt_tokens)
     # as many as the first step of a generation reads
     rows = prompt_tokens - 1 + torch.arange(sampler.most_rows, device=device)
     each = REPLAYED_STEPS if canvas.numel() <= REPLAYED_TOKENS and device.type == "cuda" else 1
@@ -148,6 +143,7 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
         clock.start()
         for index in range(steps):
             phase = runner.phase
+            clock.begin(phase)
             runner(canvas, rows)
             clock.tick(Step(index, phase, canvas.shape[1]))
         runner.check()
@@ -217,7 +213,7 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
         )
     lines += way_lines(advice["ways"]) if advice["ways"] else [f"no cache was timed: {advice['no_cache']}"]
     lines.append("(estimates from a single forward pass of each kind; loading, compiling and sampling are not in them)")
-    lines.append(f"use: {advice['command']}")
+    lines.append(f"{'without a cache, ' if advice['ways'] else ''}use: {advice['command']}")
     fastest = min(others, key=lambda other: other["seconds"], default=None)
     if fastest is not None and fastest["seconds"] < min(origin, sparsed):
         lines.append(f"or, the fastest without a cache, though not the paper's method: {fastest['command']}")

@@ -97,7 +97,10 @@ def _add_prompt(group) -> None:
 
 def _add_generation(group, family: Family) -> None:
     add_value(group, "--seq_len", "new tokens to generate", 128, type=whole(1), metavar="N")
-    steps = "denoising steps, each one forward pass over prompt and answer"
+    steps = (
+        "denoising steps, each one forward pass over prompt and answer; with --cache most compute few rows, and with "
+        "--threshold, --factor or --early_stop there may be fewer"
+    )
     add_value(group, "--steps", steps, 128, type=whole(1), metavar="N")
     family.add_sampling(group)
     add_value(group, "--seed", "random seed, set again before every run", 0, type=whole(0, 2**63 - 1), metavar="N")
@@ -108,8 +111,12 @@ def _add_sparsed(group) -> None:
         "share of the key blocks that every query block keeps, above 0 to 1, taken apart for the prompt and for the "
         "generated region"
     )
+    first = (
+        "share of the steps that use full attention first, 0 to 1; with --cache, of the steps that compute all rows; "
+        "with --threshold or --factor and no cache, of the committed tokens"
+    )
     fields = {
-        "skip": (float, "FRACTION", "share of the steps that use full attention first, 0 to 1"),
+        "skip": (float, "FRACTION", first),
         "select": (float, "FRACTION", kept),
         "block_size": (int, "N", "tokens of a block, a multiple of 16; smaller blocks select more finely"),
     }

@@ -25,7 +25,7 @@ from ..models.weights import WEIGHT_FILES
 from ..prompts import demo_path, make_prompt
 from ..report.page import page
 from ..report.record import Mode, Record
-from ..report.summary import compare, comparison_lines, expected_line, run_lines
+from ..report.summary import compare, comparison_lines, expected_line, run_lines, selected_in_vain
 from ..sampling.canvas import PromptError, check_prompt
 from .advice import advice_lines, advise, fitted_lengths
 from .arguments import Call, parse
@@ -130,15 +130,15 @@ def _answers(job: Job, stdout: Stdout) -> dict[str, Any]:
     """Generate, print each answer as soon as it is there, and how they differ; the record's fields about them."""
     args = job.args
     found: dict[str, Any] = {"runs": [], "first_forward_seconds": first_forward(job)}
-    sampler = args.sampler
-    if not (args.quiet or args.origin) and sampler.cached and sampler.refreshes(sampler.blocks or 1) <= 2:
-        tell("note: with two forwards of all rows or one, selecting blocks does not pay; --origin leaves it out")
     modes: list[Mode] = ["origin", "sparsed"] if args.compare else ["origin" if args.origin else "sparsed"]
     for mode in modes:
         run = run_mode(job, mode)
         found["runs"].append(run)
         if not args.quiet:
             tell("\n".join(run_lines(run)))
+            if args.sampler.cached and selected_in_vain(run):
+                hint = "" if args.compare else "; --origin leaves it out"
+                tell(f"note: for one sparse forward or none, selecting blocks does not pay{hint}")
             if not run.answer_tokens:
                 tell("warning: the answer is empty: its tokens are only ends and masks")
             if run.expected is not None and not args.compare:  # the comparison says it of both

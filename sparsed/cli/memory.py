@@ -1,5 +1,6 @@
 """How much memory a run will take, known before the weights are loaded, and how much there is."""
 
+from dataclasses import replace
 from functools import partial
 
 import psutil
@@ -38,25 +39,20 @@ def peak_bytes(
         device: where the run will be.
         prompt_tokens: with the chat template.
     """
-    sizes, length = model.config.sizes, prompt_tokens + sampler.gen_length
+    sizes, length, itemsize = model.config.sizes, prompt_tokens + sampler.gen_length, model.dtype.itemsize
     batch = 2 if sampler.cfg_scale else 1
     row = HELD_ROWS * sizes.width + 2 * sizes.kv_width + MLP_ROWS[device.type] * sizes.mlp_width
-    logits = sampler.most_rows * sizes.vocabulary * (model.dtype.itemsize + SAMPLED)
+    # a window size's CUDA graph keeps its logits: a block's and the answer's, or with prefix one a block
+    graphs = {"none": 0, "dual": 2, "prefix": sampler.blocks or 1}[sampler.cache] if device.type == "cuda" else 0
+    logits = sampler.most_rows * sizes.vocabulary * ((1 + graphs) * itemsize + SAMPLED)
     kept = 0
     if config is not None:
         grid = BlockGrid(length, prompt_tokens, config.block_size)
         if not grid.keeps_all(config.select):  # indices of all layers, scores of one
             each = sum(ceil_share(config.select, part.stop - part.start) for part in grid.parts)
             kept = sizes.heads * grid.n_blocks * (sizes.layers * each * INDEX + grid.n_blocks * SCORE)
-    activations = length * row * model.dtype.itemsize
-    return weight_bytes(model) + batch * (activations + logits + kept) + cache_bytes(model, sampler, prompt_tokens)
-
-
-def cache_bytes(model: DiffusionLM, sampler: Settings, prompt_tokens: int) -> int:
-    """Keys and values of all layers, where the sampler keeps them; guidance has two sequences."""
-    sizes, sequences = model.config.sizes, (2 if sampler.cfg_scale else 1) if sampler.cached else 0
-    length = prompt_tokens + sampler.gen_length
-    return 2 * sequences * sizes.layers * length * sizes.kv_width * model.dtype.itemsize
+    cached = 2 * sizes.layers * length * sizes.kv_width * itemsize if sampler.cached else 0
+    return weight_bytes(model) + batch * (length * row * itemsize + logits + kept + cached)
 
 
 def available_bytes(device: torch.device, *, spread: bool) -> int:
@@ -70,16 +66,17 @@ def check_memory(model: DiffusionLM, args: Call, prompt_tokens: int) -> None:
     """Raise TooLittleMemory, which names the largest preset that fits, if the run needs more than is free."""
     device = resolve_device(args.device)
     free = available_bytes(device, spread=args.device == "auto")
-    peak = partial(peak_bytes, model, args.sampler, None if args.origin else args.config, device)
-    needed = peak(prompt_tokens)
+    peak = partial(peak_bytes, model, config=None if args.origin else args.config, device=device)
+    needed = peak(args.sampler, prompt_tokens=prompt_tokens)
     if needed <= free:
         return
     way = "no preset fits: try a shorter --seq_len, --dtype bfloat16, or a device with more memory"
-    for preset in reversed(PRESETS):
-        if peak(LENGTHS.get(preset, 0)) <= free:  # the tokens of short_context are too few to count
+    for preset in reversed(PRESETS):  # the tokens of short_context are too few to count
+        if peak(args.sampler, prompt_tokens=LENGTHS.get(preset, 0)) <= free:
             way = f"--prompt {preset} is the largest preset that fits"
             break
-    if args.sampler.cached and needed - free <= cache_bytes(model, args.sampler, prompt_tokens):
+    without = replace(args.sampler, cache="none", refresh=None)
+    if args.sampler.cached and peak(without, prompt_tokens=prompt_tokens) <= free:
         way += "; without --cache it fits"
     raise TooLittleMemory(
         f"{prompt_tokens} prompt tokens and {args.sampler.gen_length} new ones would take about {needed / GIB:.1f} "

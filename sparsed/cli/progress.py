@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from ..chat import Speller
 from ..console.endings import unbroken
-from ..report.view import Token, View, drawn
+from ..report.view import DONE, Token, View, drawn
 from ..sampling.common import Step
 
 if TYPE_CHECKING:  # rich is optional
     from rich.console import Console
     from rich.live import Live
 
-# called before the first step and after each: what the next one computes, the steps that are over, their seconds
+# called before each forward and after the last step: what is computed, or DONE; the steps that are over, their seconds
 Show = Callable[[str, list[Step], float], None]
 
 # seconds between two drawings; and as a multiple of what a drawing took, so that watching costs less than 1/25
@@ -53,7 +53,6 @@ def screen(console: Console, title: str, steps: int, answer: Answer) -> Iterator
     shown = Screen(live, title, steps, answer)
     try:
         yield shown.show
-        shown.finish()
     finally:
         with unbroken():
             live.stop()
@@ -116,23 +115,14 @@ class Screen:
     def __init__(self, live: Live, title: str, steps: int, answer: Answer):
         self._live, self._title, self._steps, self._answer = live, title, steps, answer
         self._phase, self._due = "", -math.inf
-        self._latest: tuple[str, list[Step], float] | None = None  # what was not drawn
-
-    def finish(self) -> None:
-        """Draw what was not drawn yet: a run may end before its steps do."""
-        if self._latest is not None:
-            self._due = -math.inf
-            self.show(*self._latest)
 
     def show(self, phase: str, done: list[Step], seconds: float) -> None:
         """Draw, if it is time to."""
-        self._latest = phase, done, seconds
         began = time.perf_counter()
-        if began < self._due and phase == self._phase and len(done) < self._steps:
+        if began < self._due and phase == self._phase:
             return
-        self._latest = None
         self._answer.follow(done)
-        step = min(len(done) + 1, self._steps)
+        step = len(done) if phase == DONE else len(done) + 1
         tokens, newest = self._answer.tokens(), self._answer.newest
         view = View(self._title, phase, step, self._steps, seconds, tokens, newest)
         with unbroken():

@@ -15,11 +15,11 @@ from ..chat import Speller, answer_length, decode, stop_ids
 from ..models.common import DiffusionLM
 from ..prompts import answer_found
 from ..report.record import Mode, Phase, RunRecord, forwards_of
-from ..report.summary import LABELS, prefix_fields, typical
+from ..report.summary import LABELS, prefix_fields, typical, work_of
+from ..report.view import DONE
 from ..run import SparseRun, synchronize
 from ..sampling import Settings, schedule_of
-from ..sampling.common import ANSWER, CACHED, IDLE, Step, attention_of
-from ..schedule import FULL
+from ..sampling.common import Step, attention_of
 from ..watching import watched
 from .arguments import Call
 from .progress import Answer, Show, bar, screen, terminal
@@ -52,8 +52,13 @@ class StepClock:
     def start(self) -> None:
         """Begin to time the first step."""
         synchronize(self.device)
-        self._show()
         self.last = time.perf_counter()
+
+    def begin(self, phase: str) -> None:
+        """Show the phase that begins: what the next forward computes, or DONE."""
+        began = time.perf_counter()
+        self.show(phase, self.steps, sum(self.step_seconds))
+        self.last += time.perf_counter() - began
 
     def tick(self, step: Step) -> None:
         """Note the end of `step`, which takes no time if it did not run the model."""
@@ -63,19 +68,12 @@ class StepClock:
         self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if step.ran else 0.0)
         self.compile_seconds = compiled
         self.steps.append(step)
-        self._show()
         self.last = time.perf_counter()
 
     @property
     def phases(self) -> list[Phase]:
         """Of the steps that are over."""
         return [Phase(step.phase) for step in self.steps]
-
-    def _show(self) -> None:
-        latest = self.steps[-1].phase if self.steps else FULL
-        # of the next step, where that is of all rows; after one of few rows it is taken to be alike
-        phase = latest if latest in (CACHED, ANSWER) or self.run is None else self.run.phase
-        self.show(FULL if phase == IDLE else phase, self.steps, sum(self.step_seconds))
 
 
 @torch.no_grad()
@@ -116,6 +114,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             torch.cuda.reset_peak_memory_stats(gpu)
         clock.start()
         output = generate(job, sampler, clock)
+        clock.begin(DONE)
         token_ids = output[0, len(job.input_ids) :].tolist()
         committed = history(clock.steps, token_ids, len(job.input_ids))
         forwards = forwards_of(clock.phases, clock.step_seconds, [step.computed for step in clock.steps], committed)
@@ -127,6 +126,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             prompt_tokens=len(job.input_ids),
             seconds=sum(clock.step_seconds),
             forwards=forwards,
+            work=work_of(forwards, committed),
             **prefix_fields(forwards),
             compile_seconds=clock.compile_seconds,
             density=None if run is None else run.density,
@@ -155,8 +155,15 @@ def generate(job: Job, sampler: Settings, clock: StepClock) -> Tensor:
     device = job.model.device
     input_ids = torch.tensor([job.input_ids], device=device)
     generator = torch.Generator(device).manual_seed(job.args.seed)
-    ends = stop_ids(job.model.config, job.tokenizer) if sampler.early_stop else None
-    return sampling.generate(job.model, input_ids, sampler, end_token_ids=ends, generator=generator, on_step=clock.tick)
+    return sampling.generate(
+        job.model,
+        input_ids,
+        sampler,
+        end_token_ids=stop_ids(job.model.config, job.tokenizer) if sampler.early_stop else None,
+        generator=generator,
+        on_step=clock.tick,
+        on_phase=clock.begin,
+    )
 
 
 def _progress(job: Job, mode: Mode, label: str) -> AbstractContextManager[Show]:

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..config import SparseDConfig
-from ..models.loading import GIB
+from ..models.loading import GIB, weight_bytes
 from ..run import synchronize
 from ..sampling import Settings
 from ..sampling.runner import StepRunner
-from ..sampling.saving import BLOCK_LENGTH, OFF
+from ..sampling.saving import OFF
 from ..sampling.unmasking import SettingError
 from ..schedule import Progress
-from .memory import available_bytes, cache_bytes
+from .memory import available_bytes, peak_bytes
 from .running import Job
 
 
@@ -55,8 +56,7 @@ class Way:
 
 def with_cache(sampler: Settings) -> Settings:
     """The sampler with a cache and nothing else; SettingError where the region cannot be cut into blocks."""
-    block_length = sampler.block_length or min(BLOCK_LENGTH, sampler.gen_length)
-    return replace(sampler, block_length=block_length, **{**OFF, "cache": "dual"})
+    return replace(sampler, **{**OFF, "cache": "dual"})
 
 
 def ways(job: Job, forwards: Forwards, whole_runs: tuple[float, float]) -> list[Way]:
@@ -115,19 +115,23 @@ def no_cache(job: Job, prompt_tokens: int) -> str | None:
         cached = with_cache(job.args.sampler)
     except SettingError as error:
         return f"a cache needs blocks: --{error.argument} {error.must}"
-    needed = cache_bytes(job.model, cached, prompt_tokens)
-    free = available_bytes(job.model.device, spread=job.args.device == "auto")
-    return None if needed <= free else f"a cache takes {needed / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
+    device = job.model.device
+    needed = peak_bytes(job.model, cached, None, device, prompt_tokens) - weight_bytes(job.model)
+    free = available_bytes(device, spread=job.args.device == "auto")
+    return None if needed <= free else f"caching takes {needed / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
+
+
+def canvas_of(job: Job, prompt_tokens: int) -> Tensor:
+    """The prompt repeated or cut to that length, and masks for the answer: ids [1, T], with guidance [2, T]."""
+    ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=job.model.device)
+    canvas = F.pad(ids, (0, job.args.sampler.gen_length), value=job.model.config.mask_token_id)
+    return canvas.repeat(2, 1) if job.args.sampler.cfg_scale else canvas
 
 
 @torch.no_grad()
 def time_few_rows(job: Job, prompt_tokens: int) -> tuple[float, float]:
     """Seconds of a forward of the answer's rows over the cached prompt, and of a block's rows over cached keys."""
-    model, sampler = job.model, with_cache(job.args.sampler)
-    ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=model.device)
-    canvas = F.pad(ids, (0, sampler.gen_length), value=model.config.mask_token_id)
-    if sampler.cfg_scale:
-        canvas = canvas.repeat(2, 1)
+    model, sampler, canvas = job.model, with_cache(job.args.sampler), canvas_of(job, prompt_tokens)
     most_rows = sampler.most_rows * len(canvas)
     runner = StepRunner(model, None, None, prompt_tokens - 1, most_rows, model.kv_cache(*canvas.shape))
     start = prompt_tokens - sampler.shift

@@ -9,7 +9,17 @@ from msgspec import UNSET, structs
 
 from .charts import PHASES, duration, layer_chart, step_chart, time_bars
 from .record import Record, RunRecord, read
-from .summary import LABELS, attention, compare_times, compare_tokens, repeats_line, single_times, stretches, verdict
+from .summary import (
+    LABELS,
+    attention,
+    compare_times,
+    compare_tokens,
+    repeats_line,
+    single_times,
+    stretches,
+    verdict,
+    work_line,
+)
 
 FOLDER = Path(__file__).parent
 
@@ -31,7 +41,7 @@ def page(record: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"duration": duration, "repeats_line": repeats_line}
+    templates.filters |= {"duration": duration, "repeats_line": repeats_line, "work_line": work_line}
     return templates.get_template("page.html").render(
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),

@@ -14,9 +14,11 @@ ROUNDING = 1e-5  # by which a share, a mean of float32 values, may exceed 1
 Whole = Annotated[int, Meta(ge=0, le=LARGEST)]
 Size = Annotated[int, Meta(ge=1, le=LARGEST)]
 Seconds = Annotated[float, Meta(ge=0, le=LARGEST)]
+Rate = Annotated[float, Meta(ge=0, le=LARGEST)]
 Share = Annotated[float, Meta(ge=0, le=1 + ROUNDING)]
 Mode = Literal["origin", "sparsed"]
-Commit = tuple[Whole, Whole, Share | None]  # a token's position in the answer, its id and its probability
+# a token's position in the answer, its id and its probability, None where no step committed it
+Commit = tuple[Whole, Whole, Share | None]
 
 
 class Phase(str, Enum):
@@ -42,6 +44,17 @@ class Forward(Struct, frozen=True):
     rows: Whole
     seconds: Seconds
     committed: Share | None
+
+
+class Work(Struct, frozen=True):
+    """How many forwards of each phase a run took, and how many tokens they committed; those that an early stop filled
+    in count apart, and in no rate."""
+
+    forwards: dict[Phase, Whole]
+    tokens: Whole
+    filled: Whole
+    tokens_a_forward: Rate
+    tokens_a_second: Rate | None
 
 
 class Repeats(Struct, frozen=True):
@@ -95,6 +108,7 @@ class RunRecord(Struct, frozen=True, kw_only=True):
     prompt_tokens: Whole
     seconds: Seconds
     forwards: list[Forward] = []
+    work: Work | None = None
     step_seconds: Annotated[list[Seconds], Meta(min_length=1)] | UnsetType = UNSET
     full_steps: Whole | UnsetType = UNSET
     selection_seconds: Annotated[float, Meta(ge=-LARGEST, le=LARGEST)] | None | UnsetType = UNSET

@@ -1,5 +1,6 @@
 """What a record says: the phases of a run, its repeats, how two runs differ, and the lines that say so."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from statistics import median
@@ -7,7 +8,7 @@ from typing import Any
 
 from msgspec import UNSET, structs
 
-from .record import Forward, Phase, Repeats, RunRecord, prefix
+from .record import Commit, Forward, Phase, Repeats, RunRecord, Work, prefix
 
 LABELS = {"origin": "full attention", "sparsed": "SparseD"}
 ORDER = (Phase.FULL, Phase.SELECTING, Phase.SPARSE)
@@ -64,6 +65,21 @@ def prefix_fields(forwards: Sequence[Forward]) -> dict[str, Any]:
     if kinds != prefix([True] * len(kinds), n_full, Phase.SELECTING in kinds):
         return {}
     return {"step_seconds": seconds, "full_steps": n_full, "selection_seconds": selection_seconds(forwards)}
+
+
+def work_of(forwards: Sequence[Forward], history: list[list[Commit]]) -> Work:
+    """What the forwards of a run with this history gave."""
+    ran: Counter[Phase] = Counter(forward.phase for forward in forwards if forward.phase != Phase.IDLE)
+    probabilities = [probability for step in history for _, _, probability in step]
+    tokens, seconds = len(probabilities) - probabilities.count(None), sum(forward.seconds for forward in forwards)
+    a_second = tokens / seconds if seconds else None
+    return Work(dict(ran), tokens, probabilities.count(None), tokens / max(1, ran.total()), a_second)
+
+
+def selected_in_vain(run: RunRecord) -> bool:
+    """Whether blocks were selected for one sparse forward or none, too few to make up for it."""
+    kinds = [forward.phase for forward in run.forwards]
+    return Phase.SELECTING in kinds and kinds.count(Phase.SPARSE) <= 1
 
 
 def typical(runs: list[RunRecord]) -> RunRecord:
@@ -153,7 +169,9 @@ def run_lines(run: RunRecord) -> list[str]:
         for kind, name in FEW_ROWS.items()
         if few_rows[kind]
     ]
-    lines = [f"{LABELS[run.mode]}: {run.seconds:.2f} s ({', '.join(parts)})", work_line(run)]
+    lines = [f"{LABELS[run.mode]}: {run.seconds:.2f} s ({', '.join(parts)})"]
+    if run.work is not None:
+        lines.append(f"  {work_line(run.work)}")
     if run.repeats is not None and len(run.repeats.seconds) > 1:
         lines.append(f"  {repeats_line(run.repeats)}")
     if run.compile_seconds:
@@ -165,11 +183,13 @@ def run_lines(run: RunRecord) -> list[str]:
     return lines
 
 
-def work_line(run: RunRecord) -> str:
+def work_line(work: Work) -> str:
     """How many forwards a run took, and what each and a second gave, as it is printed."""
-    tokens, ran = len(run.token_ids), sum(forward.phase != Phase.IDLE for forward in run.forwards)
-    speed = f", {tokens / run.seconds:.3g} tokens a second" if run.seconds else ""
-    return f"  {_counted(ran, 'forward')} for {tokens} tokens, {tokens / max(1, ran):.3g} each{speed}"
+    ran = _counted(sum(work.forwards.values()), "forward")
+    kinds = ", ".join(f"{count} {phase.value}" for phase, count in work.forwards.items())
+    speed = f", {work.tokens_a_second:.3g} tokens a second" if work.tokens_a_second is not None else ""
+    filled = f", and {work.filled} filled in" if work.filled else ""
+    return f"{ran} ({kinds}) for {work.tokens} tokens, {work.tokens_a_forward:.3g} each{speed}{filled}"
 
 
 def _counted(number: int, what: str) -> str:

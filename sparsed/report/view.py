@@ -16,6 +16,8 @@ MASK, END = " ▒", " ∎"  # with a space, so that lines can break between many
 BANDS, BELOW = {"green": 0.9, "yellow": 0.5}, "red"
 NEW = "reverse"
 
+DONE = "done"  # in a phase's place, after the last step
+
 # text and its style
 Part = tuple[str, str]
 
@@ -33,8 +35,8 @@ class View:
     """A moment of a run.
 
     Args:
-        phase: what the step under way computes.
-        step, steps: the step under way, counted from 1, and how many there are.
+        phase: what the step under way computes, DONE after the last.
+        step, steps: the step under way or the last, counted from 1, and how many there are at most.
         seconds: that the steps before it took.
         tokens: of every position of the answer, None where it is masked.
         newest: the positions that were committed last.
@@ -105,8 +107,9 @@ def _appearance(token: Token | None) -> Part:
 
 def _heading(view: View) -> list[Part]:
     masked = sum(token is None for token in view.tokens)
+    most = "at most " if view.phase == DONE and view.step < view.steps else ""
     # where the terminal is narrow, the end is cut off
-    rest = f"step {view.step} of {view.steps}  {view.seconds:.1f} s  {masked} of {len(view.tokens)} masked"
+    rest = f"step {view.step} of {most}{view.steps}  {view.seconds:.1f} s  {masked} of {len(view.tokens)} masked"
     return [(view.title, "bold"), ("  ", ""), (view.phase, "bold cyan"), (f"  {rest}", "")]
 
 

@@ -1,6 +1,6 @@
 """The one loop of all samplers: a turn, logits, proposals, commits, until no turn is left."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -43,8 +43,13 @@ def generate(
     backend: str = "auto",
     rule: Rule = SPARSED,
     on_step: OnStep | None = None,
+    on_phase: Callable[[str], None] | None = None,
 ) -> Tensor:
-    """What `dream_generate` and `llada_generate` do, by their settings; arguments and errors are described there."""
+    """What `dream_generate` and `llada_generate` do, by their settings; arguments and errors are described there.
+
+    Args:
+        on_phase: called with a step's phase before its forward runs.
+    """
     check_family(model, settings.family)
     check_tensor(input_ids)
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
@@ -58,7 +63,7 @@ def generate(
         runner = reader(model, run, canvas, settings, halves)
         ends = end_tokens(model.config) if end_token_ids is None else end_token_ids
         turns = reporting(run, canvas, settings.turns(canvas, ends))
-        denoise(canvas, runner, settings, turns, model.config, generator, on_step)
+        denoise(canvas, runner, settings, turns, model.config, generator, on_step, on_phase)
     return canvas.ids
 
 
@@ -118,6 +123,7 @@ def denoise(
     config: object,
     generator: torch.Generator | None,
     on_step: OnStep | None,
+    on_phase: Callable[[str], None] | None,
 ) -> None:
     """Take the turns one after the other, and fill in the canvas."""
     for index, turn in enumerate(turns):
@@ -128,6 +134,8 @@ def denoise(
             phase, computed = runner.phase, canvas.length
             if window is not None:
                 phase, computed = CACHED if turn.opens is None else ANSWER, window[1] - window[0]
+            if on_phase is not None:
+                on_phase(phase)
             logits = runner(canvas.ids, settings.sources(rows, canvas.length), window)
             proposal = settings.propose(logits, config, generator)
             chosen = turn.choose(canvas.ids.shape, rows, proposal, generator)

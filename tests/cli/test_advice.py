@@ -113,7 +113,7 @@ def test_advice_for_people():
     parts = ("4096 prompt tokens", "22.066 s", "backend gather", "1.50x as fast", "about 2000", "run it", "no room")
     for part in parts:
         assert part in text
-    assert "128 steps with full attention" in text
+    assert "128 steps with full attention" in text and text.endswith("\nuse: run it")
     assert "1024 steps, 896 of which commit nothing" in "\n".join(advice_lines(found, 4096, 1024))
     assert "or fewer" in "\n".join(advice_lines(found | {"pays_from": 1024}, 4096, 128))
     assert "nothing shows" in "\n".join(advice_lines(found | {"pays_from": None}, 4096, 128))
@@ -173,6 +173,9 @@ def test_the_steps_that_run_are_the_sampler_s(words, make_job):
     job, seen = make_job(words), []
 
     class Watcher:
+        def begin(self, phase):
+            pass
+
         def tick(self, step):
             seen.append(step.ran)
 
@@ -225,7 +228,7 @@ def test_advice_from_the_script(family, checkpoints, tmp_path, monkeypatch, caps
     found = json.loads(record.read_text())
     assert err == "" and "runs" not in found and found["environment"]["torch"] == torch.__version__
     lines = out.splitlines()
-    assert len(lines) in (13, 14, 15) and f"use: {found['advice']['command']}" in lines[-2:]
+    assert len(lines) in (13, 14, 15) and f"without a cache, use: {found['advice']['command']}" in lines[-2:]
     own = found["advice"]["steps"][-1]
     assert own["backend"] == "gather" and own["prompt_tokens"] == found["advice"]["fitted_prompt_tokens"][1]
     assert found["advice"]["origin_seconds"] == pytest.approx(128 * own["full"])
@@ -244,7 +247,7 @@ def test_no_dense_answer_rows_are_timed_beside_themselves_or_with_too_few_blocks
     monkeypatch.setattr(advice, "time_steps", lambda _, length: seconds_at(length))
     found = advise(make_job(words))
     assert found["dense_answer"] == [] and "--dense_answer" not in found["command"], "full attention is the faster"
-    assert advice_lines(found, 100, 128)[-1].startswith("use:")
+    assert advice_lines(found, 100, 128)[-1].startswith("without a cache, use:")
 
 
 def test_dense_answer_rows_are_timed_with_fewer_blocks(make_job, monkeypatch):

@@ -1,26 +1,29 @@
 """Caches, thresholds and early stop in the scripts: the record, the page, the comparison, memory, `--advise`."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
-import msgspec
 import pytest
 import torch
 
 from benchmarks.shapes import meta_model
-from sparsed import SparseDConfig
-from sparsed.cli import main_dream, main_llada, memory, ways
+from sparsed import SparseDConfig, load_model
+from sparsed.cli import main_dream, main_llada, memory, running, ways
 from sparsed.cli.ways import Forwards
-from sparsed.report import summary
+from sparsed.models.loading import weight_bytes
 from sparsed.report.page import page
-from sparsed.report.record import Forward, Phase, RunRecord, read
+from sparsed.report.record import read
 from sparsed.sampling.settings import DreamSettings, LLaDASettings
-from tests.helpers.records import made_up_run
 from tests.helpers.tiny_folders import tiny_folder
 
 MAIN = {"dream": main_dream, "llada": main_llada}
 QUESTION = "Where does the old lighthouse keeper, who never learned to swim, keep the spare key of the boat house?"
 SHIFT = {"dream": 1, "llada": 0}
+SETTINGS = {"dream": DreamSettings, "llada": LLaDASettings}
+README = Path(__file__).parents[2] / "README.md"
 FORWARDS = Forwards(full=10.0, selecting=17.0, sparse=4.0, answer=2.0, cached=1.0)
 
 
@@ -63,7 +66,10 @@ def test_the_record_of_a_cached_run_beside_full_attention(call):
         sum(f["seconds"] for f in cached["forwards"] if f["phase"] == "cached")
     )
     assert {name for name, value in speedup.items() if value is not None} == {"whole"}
-    assert "28 cached steps" in err and "32 forwards for 32 tokens, 1 each" in err
+    assert (
+        "28 cached steps" in err
+        and "32 forwards (1 full, 28 cached, 1 selecting, 2 sparse) for 32 tokens, 1 each" in err
+    )
     shown = page(record)
     assert 'class="cached_steps"' in shown and "over cached keys" in shown
     assert not any(forward.phase == "idle" for forward in read(record).runs[1].forwards)
@@ -89,7 +95,36 @@ def test_a_threshold_saves_forwards_and_the_record_says_so(call):
     assert committed[first - 1] < 0.5 <= committed[first], "the share that --skip says was there before"
     # a block a forward, but for one whose model draws the mask token
     assert 4 <= len(phases) <= 6
-    assert f"{len(phases)} forwards for 32 tokens, {32 / len(phases):.3g} each" in err
+    work, kinds = run["work"], {phase: phases.count(phase) for phase in phases}
+    assert work["forwards"] == kinds and (work["tokens"], work["filled"]) == (32, 0)
+    assert work["tokens_a_forward"] == 32 / len(phases)
+    assert work["tokens_a_second"] == pytest.approx(32 / run["seconds"])
+    counted = ", ".join(f"{count} {phase}" for phase, count in kinds.items())
+    assert f"{len(phases)} forwards ({counted}) for 32 tokens, {32 / len(phases):.3g} each" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--steps 16 --skip 0.5 --cache dual",
+        "--steps 16 --skip 0.5 --cache prefix --refresh 2 --origin",
+        "--steps 16 --skip 0.5 --cache dual --refresh 0",
+        "--steps 32 --skip 0.5 --threshold 0",
+        "--steps 32 --skip 0.5 --cache prefix --factor 1.9",
+        "--steps 64 --skip 0.2 --temperature 0",
+    ],
+)
+def test_what_is_shown_of_a_step_is_its_phase(words, call, monkeypatch):
+    shown = []
+
+    @contextmanager
+    def bar(*_):
+        yield lambda phase, done, seconds: shown.append((len(done), phase))
+
+    monkeypatch.setattr(running, "bar", bar)
+    (run,) = call(f"--seq_len 32 {words}")[2]["runs"]
+    ran = [(index, phase) for index, phase in enumerate(phases_of(run)) if phase != "idle"]
+    assert shown == [*ran, (len(run["forwards"]), "done")]
 
 
 def test_an_early_stop_is_in_the_last_step_without_a_probability(checkpoints, tmp_path, capsys):
@@ -97,29 +132,23 @@ def test_an_early_stop_is_in_the_last_step_without_a_probability(checkpoints, tm
     file = tmp_path / "record.json"
     words = "--demo --prompt short_context --seq_len 64 --steps 64 --cache dual --early_stop --device cpu --json"
     assert main_llada([*words.split(), str(file)]) == 0
-    (run,) = json.loads(file.read_text())["runs"]
+    record = json.loads(file.read_text())
+    (run,) = record["runs"]
     filled = [commit for commit in run["history"][-1] if commit[0] >= 32]
     assert len(run["forwards"]) == 32 == len(filled) and {probability for _, _, probability in filled} == {None}
     assert run["answer_found"] and run["forwards"][-1]["committed"] == 1.0
-
-
-def test_forwards_are_counted_in_one_line():
-    kinds = [(Phase.FULL, 1.0), (Phase.CACHED, 1.0), (Phase.IDLE, 0.0)]
-    run = msgspec.structs.replace(
-        msgspec.convert(made_up_run("origin"), RunRecord),
-        forwards=[Forward(phase, 8, seconds, 1.0) for phase, seconds in kinds],
-        seconds=2.0,
-        **{"history": [], "pieces": [], "answer_tokens": None},
-        **dict.fromkeys(("step_seconds", "full_steps", "selection_seconds"), msgspec.UNSET),
-    )
-    assert summary.work_line(run) == "  2 forwards for 32 tokens, 16 each, 16 tokens a second"
+    assert (run["work"]["tokens"], run["work"]["filled"], run["work"]["tokens_a_forward"]) == (32, 32, 1.0)
+    for said in (capsys.readouterr().err, page(record)):
+        assert (
+            "32 forwards (1 full, 31 cached) for 32 tokens, 1 each, " in said and " a second, and 32 filled in" in said
+        )
 
 
 @pytest.mark.parametrize("family", ["dream", "llada"])
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_memory_of_a_cache_is_the_cache_s(family, guided):
     model = meta_model(family).to(torch.bfloat16)
-    sampler = DreamSettings(64, 64, block_length=32) if family == "dream" else LLaDASettings(64, 64, 32)
+    sampler = SETTINGS[family](64, 64, block_length=32)
     halves = 1
     if guided and family == "llada":
         sampler, halves = replace(sampler, cfg_scale=1.0), 2
@@ -130,11 +159,68 @@ def test_the_memory_of_a_cache_is_the_cache_s(family, guided):
     assert cached - plain == model.kv_cache(halves, 4096 + 64).bytes
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--refresh 2", "selecting blocks does not pay; --origin leaves it out"),
+        ("--refresh 2 --compare", "selecting blocks does not pay\n"),
+        ("--refresh 0", None),
+        ("--refresh 2 --skip 1", None),
+        ("--refresh 2 --select 1", None),
+        ("--refresh 2 --origin", None),
+        ("--refresh 1", None),
+    ],
+)
+def test_that_selecting_does_not_pay_is_said_where_something_is_selected(words, said, call):
+    """Four blocks, of which half begin with a forward of all rows."""
+    err = call(f"--cache dual --seq_len 32 --steps 16 {words}")[1]
+    assert "does not pay" not in err if said is None else said in err
+
+
+@pytest.mark.parametrize(("cache", "graphs"), [("dual", 2), ("prefix", 4)])
+def test_the_graphs_of_cached_steps_keep_their_logits_on_a_gpu(cache, graphs):
+    """With prefix of four window sizes, one a block."""
+    model = meta_model("llada").to(torch.bfloat16)
+
+    def peak(device, cache):
+        sampler = LLaDASettings(128, 128, 32, cache=cache, cfg_scale=1.0)
+        return memory.peak_bytes(model, sampler, None, torch.device(device), 4096)
+
+    cached = {device: peak(device, cache) - peak(device, "none") for device in ("cpu", "cuda:0")}
+    assert cached["cuda:0"] - cached["cpu"] == graphs * 2 * 32 * model.config.sizes.vocabulary * 2
+
+
+@pytest.mark.parametrize(("family", "said"), [("llada", "34.5 GB (LLaDA)"), ("dream", "3.8 GB (Dream)")])
+def test_what_the_readme_says_that_a_cache_takes(family, said):
+    """In bfloat16, of 65,536 tokens and 256 new ones."""
+    model, sampler = meta_model(family).to(torch.bfloat16), SETTINGS[family](256, 256, block_length=32)
+    cached, plain = (
+        memory.peak_bytes(model, replace(sampler, cache=cache), None, torch.device("cpu"), 65536)
+        for cache in ("dual", "none")
+    )
+    assert f"{(cached - plain) / 1e9:.1f} GB" == said.rpartition(" ")[0] and said in " ".join(
+        README.read_text(encoding="utf-8").split()
+    )
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_a_cache_is_timed_only_where_its_forwards_fit_too(family, checkpoints, monkeypatch):
+    model = load_model(checkpoints[family], device="cpu")
+    sampler = SETTINGS[family](64, 64, block_length=32)
+    job = SimpleNamespace(model=model, args=SimpleNamespace(sampler=sampler, device="cpu"))
+    taken = memory.peak_bytes(model, replace(sampler, cache="dual"), None, model.device, 1000)
+    free = [taken - weight_bytes(model), model.kv_cache(1, 1064).bytes]
+    monkeypatch.setattr(ways, "available_bytes", lambda device, *, spread: free[0])
+    assert ways.no_cache(job, 1000) is None
+    monkeypatch.setattr(ways, "available_bytes", lambda device, *, spread: free[1])
+    assert "GiB are free" in ways.no_cache(job, 1000)
+
+
 def test_too_little_memory_says_that_it_fits_without_a_cache(call, monkeypatch, checkpoints, capsys):
     needed, real = [], memory.peak_bytes
 
-    def peak(*given):
-        needed.append(real(*given))
+    def peak(*given, **named):
+        needed.append(real(*given, **named))
         return needed[-1]
 
     monkeypatch.setattr(memory, "peak_bytes", peak)
@@ -144,6 +230,23 @@ def test_too_little_memory_says_that_it_fits_without_a_cache(call, monkeypatch, 
     words += ["--seq_len", "32", "--steps", "32", "--block_size", "16", "--block_length", "8"]
     assert MAIN[family](words) == 3
     assert "without --cache it fits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "must"),
+    [
+        ("dream", "--sampling-alg origin --factor 1", "not allowed with the algorithm origin"),
+        ("dream", "--factor nan", "a number above 0, got 'nan'"),
+        ("llada", "--factor nan", "a number above 0, got 'nan'"),
+        ("llada", "--threshold nan", "a number at least 0, got 'nan'"),
+        ("dream", "--cache dual --refresh nan", "whole number"),
+    ],
+)
+def test_a_wrong_bound_or_refresh_is_one_line(family, words, must, capsys):
+    assert MAIN[family](words.split()) == 2
+    out, err = capsys.readouterr()
+    option = words.split()[-2]
+    assert out == "" and err.count("\n") == 1 and f"argument {option}: " in err and must in err
 
 
 # --- --advise, by hand

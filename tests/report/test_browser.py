@@ -136,6 +136,26 @@ def test_a_run_of_fewer_steps_waits_at_its_end(record, open_page):
     ]  # fmt: skip
 
 
+def test_an_early_stop_fills_the_rest_in_the_last_step(record, open_page):
+    """What the last step fills in has no probability, and so no shade; the other run goes on."""
+    record["runs"][1] = run = made_up_run("sparsed", steps=8)
+    filled = range(24, 32)
+    run["history"] = [[commit for commit in step if commit[0] not in filled] for step in run["history"]]
+    run["history"][-1] += [[position, run["token_ids"][position], None] for position in filled]
+    shown = open_page(record)
+    panel, state = shown.locator(".tokens").nth(1), shown.locator(".state").nth(1)
+    shown.locator("#step").fill("7")
+    assert panel.text_content()[-8:] == "▒" * 8
+    shown.locator("#step").fill("8")
+    assert panel.text_content().endswith("∎" * 8) and "32 of 32 tokens" in state.text_content()
+    tokens = panel.locator("span").all()
+    assert [tokens[position].get_attribute("class").split() for position in filled] == [["token", "after", "new"]] * 8
+    assert tokens[31].get_attribute("title") == 'token 32, "<|eot_id|>": step 8'
+    assert ", probability " in tokens[0].get_attribute("title")
+    shown.locator("#step").fill("16")
+    assert state.text_content().startswith("at its end; 32 of 32")
+
+
 def test_the_slider_obeys_the_keyboard(record, open_page):
     shown = open_page(record)
     slider = shown.locator("#step")

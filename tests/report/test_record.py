@@ -1,5 +1,6 @@
 """Pieces of the record, apart from a run: where a text ends, how steps are timed."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,16 +47,22 @@ def test_the_record_s_phases_are_the_run_s():
     assert [Phase(phase) for phase in (FULL, SELECTING, SPARSE)] == [Phase.FULL, Phase.SELECTING, Phase.SPARSE]
 
 
+def test_the_readme_names_all_phases():
+    """Those of `forwards`, between brackets."""
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    named = text.partition("each denoising step: its `phase` (")[2].partition(")")[0]
+    assert all(phase.value in named for phase in Phase)
+
+
 def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
-    times = iter([0.0, 1.0, 1.0, 12.0, 12.0, 13.0, 13.0, 13.1, 13.1])
+    times = iter([0.0, 0.2, 0.7, 1.5, 1.5, 12.5, 12.5, 13.5, 13.5, 13.6, 13.6, 14.0, 14.1])
     monkeypatch.setattr(running.time, "perf_counter", lambda: next(times))
 
-    class Run:
-        compile_seconds = 0.0
-        phase, backend = "full", None
-
-    clock = running.StepClock(torch.device("cpu"), Run(), lambda *_: None)
+    shown = []
+    run = SimpleNamespace(compile_seconds=0.0)
+    clock = running.StepClock(torch.device("cpu"), run, lambda *told: shown.append(told))
     clock.start()
+    clock.begin("full")  # half a second to draw, in which no step is timed
     clock.tick(Step(0, "full"))
     clock.run.compile_seconds = 10.0
     clock.tick(Step(1, "selecting"))
@@ -64,3 +71,5 @@ def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):
     assert clock.phases == ["full", "selecting", "cached", "idle"], "what each step says of itself"
     assert clock.step_seconds == [1.0, 1.0, 1.0, 0.0], "a step that ran no model takes no time"
     assert clock.compile_seconds == 10.0
+    clock.begin("done")
+    assert shown == [("full", clock.steps, 0), ("done", clock.steps, 3.0)]

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from sparsed.report import summary
-from sparsed.report.record import Forward, Phase, RunRecord
+from sparsed.report.record import Forward, Phase, RunRecord, Work
 from tests.helpers.records import made_up_run
 
 UNSET = dict.fromkeys(("step_seconds", "full_steps", "selection_seconds"), msgspec.UNSET)
@@ -54,6 +54,17 @@ def test_a_run_of_any_order_is_grouped_by_phase():
     assert parts == pytest.approx({"full_steps": 2.0 + 2 * 2.0 + 0.3, "selection": 3.0 + 2.0, "sparse_steps": 3.0})
     assert summary.run_lines(run)[0] == (
         "SparseD: 14.30 s (6 full steps 6.30 s, selection 5.00 s, 3 sparse steps 3.00 s)"
+    )
+
+
+def test_work_is_counted_without_idle_steps_and_fills():
+    history = [[(0, 7, 0.5), (1, 7, 0.9)], [(2, 7, 1.0)], [], [(3, 7, 0.25), (4, 9, None), (5, 9, None)]]
+    work = summary.work_of(forwards("fs-s", [1.0, 0.5, 0.0, 0.5]), history)
+    assert work == Work(
+        {Phase.FULL: 1, Phase.SPARSE: 2}, tokens=4, filled=2, tokens_a_forward=4 / 3, tokens_a_second=2.0
+    )
+    assert summary.work_line(work) == (
+        "3 forwards (1 full, 2 sparse) for 4 tokens, 1.33 each, 2 tokens a second, and 2 filled in"
     )
 
 

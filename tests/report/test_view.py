@@ -37,6 +37,12 @@ def test_tokens_stand_in_order_and_masks_are_counted():
     assert legend == "▒ masked  ∎ end"
 
 
+def test_the_last_moment_names_the_steps_that_ran():
+    tokens = tokens_of(WORDS)
+    assert "SparseD  done  step 3 of at most 8  " in rendered(view_of(tokens, phase="done"))[0]
+    assert "SparseD  done  step 8 of 8  " in rendered(view_of(tokens, phase="done", step=8))[0]
+
+
 def test_end_tokens_are_marks():
     assert rendered(view_of(tokens_of(["Yes", ".", None, None])))[1] == f"Yes.{END}{END}"
 
