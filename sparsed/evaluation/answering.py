@@ -61,14 +61,13 @@ class Answerer:
 
         synchronize(self.model.device)
         start = time.perf_counter()
-        out = sampling.generate(
-            self.model, ids, settings, config=variant.config, backend=self.backend, rule=rule, on_step=count
-        )
+        stops = stop_ids(self.model.config, self.tokenizer)
+        attention = {"config": variant.config, "backend": self.backend, "rule": rule}
+        out = sampling.generate(self.model, ids, settings, end_token_ids=stops, on_step=count, **attention)
         generated = out[:, ids.shape[1] :].tolist()
         seconds = (time.perf_counter() - start) / len(samples)
         # without a pattern no step was sparse
         density = torch.stack([found.cpu() for found, _ in layers]).mean().item() if layers else 1.0
-        stops = stop_ids(self.model.config, self.tokenizer)
         lines = []
         for row, (sample, tokens) in enumerate(zip(samples, generated, strict=True)):
             text = decode(self.tokenizer, tokens[: answer_length(tokens, stops)]).strip()

@@ -186,16 +186,17 @@ class SparseDLM(TemplateLM):
 
     def _answer(self, context: str, given: dict[str, Any]) -> str:
         length, until, sampler = self._settings(given, "generate_until")
-        token_ids = self._generate(self.tok_encode(context), sampler)[:length]
         vocabulary = self.tokenizer.get_added_vocab()
         stops = stop_ids(self.model.config, self.tokenizer) | {vocabulary[stop] for stop in until if stop in vocabulary}
+        token_ids = self._generate(self.tok_encode(context), sampler, stops)[:length]
         text = decode(self.tokenizer, token_ids[: answer_length(token_ids, stops)])
         return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
 
-    def _generate(self, context: list[int], sampler: sampling.Settings) -> list[int]:
-        """The new ids of the family's sampler."""
+    def _generate(self, context: list[int], sampler: sampling.Settings, stops: set[int]) -> list[int]:
+        """The new ids of the family's sampler, which an early stop ends at one of `stops`."""
         ids = torch.tensor([context or [self.prefix_token_id]])
-        out = sampling.generate(self.model, ids, sampler, generator=self.generator, **self.options.attention)
+        attention = self.options.attention
+        out = sampling.generate(self.model, ids, sampler, end_token_ids=stops, generator=self.generator, **attention)
         return out[0, ids.shape[1] :].tolist()
 
     def _loglikelihood_tokens(

@@ -249,6 +249,21 @@ def test_a_wrong_bound_or_refresh_is_one_line(family, words, must, capsys):
     assert out == "" and err.count("\n") == 1 and f"argument {option}: " in err and must in err
 
 
+def test_an_answer_stops_early_at_what_the_tokenizer_says_too(call, checkpoints, monkeypatch):
+    """A chat ends by a token that the model's config need not name."""
+    given = []
+    plain = running.sampling.generate
+    monkeypatch.setattr(
+        running.sampling,
+        "generate",
+        lambda *args, end_token_ids, **kw: given.append(end_token_ids) or plain(*args, **kw),
+    )
+    monkeypatch.setattr(running, "stop_ids", lambda config, tokenizer: {5})
+    call("--cache dual --seq_len 32 --steps 32 --origin --early_stop")
+    call("--cache dual --seq_len 32 --steps 32 --origin")
+    assert given == [{5}, None]
+
+
 # --- --advise, by hand
 
 

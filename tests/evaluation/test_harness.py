@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sparsed import SparseDConfig, sampling
+from sparsed.chat import stop_ids
 from sparsed.prompts import demo_path
 from tests.helpers.sampling_cases import GENERATE
 from tests.helpers.tiny_folders import tiny_folder
@@ -143,6 +144,19 @@ def test_caches_and_thresholds_reach_the_sampler_and_a_task_s_own_win(make):
     lm._generate = lambda *given: seen.append(real(*given)) or seen[-1]
     ask(lm, "What?", max_gen_toks=20, until=[])
     assert seen[0][:20] == expected
+
+
+def test_an_early_stop_knows_the_tokenizer_s_ends_and_the_task_s(make, monkeypatch):
+    lm, given = make(origin=True, cache="dual", early_stop=True, block_length=8), []
+    plain = harness.sampling.generate
+    monkeypatch.setattr(
+        harness.sampling,
+        "generate",
+        lambda *args, end_token_ids, **kw: given.append(end_token_ids) or plain(*args, **kw),
+    )
+    word, index = next(iter(lm.tokenizer.get_added_vocab().items()))
+    ask(lm, "What?", max_gen_toks=8, until=[word])
+    assert given == [stop_ids(lm.model.config, lm.tokenizer) | {index}]
 
 
 @pytest.mark.parametrize("wrong", [{"cache": "both"}, {"refresh": 2}, {"threshold": 0.9, "factor": 1.0}, {"factor": 0}])
