@@ -62,7 +62,7 @@ class Answerer:
         synchronize(self.model.device)
         start = time.perf_counter()
         stops = stop_ids(self.model.config, self.tokenizer)
-        attention = {"config": variant.config, "backend": self.backend, "rule": rule}
+        attention: dict[str, Any] = {"config": variant.config, "backend": self.backend, "rule": rule}
         out = sampling.generate(self.model, ids, settings, end_token_ids=stops, on_step=count, **attention)
         generated = out[:, ids.shape[1] :].tolist()
         seconds = (time.perf_counter() - start) / len(samples)
