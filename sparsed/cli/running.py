@@ -19,7 +19,7 @@ from ..report.summary import LABELS, prefix_fields, typical, work_of
 from ..report.view import DONE
 from ..run import SparseRun, synchronize
 from ..sampling import Settings, schedule_of
-from ..sampling.common import Step, attention_of
+from ..sampling.common import CACHED, Step, attention_of
 from ..watching import watched
 from .arguments import Call
 from .progress import Answer, Show, bar, screen, terminal
@@ -141,7 +141,16 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             peak_memory_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
             backend=None if run is None else run.backend,
             backend_reason=None if run is None else run.backend_reason,
+            cached_kernel=cached_kernel(job, sampler, clock.steps),
         )
+
+
+def cached_kernel(job: Job, sampler: Settings, steps: list[Step]) -> str | None:
+    """What computed the attention of the cached steps; None without any."""
+    rows = next((step.computed for step in steps if step.phase == CACHED), None)
+    if rows is None:
+        return None
+    return job.model.attention_kernel(2 if sampler.cfg_scale else 1, rows, len(job.input_ids) + sampler.gen_length)
 
 
 def sampler_of(job: Job, mode: Mode) -> Settings:

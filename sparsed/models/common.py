@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels import add_rms_norm, full_attention, rms_norm, rotate
+from ..kernels import add_rms_norm, full_attention, full_attention_kernel, rms_norm, rotate
 from .cache import KVCache
 from .rows import Rows
 
@@ -261,6 +261,16 @@ class DiffusionLM(nn.Module):
         """
         _check_mask(attention_mask, length)
         return Rows.of(start, stop, self.positions(length, self.device, attention_mask))
+
+    def attention_kernel(self, batch: int, queries: int, keys: int, padded: bool = False) -> str:
+        """Which kernel computes full attention of so many tokens over so many: one of `kernels.full_attention`'s."""
+        sizes, weight = self.config.sizes, next(self.parameters())
+        head_dim = self.config.head_dim
+        q, k = (
+            weight.new_empty(()).expand(batch, heads, tokens, head_dim)
+            for heads, tokens in ((sizes.heads, queries), (sizes.kv_width // head_dim, keys))
+        )
+        return full_attention_kernel(q, k, k, padded)
 
     def kv_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for sequences [batch, length], on the devices of the layers."""

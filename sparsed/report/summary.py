@@ -180,6 +180,8 @@ def run_lines(run: RunRecord) -> list[str]:
         lines.append(f"  density {run.density:.1%} of the (query, key) pairs")
     if run.backend is not None:
         lines.append(f"  backend {run.backend} ({run.backend_reason})")
+    if run.cached_kernel is not None:
+        lines.append(f"  cached steps by the kernel {run.cached_kernel}")
     return lines
 
 

@@ -42,7 +42,7 @@ class StepRunner:
         cache: KVCache | None = None,
     ):
         self.model, self.run, self.mask, self.first_row, self.most_rows = model, run, mask, first_row, most_rows
-        self.cache = cache
+        self.cached = {} if cache is None else {"cache": cache}
         # nothing is computed in a capture, and nothing may have been captured: no step
         self.replays = Replays(model, nullcontext if run is None else run.uncounted)
         self.pattern_version: int | None = None
@@ -102,10 +102,10 @@ class StepRunner:
         def forward(ids: Tensor, rows: Tensor) -> Tensor:
             # the step that selects needs the queries of all rows in every layer
             first_row = 0 if phase == SELECTING else self.first_row
-            return self.model(ids, self.mask, logit_rows=rows, first_row=first_row, cache=self.cache)
+            return self.model(ids, self.mask, logit_rows=rows, first_row=first_row, **self.cached)
 
         self._drop_stale()
-        if phase != SELECTING and self.cache is None:
+        if phase != SELECTING and not self.cached:
             logits = self._replayed(phase, forward, self.first_row, ids, rows)
             if logits is not None:
                 if self.run is not None:
@@ -118,7 +118,7 @@ class StepRunner:
 
         def forward(ids: Tensor, rows: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
             moved = window._replace(slots=slots, positions=positions)
-            return self.model(ids, self.mask, rows=moved, logit_rows=rows, cache=self.cache)
+            return self.model(ids, self.mask, rows=moved, logit_rows=rows, **self.cached)
 
         ids = ids[:, start:stop]
         moving = window.slots, window.positions

@@ -8,6 +8,7 @@ import torch
 from sparsed.kernels import full_attention, full_attention_kernel
 from tests.helpers import reference
 from tests.helpers.interpreter import interpret
+from tests.helpers.standins import tiny_dream, tiny_llada
 
 full_attention_module = importlib.import_module("sparsed.kernels.full_attention")
 # logits reach some hundreds, where float32 rounds to 1e-5
@@ -33,9 +34,9 @@ def check_few_queries(device, dtype, batch, heads, queries, keys, width, pads=No
 
 
 CASES = [
-    (1, (4, 4), 32, 1000, 64, None),
-    (1, (7, 1), 9, 4100, 32, None),  # many short splits
-    (2, (6, 2), 33, 700, 24, (0, 300)),  # padding beyond the first split
+    (1, (2, 2), 32, 600, 32, None),
+    (1, (3, 1), 9, 2100, 16, None),  # many short splits
+    (2, (4, 2), 20, 700, 24, (0, 300)),  # padding beyond the first split
     (2, (4, 2), 3, 64, 16, (1, 64)),
     (1, (2, 2), 1, 65, 128, None),
 ]
@@ -43,8 +44,9 @@ CASES = [
 INTERPRETED = """
 import torch
 from tests.kernels.test_few_queries import CASES, check_few_queries
-for case in CASES:
-    check_few_queries("cpu", torch.float32, *case)
+for dtype, cases in ((torch.float32, CASES), (torch.float16, CASES[:4:3])):  # by threads, and by the copy engine
+    for case in cases:
+        check_few_queries("cpu", dtype, *case)
 """
 
 
@@ -92,6 +94,18 @@ def test_which_kernel_is_taken(heads, queries, keys, kernel):
 def test_no_kernel_of_ours_without_a_gpu():
     q, k = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 30, 16)
     assert full_attention_kernel(q, k, k, False) == "torch"
+
+
+@pytest.mark.parametrize("make", [tiny_dream, tiny_llada])
+def test_a_model_asks_with_its_own_shapes(make, monkeypatch):
+    model, asked = make(), []
+    common = importlib.import_module("sparsed.models.common")
+    monkeypatch.setattr(common, "full_attention_kernel", lambda *given: asked.append(given) or "torch")
+    model.attention_kernel(2, 33, 4000)
+    cache = model.kv_cache(2, 4000)._layers[0][0]
+    ((q, k, v, padded),) = asked
+    assert k.shape == v.shape == cache.shape and not padded
+    assert q.shape == (2, model.config.sizes.heads, 33, cache.shape[3]) and q.dtype == cache.dtype
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -261,6 +261,28 @@ def test_replayed_tokens_are_the_same(monkeypatch, captured, family, options, ba
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("config", [None, SPARSE], ids=["full", "sparse"])
+@pytest.mark.parametrize(("family", "options", "windows"), CACHED_CASES, ids=str)
+def test_one_cuda_graph_serves_the_windows_of_all_blocks(
+    monkeypatch, captured, family, options, windows, config, padded
+):
+    model = MODELS[family]().cuda()
+    prompts, mask = torch.randint(0, 90, (2, 61)).cuda(), torch.ones(2, 61, dtype=torch.long).cuda()
+    mask[1, : 20 if padded else 0] = 0
+    options = options_of(family, {"gen_length": 48, "steps": 48, "block_length": 12} | options)
+
+    def generate():
+        generator = torch.Generator("cuda").manual_seed(3)
+        return GENERATE[family](model, prompts, attention_mask=mask, config=config, generator=generator, **options)
+
+    replayed = generate()
+    assert len(captured) == len(windows)
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
+    assert torch.equal(generate(), replayed)
+
+
+@pytest.mark.gpu
 def test_a_compiled_backend_is_replayed_too(monkeypatch, captured):
     model, prompts = MODELS["dream"]().cuda(), torch.randint(0, 90, (1, 61)).cuda()
     options = options_of("dream", {"gen_length": 48, "steps": 24, "config": SPARSE, "backend": "flex"})
