@@ -56,6 +56,10 @@ def converted(run: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def ratio(theirs: dict[str, Any], ours: dict[str, Any]) -> float:
-    """How many times faster ours would be in as many forwards of each kind as theirs has."""
-    medians = {phase: part["seconds"]["median"] for phase, part in ours["forwards"].items()}
-    return theirs["seconds"] / sum(part["count"] * medians[phase] for phase, part in theirs["forwards"].items())
+    """How many times faster ours is in as many forwards of each kind as theirs has, each by its median."""
+    counts = {phase: part["count"] for phase, part in theirs["forwards"].items()}
+    seconds = [
+        sum(count * run["forwards"][phase]["seconds"]["median"] for phase, count in counts.items())
+        for run in (theirs, ours)
+    ]
+    return seconds[0] / seconds[1]

@@ -143,7 +143,6 @@ def measure(model: torch.nn.Module, job: dict[str, Any], prompt: torch.Tensor) -
     found = {}
     for steps in job["steps"]:
         if model.device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         with Clock(model) as clock:
             generate(model, job, prompt, job["new_tokens"], steps)

@@ -44,7 +44,7 @@ from .dense_answer import checked_dense_answer
 from .kernels import DTYPE, Gate, Heads, attention_gate, random_heads
 from .latency import WrongKernel, checked_kernel
 from .reference import missing
-from .shapes import SHAPES, ModelConfig, attention_shape, random_model
+from .shapes import SHAPES, attention_shape, random_model
 
 NEW_TOKENS, BLOCK_LENGTH = 256, 32
 STEPS = (256, 72)
@@ -125,23 +125,24 @@ def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards:
         return Run(found, compiled, torch.cuda.max_memory_allocated(), kernel)
 
 
-def check(way: Way, model: ModelConfig, length: int, device: torch.device) -> dict[str, Any]:
+def check(way: Way, model: DiffusionLM, length: int) -> dict[str, Any]:
     """The kernels that a way takes at a length, each held against float64, or WrongKernel."""
-    found = {"full": (DENSE, checked_kernel(DENSE, model, length, PAPER, device))}
+    config, device = model.config, model.device
+    found = {"full": (DENSE, checked_kernel(DENSE, config, length, PAPER, device))}
     if way.config is not None:
-        problem = Problem(device, DTYPE, 1, *attention_shape(model), way.config.block_size, False)
+        problem = Problem(device, DTYPE, 1, *attention_shape(config), way.config.block_size, False)
         backend, _ = choose_backend("auto", problem, length)
         checked = checked_dense_answer if way.config.dense_answer else checked_kernel
-        found["sparse"] = backend, checked(backend, model, length, way.config, device)
+        found["sparse"] = backend, checked(backend, config, length, way.config, device)
     if way.saving:
-        found["cached"] = checked_cached(model, length, device)
+        found["cached"] = checked_cached(model, length)
     return {kind: {"kernel": kernel, **asdict(gate)} for kind, (kernel, gate) in found.items()}
 
 
-def checked_cached(model: ModelConfig, length: int, device: torch.device) -> tuple[str, Gate]:
+def checked_cached(model: DiffusionLM, length: int) -> tuple[str, Gate]:
     """The kernel of a block's rows over cached keys, held against float64, or WrongKernel."""
-    heads = random_heads(model, length, device)
-    rows = Heads(heads.q[:, :, -BLOCK_LENGTH - 1 :], heads.k, heads.v)
+    heads = random_heads(model.config, length, model.device)
+    rows = Heads(heads.q[:, :, -BLOCK_LENGTH - FAMILIES[model.family].shift :], heads.k, heads.v)
     kernel = full_attention_kernel(rows.q, rows.k, rows.v, False)
     gate = attention_gate(full_attention(rows.q, rows.k, rows.v)[0], rows)
     if not gate.passed:
@@ -228,8 +229,8 @@ def measure(model: DiffusionLM, row: dict[str, Any], repeats: int) -> Iterator[s
     for way in WAYS:
         entry = {"config": way.config and asdict(way.config), "saving": way.saving}
         row["ways"][way.name] = entry
-        entry["gates"] = check(way, model.config, tokens + NEW_TOKENS, model.device)
         try:
+            entry["gates"] = check(way, model, tokens + NEW_TOKENS)
             if not full and way != WAYS[0]:
                 entry["error"] = "full attention ran out of memory"
             elif way.saving:
@@ -282,7 +283,8 @@ def _line(family: str, row: dict[str, Any], name: str) -> list[str]:
         row["length"],
         name,
         *(
-            f"{'' if e['measured'] else '(put together) '}{e['seconds']:.3g} s, {e.get('speedup', 1):.3g}x"
+            f"{'' if e['measured'] else '(put together) '}{e['seconds']:.3g} s"
+            + (f", {e['speedup']:.3g}x" if "speedup" in e else "")
             for e in entries
         ),
         "-" if step is None else f"{1e3 * step['seconds']['median']:.2f} ms",

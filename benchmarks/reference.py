@@ -85,7 +85,7 @@ def answers(worker: str, job: dict[str, Any], folder: Path, code: Path) -> Itera
             if line.startswith("{"):
                 yield json.loads(line)
     if process.returncode:
-        raise RuntimeError(f"the released code ended with exit code {process.returncode}")
+        raise RuntimeError(f"{Path(worker).stem} ended with exit code {process.returncode}")
 
 
 def _environment(folder: Path, code: Path) -> dict[str, str]:

@@ -84,7 +84,7 @@ def dream_folder(tmp_path):
 
 @pytest.fixture
 def nan_empty(monkeypatch):
-    """`torch.empty` and `torch.empty_like` hand out NaN, so that an unwritten element cannot pass for a zero."""
+    """New memory holds NaN, so that an element that nothing writes cannot pass for a zero."""
 
     def poisoned(make):
         def empty(*args, **kwargs):
@@ -95,3 +95,4 @@ def nan_empty(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

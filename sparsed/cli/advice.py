@@ -14,6 +14,7 @@ from ..patch import sparsify
 from ..report.record import Phase, prefix
 from ..report.summary import ORDER
 from ..sampling.common import Step
+from ..sampling.replay import UNTIL_REPLAYED
 from ..sampling.runner import REPLAYED_TOKENS, StepRunner
 from ..watching import watched
 from .arguments import Call
@@ -24,8 +25,6 @@ from .ways import Forwards, as_record, canvas_of, no_cache, time_few_rows, way_l
 
 # prompt tokens of the shorter measurement: on a GPU, those from which on the kernels are the ones of long prompts
 SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
-# steps of a kind where they are replayed as CUDA graphs: run as it is, captured, replayed
-REPLAYED_STEPS = 3
 # the flags of SparseD, which mean nothing to full attention
 SPARSED = ("skip", "select", "block_size", "dense_answer", "backend")
 # dense answer rows are timed with as many blocks as the paper's rule keeps (nearer to full attention), and with half as
@@ -131,7 +130,7 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     canvas = canvas_of(job, prompt_tokens)
     # as many as the first step of a generation reads
     rows = prompt_tokens - 1 + torch.arange(sampler.most_rows, device=device)
-    each = REPLAYED_STEPS if canvas.numel() <= REPLAYED_TOKENS and device.type == "cuda" else 1
+    each = UNTIL_REPLAYED if canvas.numel() <= REPLAYED_TOKENS and device.type == "cuda" else 1
     steps = 2 * each + 1  # the full ones, one that selects the blocks, the sparse ones
     config = replace(args.config, skip=(each + 1) / steps)
     sparsed = sparsify(

@@ -40,7 +40,7 @@ def peak_bytes(
         prompt_tokens: with the chat template.
     """
     sizes, length, itemsize = model.config.sizes, prompt_tokens + sampler.gen_length, model.dtype.itemsize
-    batch = 2 if sampler.cfg_scale else 1
+    batch = sampler.sequences
     row = HELD_ROWS * sizes.width + 2 * sizes.kv_width + MLP_ROWS[device.type] * sizes.mlp_width
     # a window size's CUDA graph keeps its logits: a block's and the answer's, or with prefix one a block
     graphs = {"none": 0, "dual": 2, "prefix": sampler.blocks or 1}[sampler.cache] if device.type == "cuda" else 0

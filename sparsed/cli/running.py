@@ -25,6 +25,9 @@ from .arguments import Call
 from .progress import Answer, Show, bar, screen, terminal
 from .recording import SelectedBlocks, history
 
+# prompt tokens of forwards that are run for their kernels' sake
+SHORT = 256
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,13 +81,28 @@ class StepClock:
 
 @torch.no_grad()
 def first_forward(job: Job) -> float:
-    """Seconds of one forward, so that no timed run pays for the libraries' start."""
+    """Seconds of one forward, and of cached ones if there will be some, so that no timed run pays for the libraries'
+    start."""
     started = time.perf_counter()
     ids = torch.tensor([job.input_ids], device=job.model.device)
     ids = F.pad(ids, (0, job.args.sampler.gen_length), value=job.model.config.mask_token_id)
     job.model(ids, first_row=ids.shape[1] - 1)
+    if job.args.sampler.cached:
+        first_cached_forwards(job, ids)
     synchronize(ids.device)
     return time.perf_counter() - started
+
+
+def first_cached_forwards(job: Job, ids: Tensor) -> None:
+    """A block's rows and the generated region's over a cache, after the end of a prompt: their kernels are those of any
+    length."""
+    sampler = job.args.sampler
+    ids = ids[:, -sampler.gen_length - SHORT :].repeat(sampler.sequences, 1)
+    cache, start = job.model.kv_cache(*ids.shape), ids.shape[1] - sampler.gen_length
+    job.model(ids, first_row=ids.shape[1] - 1, cache=cache)
+    for stop in (start + sampler.most_rows, ids.shape[1]):
+        rows = job.model.rows(start - sampler.shift, stop, ids.shape[1], None)
+        job.model(ids[:, rows.start : rows.stop], rows=rows, cache=cache)
 
 
 def run_mode(job: Job, mode: Mode) -> RunRecord:
@@ -141,16 +159,14 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             peak_memory_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
             backend=None if run is None else run.backend,
             backend_reason=None if run is None else run.backend_reason,
-            cached_kernel=cached_kernel(job, sampler, clock.steps),
+            cached_kernels=cached_kernels(job, sampler, clock.steps),
         )
 
 
-def cached_kernel(job: Job, sampler: Settings, steps: list[Step]) -> str | None:
-    """What computed the attention of the cached steps; None without any."""
-    rows = next((step.computed for step in steps if step.phase == CACHED), None)
-    if rows is None:
-        return None
-    return job.model.attention_kernel(2 if sampler.cfg_scale else 1, rows, len(job.input_ids) + sampler.gen_length)
+def cached_kernels(job: Job, sampler: Settings, steps: list[Step]) -> list[str]:
+    """What computed the attention of the cached steps; with prefix they have ever fewer rows."""
+    length, rows = len(job.input_ids) + sampler.gen_length, {step.computed for step in steps if step.phase == CACHED}
+    return sorted({job.model.attention_kernel(sampler.sequences, count, length) for count in rows})
 
 
 def sampler_of(job: Job, mode: Mode) -> Settings:

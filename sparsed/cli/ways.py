@@ -14,6 +14,7 @@ from ..config import SparseDConfig
 from ..models.loading import GIB, weight_bytes
 from ..run import synchronize
 from ..sampling import Settings
+from ..sampling.replay import UNTIL_REPLAYED
 from ..sampling.runner import StepRunner
 from ..sampling.saving import OFF
 from ..sampling.unmasking import SettingError
@@ -125,7 +126,7 @@ def canvas_of(job: Job, prompt_tokens: int) -> Tensor:
     """The prompt repeated or cut to that length, and masks for the answer: ids [1, T], with guidance [2, T]."""
     ids = torch.tensor([list(islice(cycle(job.input_ids), prompt_tokens))], device=job.model.device)
     canvas = F.pad(ids, (0, job.args.sampler.gen_length), value=job.model.config.mask_token_id)
-    return canvas.repeat(2, 1) if job.args.sampler.cfg_scale else canvas
+    return canvas.repeat(job.args.sampler.sequences, 1)
 
 
 @torch.no_grad()
@@ -139,7 +140,7 @@ def time_few_rows(job: Job, prompt_tokens: int) -> tuple[float, float]:
     runner(canvas, rows)  # which fills the cache
     seconds = []
     for stop in (canvas.shape[1], prompt_tokens + sampler.most_rows):
-        for _ in range(2):  # the first one may compile
+        for _ in range(UNTIL_REPLAYED):  # the first one may compile
             synchronize(model.device)
             began = time.perf_counter()
             runner(canvas, rows, (start, stop))

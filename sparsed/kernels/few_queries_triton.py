@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import FEW_ROWS, RESERVE, fits, on_device_of
+from .launch import RESERVE, few_rows_tile, fits, on_device_of
 
 LOG2_E = 1.4426950408889634
 # keys of a tile, tiles in flight and warps: with FEW_ROWS, the fastest on an H200
 KEYS, STAGES, WARPS = 64, 3, 4
-# splits at most, and keys of one at least: what many short parts cost is more than what they fill
+# splits at most, a power of two, and keys of one at least: what many short parts cost is more than what they fill
 MOST_SPLITS, SHORTEST = 32, 256
 
 
@@ -65,7 +65,7 @@ def few_queries_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | N
         parts, weights, out, *out.stride()[:3], heads, n_query, splits,
         D=head_dim,
         D_TILE=d_tile,
-        SPLITS=triton.next_power_of_2(splits),
+        SPLITS=MOST_SPLITS,  # whatever the length, so that none compiles anew
         num_warps=2,
     )  # fmt: skip
     return out
@@ -73,7 +73,7 @@ def few_queries_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | N
 
 def _tile(rows: int, row_bytes: int, device: torch.device) -> tuple[int, int, int]:
     """Query rows and keys of a tile, and tiles in flight, cut down to what fits the device's shared memory."""
-    tile, keys, stages = min(FEW_ROWS, max(16, triton.next_power_of_2(rows))), KEYS, STAGES
+    tile, keys, stages = few_rows_tile(rows), KEYS, STAGES
     while not fits((tile + 2 * keys * stages) * row_bytes, device) and (keys, stages) != (16, 1):
         if stages > 1:
             stages -= 1
@@ -111,7 +111,7 @@ def _describable(x: Tensor, keys: int) -> bool:
         return False
     aligned = x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
     width = x.shape[3] * x.element_size()
-    return x.element_size() == 2 and aligned and width in (32, 64, 128, 256) and keys <= 256
+    return x.element_size() == 2 and aligned and width in (32, 64, 128, 256)
 
 
 def _described(x: Tensor, keys: int) -> TensorDescriptor:

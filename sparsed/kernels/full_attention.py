@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 from .accuracy import error_and_bound
 from .availability import few_queries_attention, usable
 from .flash import flash_dense, flash_fault
-from .launch import FEW_ROWS, on_device_of
+from .launch import FEW_ROWS, few_rows_tile, on_device_of
 
 # (query, key) pairs of a head from which on FlashAttention-4 gains more than its host code, slow to start, costs
 FLASH_PAIRS = 4096**2
@@ -52,8 +52,10 @@ def full_attention_kernel(q: Tensor, k: Tensor, v: Tensor, padded: bool) -> str:
     if not q.is_cuda or _wants_gradient(q, k, v):
         return TORCH
     shapes = q.shape[1], k.shape[1], q.shape[3]
-    if _few(q, k) and usable(q) and _split_agrees(q.device, q.dtype, *shapes, padded):
-        return SPLIT
+    if _few(q, k) and usable(q):
+        tile = few_rows_tile(q.shape[1] // k.shape[1] * q.shape[2])
+        if _split_agrees(q.device, q.dtype, *shapes, padded, tile):
+            return SPLIT
     long = q.shape[2] * k.shape[2] >= FLASH_PAIRS
     if not padded and long and flash_fault(q.device, q.dtype) is None and _flash_agrees(q.device, q.dtype, *shapes):
         return FLASH
@@ -128,12 +130,18 @@ def _flash_agrees(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
 
 @functools.cache
 def _split_agrees(
-    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, padded: bool
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, padded: bool, tile: int
 ) -> bool:
-    """Whether the kernel for few queries gives what float64 gives, if wanted with the first keys as padding."""
+    """Whether the kernel for few queries gives what float64 gives, in tiles of so many rows.
+
+    Args:
+        padded: whether the first keys are padding.
+    """
     q, k, v = _sample(device, dtype, heads, kv_heads, head_dim)
     pads = LENGTH // 2 if padded else 0
-    q, valid = q[:, :, FEW:], (torch.arange(LENGTH, device=device) >= pads)[None]
+    # as many as fill one smaller tile; of the largest there may be several
+    queries = LENGTH - FEW if tile == FEW_ROWS else max(1, tile * kv_heads // heads)
+    q, valid = q[:, :, -queries:], (torch.arange(LENGTH, device=device) >= pads)[None]
     out = _tried(lambda: few_queries_attention(q, k, v, valid if padded else None))
     if out is None:
         return False

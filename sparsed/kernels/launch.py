@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# query rows of a tile of the kernel for few queries
+# query rows of a tile of the kernel for few queries, at most
 FEW_ROWS = 64
 # shared memory, in bytes, that a Triton kernel may need beside its tiles
 RESERVE = 2048
 # of a GPU of consumer make; an H100 has 227 KiB
 CONSUMER_SHARED_MEMORY = 99 * 1024
+
+
+def few_rows_tile(rows: int) -> int:
+    """Query rows of a tile of the kernel for few queries, of so many in all."""
+    return min(FEW_ROWS, max(16, 1 << (rows - 1).bit_length()))
 
 
 def device_of(x: Tensor) -> AbstractContextManager:

@@ -1,7 +1,8 @@
 """Keys and values of a sequence, kept from one forward to the next."""
 
-from collections.abc import Sequence
+import math
 
+import torch
 from torch import Tensor
 
 from ..kernels import store_rotated
@@ -9,31 +10,29 @@ from .rows import Rows
 
 
 class KVCache:
-    """Keys after rotation and values of all layers, for sequences [batch, length], allocated at once.
+    """Keys after rotation and values of all layers, for sequences [batch, length].
 
-    A forward writes its rows' keys and values in place, and attends to all of them; the first one computes all rows. No
-    gradient goes through it.
+    A forward writes its rows' keys and values in place, and attends to all of them. The first one computes all rows,
+    and a layer's memory is made of its keys: where they are and in which dtype, its weights need not say. No gradient
+    goes through it.
 
     Args:
-        like: a tensor for each layer, whose device and dtype the layer's have.
-        batch, kv_heads, length, head_dim: a layer's keys are [batch, kv_heads, length, head_dim], like its values.
+        layers, batch, kv_heads, length, head_dim: a layer's keys are [batch, kv_heads, length, head_dim], like its
+            values.
+        dtype: that keys are expected in, for `bytes`.
+
+    Attributes:
+        shape: batch and length of the sequences.
+        bytes: what all layers will take.
     """
 
-    def __init__(self, like: Sequence[Tensor], batch: int, kv_heads: int, length: int, head_dim: int):
+    def __init__(self, layers: int, batch: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype):
+        self.shape = batch, length
         # laid out as the projections give them
-        shape = (2, batch, length, kv_heads, head_dim)
-        self._layers = [tensor.new_empty(shape).transpose(2, 3) for tensor in like]
+        self._size = 2, batch, length, kv_heads, head_dim
+        self.bytes = layers * math.prod(self._size) * dtype.itemsize
+        self._layers: list[Tensor | None] = [None] * layers
         self._filled: set[int] = set()  # layers of which every token was written
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Batch and length of the sequences."""
-        return self._layers[0].shape[1], self._layers[0].shape[3]
-
-    @property
-    def bytes(self) -> int:
-        """What all layers take."""
-        return sum(layer.nbytes for layer in self._layers)
 
     def update(
         self, layer: int, rows: Rows, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]
@@ -55,6 +54,13 @@ class KVCache:
             self._filled.add(layer)
         elif layer not in self._filled:
             raise ValueError("the cache is not filled: a forward must compute all tokens of the sequence first")
-        keys, values = self._layers[layer]
+        keys, values = self._memory(layer, k)
         store_rotated(k, v, *rope, rows.slots.to(keys.device), keys, values)
         return keys, values
+
+    def _memory(self, layer: int, like: Tensor) -> Tensor:
+        """A layer's keys and values, [2, B, Hkv, T, D]."""
+        held = self._layers[layer]
+        if held is None or held.dtype != like.dtype or held.device != like.device:
+            held = self._layers[layer] = like.new_empty(self._size).transpose(2, 3)
+        return held

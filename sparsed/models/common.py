@@ -273,10 +273,9 @@ class DiffusionLM(nn.Module):
         return full_attention_kernel(q, k, k, padded)
 
     def kv_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for sequences [batch, length], on the devices of the layers."""
-        like = [weight for name, weight in self.named_parameters() if name.endswith("k_proj.weight")]
-        head_dim = self.config.head_dim
-        return KVCache(like, batch, self.config.sizes.kv_width // head_dim, length, head_dim)
+        """An empty cache for sequences [batch, length]."""
+        sizes, head_dim = self.config.sizes, self.config.head_dim
+        return KVCache(sizes.layers, batch, sizes.kv_width // head_dim, length, head_dim, self.dtype)
 
     def given(
         self,

@@ -22,7 +22,10 @@ def lay_together(layers: Sequence[nn.Linear]) -> None:
 
 
 def lay_projections_together(model: nn.Module) -> None:
-    """`lay_together` of the query, key and value projections of every attention; each must be on one device."""
+    """`lay_together` of the query, key and value projections of every attention; each must be on one device.
+
+    They share their memory then: safetensors' `save_model` refuses that, `save_file(model.state_dict(), ...)` does not.
+    """
     for module in model.modules():
         found = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         layers = [layer for layer in found if isinstance(layer, nn.Linear)]
@@ -41,11 +44,13 @@ def projections(x: Tensor, first: int, q_proj: nn.Module, k_proj: nn.Module, v_p
 def joint_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
     """What each layer makes of x [..., n, width], from one product; None where they must be called one by one.
 
-    They must if their weights do not lie together, if a layer is another one than torch's own, as an adapter's is, or
-    if somebody has hooked into it.
+    They must if their weights do not lie together, if a layer or its weight is another one than torch's own, as an
+    adapter's or a quantised one is, or if somebody has hooked into it; and a compiler does better by itself.
     """
-    plain = [layer for layer in layers if type(layer) is nn.Linear and not _hooked(layer)]
-    if x.shape[-2] > JOINT_ROWS or len(plain) < len(layers):
+    if x.shape[-2] > JOINT_ROWS or torch.compiler.is_compiling() or any_global_hook():
+        return None
+    plain = [layer for layer in layers if type(layer) is nn.Linear and _is_plain(layer)]
+    if len(plain) < len(layers):
         return None
     weight = _together([layer.weight for layer in plain])
     biases = [layer.bias for layer in plain if layer.bias is not None]
@@ -55,8 +60,15 @@ def joint_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] 
     return F.linear(x, weight, bias).split([layer.out_features for layer in plain], dim=-1)
 
 
-def _hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+def any_global_hook() -> bool:
+    """Whether somebody watches the calls of all modules."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+    own = type(layer.weight) is nn.Parameter and (layer.bias is None or type(layer.bias) is nn.Parameter)
+    return own and not hooked
 
 
 def _together(parts: Iterable[Tensor]) -> Tensor | None:
@@ -65,7 +77,8 @@ def _together(parts: Iterable[Tensor]) -> Tensor | None:
     end = first.data_ptr() + first.nbytes
     for part in others:
         same_memory = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if part.data_ptr() != end or not same_memory or part.dtype != first.dtype:
+        alike = part.dtype == first.dtype and part.stride() == first.stride()
+        if part.data_ptr() != end or not same_memory or not alike:
             return None
         end += part.nbytes
     if torch.is_grad_enabled() and any(part.requires_grad for part in (first, *others)):

@@ -65,6 +65,7 @@ def load_model(
         dispatch_model(model, placement)
     elif target.type == "cuda":
         lay_projections_together(model)
+        torch.cuda.empty_cache()  # where they lay before
     return model.eval()
 
 

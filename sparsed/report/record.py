@@ -120,7 +120,7 @@ class RunRecord(Struct, frozen=True, kw_only=True):
     peak_memory_bytes: Whole | None = None
     backend: str | None
     backend_reason: str | None
-    cached_kernel: str | None = None
+    cached_kernels: list[str] = []
     repeats: Repeats | None = None
     warmup_seconds: list[Seconds] = []
     warmup_compile_seconds: Seconds = 0.0

@@ -17,7 +17,7 @@ FEW_ROWS = {Phase.ANSWER: "answer_steps", Phase.CACHED: "cached_steps"}
 
 
 def attention(forwards: Sequence[Forward]) -> list[Phase]:
-    """Full, selecting or sparse for each step: an idle one counts as sparse once blocks are selected, else as full."""
+    """The phase of each step: an idle one counts as sparse once blocks are selected, else as full."""
     kinds, idle = [], Phase.FULL
     for forward in forwards:
         idle = Phase.SPARSE if forward.phase == Phase.SELECTING else idle
@@ -180,8 +180,8 @@ def run_lines(run: RunRecord) -> list[str]:
         lines.append(f"  density {run.density:.1%} of the (query, key) pairs")
     if run.backend is not None:
         lines.append(f"  backend {run.backend} ({run.backend_reason})")
-    if run.cached_kernel is not None:
-        lines.append(f"  cached steps by the kernel {run.cached_kernel}")
+    if run.cached_kernels:
+        lines.append(f"  cached steps by the kernel {' and '.join(run.cached_kernels)}")
     return lines
 
 

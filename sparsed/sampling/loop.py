@@ -55,7 +55,7 @@ def generate(
     mask_id = model.config.mask_token_id if mask_id is None else mask_id
     vocabulary = model.config.vocab_size
     canvas = Canvas.of(input_ids.to(model.device), attention_mask, settings.gen_length, mask_id, vocabulary)
-    halves = 2 if settings.cfg_scale else 1
+    halves = settings.sequences
     shape = halves * len(canvas.ids), canvas.length
     options = {"backend": backend, "rule": rule, "schedule": schedule_of(settings, config, rule)}
     with sequence_of(model, config, settings.steps, settings.gen_length, shape, **options) as run:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from ..models.common import DiffusionLM
+from ..models.joint import any_global_hook
 
 Forward = Callable[..., Tensor]
+# forwards of a kind up to the first that only replays: run as it is, captured, replayed
+UNTIL_REPLAYED = 3
 
 
 @dataclass
@@ -83,13 +86,18 @@ class Replays:
         pool = next((other.graph.pool() for other in self._kinds.values() if other.graph is not None), None)
         # other threads may go on using the GPU meanwhile
         capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
-        with self.aside(), torch.cuda.device(inputs[0].device), capture:
+        device = inputs[0].device
+        # back on the stream of before, even where torch does not leave its own because the capture failed
+        here = torch.cuda.stream(torch.cuda.current_stream(device))
+        with self.aside(), torch.cuda.device(device), here, capture:
             logits = forward(*inputs)
         known.inputs, known.graph, known.logits = inputs, graph, logits
 
 
 def replayable(model: DiffusionLM) -> bool:
     """Whether the model lies on one GPU, and nobody has hooked into it or replaced its methods: a replay calls none."""
+    if any_global_hook():
+        return False
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         return False

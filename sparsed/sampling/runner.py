@@ -47,7 +47,7 @@ class StepRunner:
         self.replays = Replays(model, nullcontext if run is None else run.uncounted)
         self.pattern_version: int | None = None
         self.window: Rows | None = None  # of the latest forward of few rows
-        self.total: Tensor | None = None  # of the latest logits, on the host
+        self.total: Tensor | None = None  # of the latest logits; of a CUDA device on the host
         self.arrived: torch.cuda.Event | None = None  # when it is there
 
     def __call__(self, ids: Tensor, rows: Tensor, window: tuple[int, int] | None = None) -> Tensor:

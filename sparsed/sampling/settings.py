@@ -72,6 +72,7 @@ class DreamSettings(Saving):
     shift: ClassVar[int] = 1  # a token's logits are in the row before it
     always_in_blocks: ClassVar[bool] = False
     cfg_scale: ClassVar[float] = 0.0
+    sequences: ClassVar[int] = 1
 
     gen_length: int
     steps: int
@@ -193,6 +194,11 @@ class LLaDASettings(Saving):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         steps_a_block(self.gen_length, self.steps, self.block_length)
         self.check_saving()
+
+    @property
+    def sequences(self) -> int:
+        """That a forward has for each row of the batch: guidance needs two."""
+        return 2 if self.cfg_scale else 1
 
     @property
     def blocks(self) -> int:

@@ -174,7 +174,7 @@ def even_shares(canvas: Canvas, idle: list[bool], block_length: int, ends: Colle
             counts = commit_counts(canvas.masked(start, end), each)
             if ends and not counts.any():
                 return
-        over = inner == each - 1
+        over = inner == each - 1 or idle[step + 1]  # steps that commit nothing are a block's last
         yield Turn(end, counts[:, inner], idle=nothing, start=start if ends else 0, ends=ends, over=over)
 
 

@@ -28,9 +28,9 @@ class Played:
             "require_gpu": lambda parser: CPU,
             "random_model": lambda family, device: model,
             "WAYS": tuple(ways),
-            "NEW_TOKENS": 32,
-            "BLOCK_LENGTH": 8,
-            "STEPS": (32, 12),
+            "NEW_TOKENS": 16,
+            "BLOCK_LENGTH": 4,
+            "STEPS": (16, 8),
             "RUN_WHOLE": 100,
         }.items():
             monkeypatch.setattr(generation, name, value)
@@ -53,11 +53,9 @@ class Played:
 def test_from_end_to_end(family, tmp_path, monkeypatch, capsys):
     played = Played(tmp_path, monkeypatch, family)
     checked = []
-    monkeypatch.setattr(
-        generation, "check", lambda way, model, length, device: checked.append((way.name, length)) or {}
-    )
+    monkeypatch.setattr(generation, "check", lambda way, model, length: checked.append((way.name, length)) or {})
     code, record = played.run()
-    assert checked == [(way.name, tokens + 32) for tokens in (90, 170) for way in WAYS]
+    assert checked == [(way.name, tokens + 16) for tokens in (90, 170) for way in WAYS]
     assert code == 0 and [row["length"] for row in record["rows"]] == ["4k", "64k"]
     full, sparsed, _, dual, both, _, once = (way.name for way in WAYS)
     for row, whole in zip(record["rows"], (True, False), strict=True):
@@ -66,29 +64,29 @@ def test_from_end_to_end(family, tmp_path, monkeypatch, capsys):
             for name, way in row["ways"].items()
             for steps, entry in way["steps"].items()
         }
-        assert counts[full, "32"] == {"full": 32} and counts[full, "12"] == {"full": 12}
+        assert counts[full, "16"] == {"full": 16} and counts[full, "8"] == {"full": 8}
         # a quarter of the steps are full, the last of them selects
-        assert counts[sparsed, "32"] == {"full": 7, "selecting": 1, "sparse": 24}
-        assert counts[sparsed, "12"] == {"full": 2, "selecting": 1, "sparse": 9}
-        assert counts[dual, "32"] == {"full": 4, "cached": 28} and counts[dual, "12"] == {"full": 4, "cached": 8}
-        assert counts[both, "32"] == {"selecting": 1, "sparse": 3, "cached": 28}  # of four refreshes one is full
-        assert counts[once, "32"] == {"full": 1, "answer": 3, "cached": 28}
+        assert counts[sparsed, "16"] == {"full": 3, "selecting": 1, "sparse": 12}
+        assert counts[sparsed, "8"] == {"full": 1, "selecting": 1, "sparse": 6}
+        assert counts[dual, "16"] == {"full": 4, "cached": 12} and counts[dual, "8"] == {"full": 4, "cached": 4}
+        assert counts[both, "16"] == {"selecting": 1, "sparse": 3, "cached": 12}  # of four refreshes one is full
+        assert counts[once, "16"] == {"full": 1, "answer": 3, "cached": 12}
         measured = {key: entry["measured"] for key, entry in row["ways"][full]["steps"].items()}
-        assert measured == {"32": whole, "12": False}, "fewer steps are made of the same forwards"
+        assert measured == {"16": whole, "8": False}, "fewer steps are made of the same forwards"
         assert all(entry["measured"] for entry in row["ways"][both]["steps"].values())
         for way in row["ways"].values():
             for entry in way["steps"].values():
-                assert entry["speedup"] == row["ways"][full]["steps"]["32"]["seconds"] / entry["seconds"]
+                assert entry["speedup"] == row["ways"][full]["steps"]["16"]["seconds"] / entry["seconds"]
     assert capsys.readouterr().out.endswith(generation.table([record]) + "\n")
 
 
 def test_what_is_checked(tmp_path, monkeypatch):
     Played(tmp_path, monkeypatch, "llada")
     model = load_model(tmp_path / "model", device="cpu")
-    for way, kinds in zip(
-        generation.WAYS, ([], ["sparse"], ["sparse"], ["cached"], *[["sparse", "cached"]] * 2), strict=False
-    ):
-        gates = generation.check(way, model.config, 122, CPU)
+    both = ["sparse", "cached"]
+    expected = [], ["sparse"], ["sparse"], ["cached"], both, both, ["cached"]
+    for way, kinds in zip(generation.WAYS, expected, strict=True):
+        gates = generation.check(way, model, 122)
         assert list(gates) == ["full", *kinds]
         assert all(gate["error"] <= gate["allowed"] for gate in gates.values())
         assert {kind: gate["kernel"] for kind, gate in gates.items()} == {
@@ -107,7 +105,7 @@ def test_the_first_forwards_alone(tmp_path, monkeypatch):
     Played(tmp_path, monkeypatch, "llada")
     model = load_model(tmp_path / "model", device="cpu")
     way = Way("", ATTENTION)
-    assert [phase for phase, *_ in run(model, 90, way, way.settings("llada", 32), 2).forwards] == [
+    assert [phase for phase, *_ in run(model, 90, way, way.settings("llada", 16), 2).forwards] == [
         "selecting",
         "sparse",
     ]
@@ -158,16 +156,25 @@ def test_its_forwards_in_our_terms():
 @pytest.mark.parametrize("fails", [False, True])
 def test_it_runs_after_ours_and_is_held_against_the_cache_alone(fails, tmp_path, monkeypatch, capsys):
     played = Played(tmp_path, monkeypatch, "llada")
-    monkeypatch.setattr(generation, "check", lambda *_: {})
     monkeypatch.setattr(generation, "missing", lambda *_: None)
+
+    def ours(model, row, repeats):
+        full = {"full": {"count": 4, "seconds": {"median": 0.5}}}
+        entry = {"measured": True, "seconds": 8.0, "forwards": full, "peak_memory_bytes": 7}
+        for name in (WAYS[0].name, generation.CACHE_ALONE):
+            row["ways"][name] = {"steps": {"16": dict(entry), "8": dict(entry)}}
+        yield "done"
+
+    monkeypatch.setattr(generation, "measure", ours)
+    monkeypatch.setattr(generation, "warm", lambda *_: {})
     played.flags += ["--reference", str(tmp_path)]
 
     def measure(folder, family, lengths, *sizes):
-        assert (folder, family, lengths, sizes) == (tmp_path, "llada", ["4k", "64k"], (32, 8, (32, 12)))
+        assert (folder, family, lengths, sizes) == (tmp_path, "llada", ["4k", "64k"], (16, 4, (16, 8)))
         yield {"versions": {"torch": "x"}}
         full = {"full": {"count": 4, "seconds": {"median": 1.0}}}
         entry = {"measured": True, "seconds": 4.0, "forwards": full, "peak_memory_bytes": 7}
-        yield {"length": "4k", "steps": {"32": dict(entry), "12": dict(entry)}}
+        yield {"length": "4k", "steps": {"16": dict(entry), "8": dict(entry)}}
         if fails:
             raise RuntimeError("ended with exit code 1")
         yield {"length": "64k", "error": "out of memory"}
@@ -177,9 +184,8 @@ def test_it_runs_after_ours_and_is_held_against_the_cache_alone(fails, tmp_path,
     out, err = capsys.readouterr()
     assert code == fails and ("exit code 1" in err) == fails
     assert record["reference"]["versions"] == {"torch": "x"}
-    found = record["rows"][0]["ways"][fast_dllm.NAME]["steps"]["32"]
-    ours = record["rows"][0]["ways"]["dual cache"]["steps"]["32"]["forwards"]["full"]["seconds"]["median"]
-    assert found["ours_faster"] == 4.0 / (4 * ours) and found["speedup"] > 0
+    found = record["rows"][0]["ways"][fast_dllm.NAME]["steps"]["16"]
+    assert found["ours_faster"] == 2.0 and found["speedup"] == 2.0
     assert fast_dllm.NAME in out and (fails or f"{fast_dllm.NAME}: out of memory" in out)
 
 

@@ -70,7 +70,7 @@ def test_the_record_of_a_cached_run_beside_full_attention(call):
         "28 cached steps" in err
         and "32 forwards (1 full, 28 cached, 1 selecting, 2 sparse) for 32 tokens, 1 each" in err
     )
-    assert (plain["cached_kernel"], cached["cached_kernel"]) == (None, "torch")
+    assert (plain["cached_kernels"], cached["cached_kernels"]) == ([], ["torch"])
     assert err.count("cached steps by the kernel torch") == 1
     shown = page(record)
     assert 'class="cached_steps"' in shown and "over cached keys" in shown

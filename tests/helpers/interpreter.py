@@ -11,8 +11,12 @@ ROOT = Path(__file__).parents[2]
 PREPARED = """
 import torch
 torch.manual_seed(0)  # as the fixture does in this process
-empty = torch.empty
-torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
+def poisoned(make):
+    def empty(*args, **kwargs):
+        out = make(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+    return empty
+torch.empty, torch.Tensor.new_empty = map(poisoned, (torch.empty, torch.Tensor.new_empty))
 """
 # Triton 3.6 prepares its language anew for every call of a function inside a kernel, a third of the time; once for
 # every function is enough
@@ -29,7 +33,7 @@ interpreter.InterpretedFunction.__call__ = call
 
 
 def interpret(code, interpreted=True):
-    """Run `code`, in which `torch.empty` hands out NaN; its assertions are the test's."""
+    """Run `code`, in which new memory holds NaN; its assertions are the test's."""
     pytest.importorskip("triton")
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted)), "PYTHONPATH": paths}

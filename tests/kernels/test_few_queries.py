@@ -102,37 +102,39 @@ def test_a_model_asks_with_its_own_shapes(make, monkeypatch):
     common = importlib.import_module("sparsed.models.common")
     monkeypatch.setattr(common, "full_attention_kernel", lambda *given: asked.append(given) or "torch")
     model.attention_kernel(2, 33, 4000)
-    cache = model.kv_cache(2, 4000)._layers[0][0]
     ((q, k, v, padded),) = asked
-    assert k.shape == v.shape == cache.shape and not padded
-    assert q.shape == (2, model.config.sizes.heads, 33, cache.shape[3]) and q.dtype == cache.dtype
+    with torch.no_grad():
+        cache = model.kv_cache(2, 40)
+        model(torch.zeros(2, 40, dtype=torch.long), cache=cache)
+    held = cache._layers[0][0]
+    assert k.shape == v.shape == (*held.shape[:2], 4000, held.shape[3]) and not padded
+    assert q.shape == (2, model.config.sizes.heads, 33, held.shape[3]) and q.dtype == held.dtype
 
 
+def without_last_key(q, k, v, valid):
+    return full_attention(q, k[:, :, :-1], v[:, :, :-1], None if valid is None else valid[:, :-1])[0]
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "agrees"),
     [
         (lambda q, k, v, valid: full_attention(q, k, v, valid)[0], True),
-        (
-            lambda q, k, v, valid: full_attention(
-                q, k[:, :, :-1], v[:, :, :-1], valid if valid is None else valid[:, :-1]
-            )[0],
-            False,
-        ),
+        (without_last_key, False),
         (lambda q, k, v, valid: 1 / 0, False),
     ],
     ids=["right", "without the last key", "does not run"],
 )
-def test_a_kernel_that_is_wrong_is_not_taken(kernel, agrees, padded, monkeypatch):
+def test_a_kernel_that_is_wrong_is_not_taken(kernel, agrees, padded, tile, monkeypatch):
     monkeypatch.setattr(full_attention_module, "few_queries_attention", kernel)
-    assert (
-        full_attention_module._split_agrees.__wrapped__(torch.device("cpu"), torch.float32, 4, 2, 32, padded) == agrees
-    )
+    asked = full_attention_module._split_agrees.__wrapped__
+    assert asked(torch.device("cpu"), torch.float32, 4, 2, 32, padded, tile) == agrees
 
 
-def test_padding_that_is_read_is_noticed(monkeypatch):
-    monkeypatch.setattr(
-        full_attention_module, "few_queries_attention", lambda q, k, v, valid: full_attention(q, k, v)[0]
-    )
-    agrees = full_attention_module._split_agrees.__wrapped__
-    assert [agrees(torch.device("cpu"), torch.float32, 4, 2, 32, padded) for padded in (False, True)] == [True, False]
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_that_is_read_is_noticed(padded, monkeypatch):
+    unpadded = lambda q, k, v, valid: full_attention(q, k, v)[0]  # noqa: E731
+    monkeypatch.setattr(full_attention_module, "few_queries_attention", unpadded)
+    asked = full_attention_module._split_agrees.__wrapped__
+    assert asked(torch.device("cpu"), torch.float32, 4, 2, 32, padded, 64) != padded

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from sparsed import SparseDConfig, sparsify
 from sparsed.models.rows import Rows
@@ -246,3 +247,30 @@ def test_what_does_not_fit(model, wrong):
     call, line = WRONG[wrong]
     with pytest.raises(ValueError, match=line):
         call(model, torch.randint(0, 90, (1, LENGTH)))
+
+
+class Adapted(nn.Module):
+    """As an adapter: the layer is inside, under another name."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_cache_takes_what_the_layers_give(model, autocast):
+    """Whatever their weights are called, and whatever they are stored in."""
+    ids = torch.randint(0, 90, (1, LENGTH))
+    for module in list(model.modules()):
+        if hasattr(module, "k_proj"):
+            module.k_proj = Adapted(module.k_proj)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain, cache = model(ids), model.kv_cache(1, LENGTH)
+        assert torch.equal(model(ids, cache=cache), plain)
+        out = window_of(model, ids, None, 30, 40, cache)
+        torch.testing.assert_close(out, plain[:, 30:40], atol=5e-2 if autocast else 1e-5, rtol=0)
+    assert {layer.dtype for layer in cache._layers} == {torch.bfloat16 if autocast else torch.float32}

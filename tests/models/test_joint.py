@@ -74,13 +74,46 @@ def swapped(layers):
     layers.reverse()
 
 
-@pytest.mark.parametrize("change", [replaced, replaced_bias, without_bias, hooked, patched, adapted, swapped])
+def turned(layers):
+    """At the same place in memory, with other strides."""
+    layers[1].weight.data = layers[1].weight.data.view(24, 8).t()
+
+
+class Quantised(torch.Tensor):
+    """As a quantised weight: a tensor of another kind."""
+
+
+def quantised(layers):
+    weight = layers[2].weight
+    del layers[2].weight
+    layers[2].weight = nn.Parameter(weight.data.as_subclass(Quantised), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change", [replaced, replaced_bias, without_bias, hooked, patched, adapted, swapped, turned, quantised]
+)
 def test_no_joint_product_of_other_layers(change):
     layers, _ = three(True)
     x = torch.randn(2, 5, 24)
     assert joint_product(x, layers) is not None
     change(layers)
     assert joint_product(x, layers) is None
+
+
+def test_whoever_watches_all_modules_sees_every_layer():
+    layers, _ = three(True)
+    watch = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert joint_product(torch.randn(2, 5, 24), layers) is None
+    finally:
+        watch.remove()
+
+
+def test_a_compiler_sees_one_graph():
+    model = tiny_llada()
+    lay_projections_together(model)
+    explained = torch._dynamo.explain(model)(torch.randint(0, 90, (1, 40)))
+    assert explained.graph_break_count == 0
 
 
 def test_not_of_many_rows_and_not_where_a_gradient_is_wanted():
@@ -93,11 +126,12 @@ def test_not_of_many_rows_and_not_where_a_gradient_is_wanted():
 @pytest.mark.parametrize("make", [tiny_dream, tiny_llada])
 def test_a_model_s_logits_stay(make):
     model, ids = make(), torch.randint(0, 90, (2, 40))
-    names, expected = list(model.state_dict()), model(ids)
+    names, expected, last = list(model.state_dict()), model(ids), model(ids, first_row=20)
     lay_projections_together(model)
     assert joint_product(torch.randn(1, 3, model.config.sizes.width), projections_of(model)) is not None
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(ids), expected)
+    torch.testing.assert_close(model(ids, first_row=20), last)
 
 
 def projections_of(model):

@@ -335,7 +335,7 @@ def test_hooks_are_called_at_every_step(captured):
 def test_prompts_of_other_lengths_compile_nothing(family, block_size):
     kernels = [
         kernel
-        for module in ("block_scores_triton", "block_sparse_triton", "elementwise_triton")
+        for module in ("block_scores_triton", "block_sparse_triton", "elementwise_triton", "few_queries_triton")
         for kernel in vars(importlib.import_module(f"sparsed.kernels.{module}")).values()
         if isinstance(kernel, triton.runtime.JITFunction)
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsed.sampling.canvas import Canvas
-from sparsed.sampling.unmasking import commit_counts, commit_fractions, idle_steps, steps_a_block
+from sparsed.sampling.unmasking import commit_counts, commit_fractions, even_shares, idle_steps, steps_a_block
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.1, 0.9])
@@ -76,6 +76,13 @@ def test_a_share_that_is_committed_is_exactly_what_skip_says(tokens, share, each
     canvas.ids[0, 3:] = 1
     canvas.ids[1, 3 : 3 + tokens * each] = 1
     assert canvas.committed == share, "of the row that has least"
+
+
+@pytest.mark.parametrize("idle", [0, 1, 3])
+def test_a_block_is_over_with_the_last_step_that_commits(idle):
+    canvas = Canvas.of(torch.zeros(1, 1, dtype=torch.long), None, 4, 9, 10)
+    turns = list(even_shares(canvas, [False, False, *[True] * idle] * 2, 2, {7}))
+    assert [turn.over for turn in turns] == [False, True, *[True] * idle] * 2
 
 
 @pytest.mark.parametrize("over", [False, True])
