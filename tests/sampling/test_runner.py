@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparsed import SparseDConfig, sparsify
+from sparsed.models.llada import LLaDAModel
 from sparsed.sampling import replay, runner
 from sparsed.sampling.common import Step
 from sparsed.sampling.replay import Replays
@@ -212,7 +213,8 @@ def test_a_capture_that_fails_at_its_end_counts_no_step(monkeypatch):
     monkeypatch.setattr(replay, "replayable", lambda model: True)
     monkeypatch.setattr(torch.cuda, "graph", failing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    for name in ("device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
     model, prompts, steps = MODELS["llada"](), torch.randint(0, 90, (1, 30)), []
     options = {"gen_length": 16, "steps": 16, "block_length": 16}
     with sparsify(model, SPARSE, steps=16, gen_length=16) as run:
@@ -280,6 +282,23 @@ def test_one_cuda_graph_serves_the_windows_of_all_blocks(
     assert len(captured) == len(windows)
     monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
     assert torch.equal(generate(), replayed)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_waits_leaves_the_stream_of_before(monkeypatch):
+    model, plain = MODELS["llada"]().cuda(), LLaDAModel.forward
+
+    def waiting(self, ids, *args, **kwargs):
+        ids.sum().item()  # which no capture allows
+        return plain(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(LLaDAModel, "forward", waiting)
+    before = torch.cuda.current_stream()
+    prompts = torch.randint(0, 90, (1, 30)).cuda()
+    tokens = GENERATE["llada"](model, prompts, gen_length=16, steps=16, block_length=16)
+    assert torch.cuda.current_stream() == before
+    monkeypatch.setattr(runner, "REPLAYED_TOKENS", 0)
+    assert torch.equal(GENERATE["llada"](model, prompts, gen_length=16, steps=16, block_length=16), tokens)
 
 
 @pytest.mark.gpu
