@@ -11,7 +11,9 @@ import torch
 
 from benchmarks.shapes import meta_model
 from sparsed import SparseDConfig, load_model
-from sparsed.cli import main_dream, main_llada, memory, running, ways
+from sparsed.cli import arguments, main_dream, main_llada, memory, running, ways
+from sparsed.cli.families import LLADA
+from sparsed.cli.running import Job
 from sparsed.cli.ways import Forwards
 from sparsed.models.loading import weight_bytes
 from sparsed.report.page import page
@@ -339,3 +341,12 @@ def test_where_blocks_do_not_fit_no_cache_is_timed(checkpoints, tmp_path, capsys
         "no cache was timed: a cache needs blocks: --block_length must divide the 40 new tokens"
         in capsys.readouterr().out
     )
+
+
+def test_few_rows_are_timed_as_they_are_replayed(checkpoints):
+    """The first of a kind runs as it is, the second is captured: the third is what most steps are like."""
+    model, shapes = load_model(checkpoints["llada"], device="cpu"), []
+    model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[1]))
+    words = "--device cpu --seq_len 32 --steps 32 --block_length 8"
+    ways.time_few_rows(Job(model, None, [7] * 100, arguments.parse(LLADA, words.split())), 100)
+    assert shapes == [132, 32, 32, 32, 8, 8, 8]
