@@ -78,9 +78,9 @@ def _adapt(args: argparse.Namespace) -> None:
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     trainer = Trainer(args.checkpoint, args.out, model, recipe, ids, held_out)
     with blame(args, "--out"):
+        trainer.restore()
         args.out.mkdir(parents=True, exist_ok=True)
         copy_tokenizer(args.checkpoint, args.out)
-        trainer.restore()
     trainer.run(args.minutes, args.save_every)
     tell(f"written to {args.out}: step {trainer.step} of {args.steps}")
 

@@ -40,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write config.json, and model.safetensors in its `torch_dtype`; each is there whole or not at all."""
-    dtype = DTYPES.get(config.get("torch_dtype"), torch.float32)
+    dtype = DTYPES.get(str(config.get("torch_dtype")), torch.float32)
     stored = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
     write_tensors(folder / "model.safetensors", stored, {"format": "pt"})
     write_json(folder / "config.json", dict(config))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ TOLD_EVERY = 20  # seconds
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that are trained, by name: all but the biases, which stay zero, and of the embedding the mask's row."""
+    """The weights that are trained, by name: not the biases, which stay zero, and of the embedding the mask's row."""
     embedding = model.model.embed_tokens.weight
     only = torch.zeros(len(embedding), 1, device=embedding.device)
     only[model.config.mask_token_id] = 1
@@ -52,7 +52,15 @@ class Trainer:
         held_out: uint16, to measure the loss on; None for nothing.
     """
 
-    def __init__(self, base: Path, out: Path, model: nn.Module, recipe: Recipe, ids: np.ndarray, held_out=None):
+    def __init__(
+        self,
+        base: Path,
+        out: Path,
+        model: nn.Module,
+        recipe: Recipe,
+        ids: np.ndarray,
+        held_out: np.ndarray | None = None,
+    ):
         self.out, self.config, self.model, self.recipe = out, read_config(base), model, recipe
         self.ids, self.held_out = ids, held_out
         self.step, self.seconds, self.lines = 0, 0.0, []
@@ -160,15 +168,14 @@ class Trainer:
         tell(f"step {self.step}, held out: " + ", ".join(f"{loss:.3f} at {length}" for length, loss in found.items()))
 
 
-def _bound(batches: list[Batch], sums: list[float]) -> float:
+def _bound(batches: Sequence[Batch], sums: Sequence[float]) -> float:
     return round(sum(sums) / sum(batch.places for batch in batches), 5)
 
 
 def _by_length(batches: list[Batch], sums: list[float]) -> dict[str, float]:
     """Of each length the bound in nats a token: what the masked tokens cost by all that could have been masked."""
-    lengths = [batch.ids.shape[1] for batch in batches]
-    places = {length: [index for index, other in enumerate(lengths) if other == length] for length in lengths}
-    return {
-        str(length): _bound([batches[index] for index in found], [sums[index] for index in found])
-        for length, found in sorted(places.items())
-    }
+    found = {}
+    for length in sorted({batch.ids.shape[1] for batch in batches}):
+        pairs = [pair for pair in zip(batches, sums, strict=True) if pair[0].ids.shape[1] == length]
+        found[str(length)] = _bound(*zip(*pairs, strict=True))
+    return found

@@ -4,6 +4,7 @@ import json
 import lzma
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from tests.helpers.tiny_gguf import (
     write_gguf,
 )
 
+REPO = Path(__file__).parents[2]
 SENTENCES = [
     f"The {one} of the {other} has {count} {thing} that nobody counts."
     for one, other, thing in (("roof", "house", "tiles"), ("ship", "king", "sails"), ("tree", "garden", "leaves"))
@@ -473,7 +475,11 @@ def test_steps_after_the_last_save_are_made_again(base, ids_file, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         adapt.main(words)
     monkeypatch.undo()
+    log = tmp_path / "killed/losses.jsonl"
+    log.write_text(log.read_text() + '{"step": 5}\n')  # as if killed between the writing of two files
     assert adapt.main(words) == 0
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert all("loss" in line for line in log.read_text().splitlines())
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -508,6 +514,12 @@ def test_another_run_in_the_same_folder_and_wrong_calls_are_refused(base, ids_fi
         assert why in refused(capsys, adapt.main, wrong)
     (tmp_path / "training.safetensors").write_bytes(b"nothing")
     assert "no state of a training" in refused(capsys, adapt.main, training(base, ids_file, tmp_path))
+
+
+def test_the_readme_names_the_weights_of_the_record():
+    record = json.loads((REPO / "benchmarks/results/fidelity-smollm2-h200.json").read_text())
+    readme = (REPO / "demo/real/README.md").read_text(encoding="utf-8")
+    assert f"`{record['weights_sha256'][0][:8]}`" in readme
 
 
 def test_the_whole_recipe(base, ids_file, tmp_path):
