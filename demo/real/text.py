@@ -1,0 +1,168 @@
+"""Turn text files into the token ids that the adaptation trains on and those that it never sees:
+
+    python -m demo.real.text docs/ notes.txt --checkpoint runs/base --out runs/text
+
+Every UTF-8 file is a document; other files are skipped. A paragraph that an earlier document had already is
+left out, so that nothing held out was trained on; what a document repeats itself stays. Which documents are held out
+follows from their text and --seed alone. Writes train.bin.xz and held-out.bin.xz, uint16 ids whose documents end with
+id 0, and text.json, which says what is in them.
+"""
+
+import argparse
+import hashlib
+import lzma
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from demo.real.folders import folder
+from sparsed.console.endings import blame, guarded
+from sparsed.console.files import replacing, write_json
+from sparsed.console.parser import Parser, add_value
+from sparsed.console.readers import number_in, path, whole
+from sparsed.console.streams import tell
+from sparsed.models import load_tokenizer
+
+PROGRAM = "python -m demo.real.text"
+END = 0
+LONG = 80  # characters of a paragraph that is looked for in other documents; shorter ones are headings and the like
+AT_ONCE = 64  # documents
+PARTS = ("train", "held-out")
+
+
+def files_in(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files and those in the folders, in order, each once; OSError for what is not there."""
+    seen = set()
+    for one in paths:
+        for file in sorted(one.rglob("*")) if one.is_dir() else [one.resolve(strict=True)]:
+            if file.is_file() and file.resolve() not in seen:
+                seen.add(file.resolve())
+                yield file
+
+
+def read_text(file: Path) -> str | None:
+    """None for what is not UTF-8 text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
+
+
+def deduplicated(texts: Iterable[str]) -> Iterator[str]:
+    """The texts without long paragraphs of earlier ones; empty where nothing is left."""
+    seen: set[bytes] = set()
+    for text in texts:
+        kept, own = [], set()
+        for paragraph in re.split(r"\n\s*\n", text):
+            words = " ".join(paragraph.split())
+            mark = hashlib.blake2b(words.encode(), digest_size=16).digest()
+            if len(words) < LONG or mark not in seen:
+                kept.append(paragraph)
+                own.add(mark)
+        seen |= own
+        yield "\n\n".join(kept).strip("\n")
+
+
+def is_held_out(text: str, share: float, seed: int) -> bool:
+    """Drawn with probability `share`, the same for the same text and seed."""
+    drawn = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(drawn, "little") < share * 2**64
+
+
+def tokenised(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """uint16 ids of each text and END; what reads as a special token is text too."""
+    tokenizer.encode_special_tokens = True
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [np.array([*encoding.ids, END], np.uint16) for encoding in encodings]
+
+
+def prepare(texts: Iterable[str], tokenizer: Tokenizer, share: float, shortest: int, seed: int) -> dict[str, list]:
+    """The documents' ids by part; those shorter than `shortest` tokens are left out."""
+    parts: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
+    waiting: list[str] = []
+
+    def take() -> None:
+        for text, ids in zip(waiting, tokenised(tokenizer, waiting), strict=True):
+            if len(ids) > shortest:
+                parts[PARTS[is_held_out(text, share, seed)]].append(ids)
+        waiting.clear()
+
+    for text in deduplicated(texts):
+        waiting.append(text)
+        if len(waiting) == AT_ONCE:
+            take()
+    take()
+    return parts
+
+
+def read_ids(file: Path, vocabulary: int) -> np.ndarray:
+    """The uint16 ids of a .bin or .bin.xz file; OSError, or ValueError if it holds none or ids of other tokenizers."""
+    raw = file.read_bytes()
+    try:
+        raw = lzma.decompress(raw) if file.suffix == ".xz" else raw
+    except lzma.LZMAError as error:
+        raise ValueError(f"{file} is no xz file: {error}") from None
+    if not raw or len(raw) % 2:
+        raise ValueError(f"{file} must hold uint16 ids, but has {len(raw)} bytes")
+    ids = np.frombuffer(raw, "<u2")
+    if ids.max() >= vocabulary:
+        raise ValueError(f"{file} has id {ids.max()}, beyond the vocabulary of {vocabulary}")
+    return ids
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepare text with these words (None: the process's own); returns the exit code."""
+    advice = "take less text at once"
+    return guarded(lambda: _prepare(_parse(argv)), PROGRAM, advice=advice, ending=argv is None)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog=PROGRAM, description=__doc__)
+    parser.add_argument("paths", type=path, metavar="PATH", nargs="+", help="text files and folders of them")
+    parser.add_argument("--checkpoint", type=folder, metavar="FOLDER", required=True, help="whose tokenizer is taken")
+    parser.add_argument("--out", type=path, metavar="FOLDER", required=True, help="where the ids go")
+    add_value(parser, "--held_out", "share of the documents that is held out", 0.01, type=number_in(0, 1))
+    add_value(parser, "--shortest", "tokens that a document must have", 64, type=whole(1))
+    add_value(parser, "--seed", "of what is held out", 0, type=whole(0))
+    args = parser.parse_args(argv)
+    args.parser = parser
+    return args
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    with blame(args, "--checkpoint"):
+        tokenizer = load_tokenizer(args.checkpoint)
+        if tokenizer.eos_token_id != END or len(tokenizer) > 2**16:
+            raise ValueError(f"the tokenizer must end documents with id {END} and have at most 65,536 tokens")
+    counts: Counter[str] = Counter()
+
+    def texts() -> Iterator[str]:
+        for file in files_in(args.paths):
+            text = read_text(file)
+            counts["skipped" if text is None else "files"] += 1
+            if text is not None:
+                yield text
+
+    with blame(args, "PATH"):
+        parts = prepare(texts(), tokenizer.backend_tokenizer, args.held_out, args.shortest, args.seed)
+        if not any(parts.values()):
+            raise ValueError(f"no document of {args.shortest} tokens and more")
+    with blame(args, "--out"):
+        args.out.mkdir(parents=True, exist_ok=True)
+        for part, documents in parts.items():
+            counts[f"{part} documents"], counts[f"{part} tokens"] = len(documents), sum(map(len, documents))
+            with replacing(args.out / f"{part}.bin.xz") as temporary:
+                temporary.write_bytes(lzma.compress(b"".join(ids.astype("<u2").tobytes() for ids in documents)))
+        options = {"held_out": args.held_out, "shortest": args.shortest, "seed": args.seed}
+        write_json(args.out / "text.json", {"paths": list(map(str, args.paths)), **options, **counts})
+    tell(f"written to {args.out}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Text to ids: documents, what is held out, what is left out."""
+
+import json
+
+import numpy as np
+
+from benchmarks.fidelity import read_tokens
+from benchmarks.fidelity import windows as fidelity_windows
+from demo.real import adapt, text
+from sparsed.models import load_tokenizer
+from tests.helpers.real_recipe import SENTENCES, refused
+
+
+def test_ids_are_the_documents_and_end_with_0(base, ids_file):
+    tokenizer, found = load_tokenizer(base), []
+    record = json.loads((ids_file.parent / "text.json").read_text())
+    for part in ("train", "held-out"):
+        ids = read_tokens(ids_file.with_name(f"{part}.bin.xz"))
+        documents = np.split(ids, np.flatnonzero(ids == 0) + 1)
+        assert len(documents.pop()) == 0 and len(documents) == record[f"{part} documents"] > 0
+        assert len(ids) == record[f"{part} tokens"]
+        found += [tokenizer.decode(document[:-1]) for document in documents]
+    assert sorted("\n\n".join(found).split("\n\n")) == sorted(SENTENCES) and len(found) == record["files"]
+    assert len(fidelity_windows(ids, 64, 16, 10, 3)) > 0
+
+
+def test_the_text_of_a_special_token_is_no_end(base):
+    tokenizer = load_tokenizer(base)
+    (ids,) = text.tokenised(tokenizer.backend_tokenizer, ["a <|endoftext|> and a <|mask|>"])
+    assert (ids == 0).sum() == 1 and ids[-1] == 0 and 3 not in ids
+    assert tokenizer.decode(ids[:-1]) == "a <|endoftext|> and a <|mask|>"
+
+
+def test_long_paragraphs_are_taken_from_later_documents_but_not_from_their_own():
+    long, other = "A long paragraph. " * 8 + "End.", "Another long one. " * 8 + "End."
+    texts = [f"Title\n\n{long}\n\n{other}\n\n{long}", f"Title\n\n{long.replace(' ', '  ')}\n\nMore", long]
+    first, second, third = text.deduplicated(texts)
+    assert first == texts[0] and second == "Title\n\nMore" and third == ""
+
+
+def test_what_is_held_out_follows_from_text_and_seed_alone():
+    texts = [f"Document {index}" for index in range(2000)]
+    for share in (0.0, 0.1, 1.0):
+        drawn = [text.is_held_out(one, share, 7) for one in texts]
+        assert abs(np.mean(drawn) - share) < 0.03
+        assert drawn[::-1] == [text.is_held_out(one, share, 7) for one in texts[::-1]]
+    assert drawn != [text.is_held_out(one, 0.1, 8) for one in texts]
+
+
+def test_wrong_text_is_refused(base, tmp_path, capsys):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    common = ["--checkpoint", base, "--out", tmp_path / "out"]
+    assert "PATH: no document" in refused(capsys, text.main, [tmp_path, *common])
+    assert "No such file" in refused(capsys, text.main, [tmp_path / "nothing", *common])
+    assert "--checkpoint" in refused(capsys, text.main, [tmp_path, "--checkpoint", tmp_path, "--out", tmp_path])
+    for content, name, said in (
+        (b"abc", "x.bin", "3 bytes"),
+        (b"ab", "x.bin.xz", "no xz"),
+        (b"\xff\xff", "x.bin", "65535"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        words = ["--checkpoint", base, "--tokens", tmp_path / name, "--out", tmp_path / "out"]
+        assert said in refused(capsys, adapt.main, words)
