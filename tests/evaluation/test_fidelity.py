@@ -245,8 +245,8 @@ CALL += ["--methods", "sparsed", "--quiet"]
 
 
 def judged_folder(folder, reads_far):
-    """A Dream of one layer whose logits are the mean of the tokens 1 to 31 that it attends to: all tokens alike, or those
-    within a few tokens."""
+    """A Dream of one layer whose logits are the mean of the tokens 1 to 31 that it attends to: all that there are, or
+    those within a few tokens."""
     tiny_folder(folder, "dream", num_hidden_layers=1)
     weights = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():

@@ -10,7 +10,7 @@ from ...console.streams import tell
 from ...models import load_tokenizer
 from ...models.identity import files_digest
 from ...models.loading import model_family
-from ..folder import MEASURE, Folder
+from ..folder import MEASURE, Folder, Record
 from ..methods import Variant
 from ..running import Progress, claimed, report, resumed, source, team_and_model, warn_of_length
 from ..team import leave_group
@@ -60,14 +60,8 @@ def measure(args: Arguments) -> None:
         tokenizer = load_tokenizer(path)
     with blame(args, "--texts", (ValueError, ChatTemplateError)):
         documents = read_documents(args.texts, tokenizer)
-    pieces, counts = [], {}
-    for length in args.lengths:
-        long_enough = [document for document in documents if len(document.tokens) >= length]
-        if not long_enough:
-            args.parser.error(f"argument --texts: no document of {length} tokens")
-        chosen = long_enough[: args.limit]
-        counts[str(length)] = {"measured": len(chosen), "too_short": len(documents) - len(long_enough)}
-        pieces += plan(args, chosen, length)
+    chosen, counts = choose(args, documents)
+    pieces = [piece for length, found in chosen.items() for piece in plan(args, found, length)]
     team, model = team_and_model(args)
     with blame(args, "--texts"):
         check_ids(documents, model.config.vocab_size)
@@ -88,6 +82,18 @@ def measure(args: Arguments) -> None:
     if team.index == 0:
         report(args, folder, [name for piece in pieces for name in piece.keys], summarize, table, plots.draw)
     leave_group()
+
+
+def choose(args: Arguments, documents: list[Document]) -> tuple[dict[int, list[Document]], Record]:
+    """The documents that are measured at each length, and their numbers, with those of the ones that are too short."""
+    chosen, counts = {}, {}
+    for length in args.lengths:
+        long_enough = [document for document in documents if len(document.tokens) >= length]
+        if not long_enough:
+            args.parser.error(f"argument --texts: no document of {length} tokens")
+        chosen[length] = long_enough[: args.limit]
+        counts[str(length)] = {"measured": len(chosen[length]), "too_short": len(documents) - len(long_enough)}
+    return chosen, counts
 
 
 def plan(args: Arguments, documents: list[Document], length: int) -> list[Piece]:
