@@ -123,6 +123,6 @@ def report(gate: Record) -> str:
             parts.append(f"{value:.2f} ({low:.2f} to {high:.2f}) {said} ({count})")
     few = "" if gate["repeated"]["documents"] >= FEWEST else " Too few documents repeat themselves to judge by that."
     return (
-        f"The gate, {gate['mask_rate']:.0%} masked, evidence {gate['far']:,} and more tokens back: full attention beats"
-        f" the {title_of(gate)}, by {'; '.join(parts)} nats a token.{few}"
+        f"The gate, {gate['mask_rate']:.0%} masked, evidence {gate['far']:,} and more tokens back: full attention's NLL"
+        f" is lower than that of the {title_of(gate)}, in nats a token, by {'; '.join(parts)}.{few}"
     )

@@ -98,7 +98,8 @@ class Meter:
                 found = self._logits(runner, window, rate).float().log_softmax(-1)
                 runner.check()
                 on_forward()
-                yield rate, found, 1.0 if run is None else run.density
+                density = None if run is None else run.density
+                yield rate, found, 1.0 if density is None else density
 
     def _logits(self, runner: StepRunner, window: Window, rate: float) -> Tensor:
         """Logits [n, V] of the measured places."""

@@ -69,7 +69,8 @@ def _row(cell: list[Record], lines: dict[tuple, Record]) -> Record:
     """One row, of a variant's lines for one length and mask rate, a document each."""
     first = cell[0]
     full = [lines[key({**record, **FULL.names})] for record in cell]
-    plain = [lines.get(key({**record, "dense_answer": None})) for record in cell] if first["dense_answer"] else []
+    without = [key({**record, "dense_answer": None}) for record in cell] if first["dense_answer"] else []
+    plain = [lines[name] for name in without if name in lines]
     return {
         **{name: first[name] for name in ("length", "mask_rate", *VARIANT)},
         "documents": len(cell),
@@ -79,7 +80,7 @@ def _row(cell: list[Record], lines: dict[tuple, Record]) -> Record:
         "accuracy": _mean("correct", cell),
         "kl": _mean("kl", cell),
         "same": _mean("same", cell),
-        "gain": _mean("kl", cell, plain) if plain and None not in plain else None,
+        "gain": _mean("kl", cell, plain) if len(plain) == len(cell) else None,
         "density": sum(record["density"] for record in cell) / len(cell),
     }
 
