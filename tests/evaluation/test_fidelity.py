@@ -184,6 +184,8 @@ def gate_lines(planted=20.0, anyway=10.0, repeated=None, documents=6):
         # the window loses as much without the copy: that is no sign of reading far
         (gate_lines(anyway=19.5), "through the planted copy"),
         (gate_lines(repeated=10.5), "happens to be repeated"),
+        # one document alone shows it: the mean is high, and its interval holds nothing
+        (gate_lines(10.0) + [line("f", "window", "planted", 60.0)], "where the evidence was planted"),
         ([line(name) for name in "abcdef"], "out of a window's reach"),
     ],
 )
