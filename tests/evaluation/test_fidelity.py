@@ -182,7 +182,7 @@ def gate_lines(planted=20.0, anyway=10.0, repeated=None, documents=6):
         (gate_lines(documents=4), "there are 4 documents, and it takes 5"),
         (gate_lines(planted=10.5), "where the evidence was planted"),
         # the window loses as much without the copy: that is no sign of reading far
-        (gate_lines(anyway=19.5), "through the planted copy"),
+        (gate_lines(anyway=19.5), "by what the planted copy tells"),
         (gate_lines(repeated=10.5), "happens to be repeated"),
         # one document alone shows it: the mean is high, and its interval holds nothing
         (gate_lines(10.0) + [line("f", "window", "planted", 60.0)], "where the evidence was planted"),
@@ -213,7 +213,7 @@ def test_the_table_of_what_can_tell():
         "### 4,096 tokens, the last 20 of them generated\n\nThe gate, 50% masked, evidence 1,024 and "
     )
     assert "1.00 (1.00 to 1.00) where the evidence was planted (60 tokens of 6 documents)" in text
-    assert "3 documents were too short" in text and "cannot tell" not in text
+    assert "Left out as too short: 3." in text and "cannot tell" not in text
     rows = [row for row in text.splitlines() if row.startswith(("| ", "####"))]
     assert rows[0] == "#### 50% masked: 60 tokens of 6 documents" and rows[-4].startswith("#### 25% masked: 30 tokens")
     assert rows[1] == (
@@ -300,7 +300,7 @@ def test_a_model_that_reads_far_can_judge(done):
     assert [(row["mask_rate"], row["method"]) for row in summary["rows"]] == [
         (rate, method) for rate in (0.75, 0.5) for method in ("origin", "sparsed", "window")
     ]
-    assert "1 documents were too short" in table(summary)
+    assert "Left out as too short: 1." in table(summary)
     pytest.importorskip("matplotlib")
     assert {"kl.png", "nll.png"} <= {file.name for file in folder.iterdir()}
 

@@ -22,7 +22,7 @@ MARGIN = 0.1  # nats a token that the interval of full attention's advantage mus
 FEWEST = 5  # documents: were there no advantage, all of five would seldom show one
 SAID = {
     PLANTED: "where the evidence was planted",
-    "copy": "of that through the planted copy",
+    "copy": "by what the planted copy tells",
     REPEATED: "where a passage of the text happens to be repeated",
 }
 

@@ -101,7 +101,7 @@ def table(summary: Record) -> str:
 def _of_length(found: Record, summary: Record) -> str:
     length = found["length"]
     documents = summary["calls"][-1]["documents"].get(str(length))
-    left_out = f" {documents['too_short']} documents were too short." if documents and documents["too_short"] else ""
+    left_out = f" Left out as too short: {documents['too_short']}." if documents and documents["too_short"] else ""
     parts = [f"### {length:,} tokens, the last {summary['settings']['seq_len']} of them generated"]
     if found["cannot_tell"]:
         parts.append(f"**This cannot tell: {found['cannot_tell']}.** Nothing is claimed.{left_out}")
