@@ -149,6 +149,7 @@ def test_no_token_of_a_planted_copy_is_in_the_gate_s_window(block_size, select):
 def test_the_gate_s_window_is_the_densest_without_dense_answer_rows():
     configs = [SparseDConfig(0.2, select, 16, dense) for select in (0.1, 0.5, 0.3) for dense in (False, True)]
     assert Gate.of(configs, 4096, 128).window.config == SparseDConfig(0.0, 0.5, 16)
-    assert Gate.of(configs[:1], 4096, 128).far == 1024, "out of the window's reach all the same"
+    near = Gate.of([SparseDConfig(0.2, select, 16) for select in (0.05, 0.2, 0.1)], 4096, 128)
+    assert near.window.config.select == 0.2 and near.far == 1024, "out of the reach of all of them"
     assert Gate.of(configs[1:2], 4096, 128).window.config == SparseDConfig(0.0, 0.1, 16)
     assert Gate.of([SparseDConfig(0.2, 1.0, 16)], 4096, 128) is None

@@ -44,9 +44,13 @@ class Gate:
         """That of windows of `length` tokens; None if no evidence could be out of any window's reach."""
         shortest = max(min(FAR, length // 2), LEAD + new_tokens)
         windows = variants(["window"], [replace(config, dense_answer=False) for config in configs])
-        found = [Gate(window, max(shortest, _reach(window, length, new_tokens))) for window in windows]
+        reaches = {window: _reach(window, length, new_tokens) for window in windows}
         room = length - new_tokens - LEAD
-        return max((gate for gate in found if gate.far <= room), key=lambda gate: gate.far, default=None)
+        found = [window for window, reach in reaches.items() if max(shortest, reach) <= room]
+        if not found:
+            return None
+        densest = max(found, key=reaches.__getitem__)
+        return Gate(densest, max(shortest, reaches[densest]))
 
 
 def _reach(window: Variant, length: int, new_tokens: int) -> int:
