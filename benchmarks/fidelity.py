@@ -14,7 +14,6 @@ answer's rows, follow the kept blocks. Intervals are 95 % bootstrap intervals ov
 
 import argparse
 import hashlib
-import lzma
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,16 +30,18 @@ from sparsed.backends import SparseAttention, sparse_attention
 from sparsed.blocks import BlockGrid
 from sparsed.console.endings import blame
 from sparsed.console.readers import list_of, number_in, whole
+from sparsed.evaluation.fidelity.documents import Document, check_ids, read_ids, split_documents
+from sparsed.evaluation.fidelity.measuring import compare
+from sparsed.evaluation.fidelity.windows import Window, shuffled
 from sparsed.evaluation.methods import METHODS
 from sparsed.evaluation.results import title_of
+from sparsed.evaluation.scoring import bootstrap
 from sparsed.kernels import block_scores, full_attention
 from sparsed.models.common import DiffusionLM
 from sparsed.sampling import FAMILIES
 
 from .common import build_parser, markdown, new_record, parse_arguments, save
 
-END = 0  # the id after every document
-RESAMPLES = 10_000
 # rows of the full forward, and keys of the answer's, that follow the paper's kept blocks while all others are dense
 PARTS = ("the prompt's rows", "the answer's rows", "the answer's rows: prompt keys", "the answer's rows: answer keys")
 
@@ -88,30 +89,13 @@ def settings(skip: float) -> list[Setting]:
     return found + [Setting("sparsed", 0.3, size, part=part) for size in (128, 32) for part in PARTS]
 
 
-@dataclass(frozen=True)
-class Window:
-    """Tokens [T] of one document, and the places of the generated region in the order in which they are unmasked."""
-
-    document: int
-    tokens: Tensor
-    order: Tensor
-
-    def canvas(self, revealed: float, mask_id: int) -> Tensor:
-        """The tokens [1, T] with all but the first `revealed` of the region's places masked."""
-        tokens = self.tokens.clone()
-        tokens[self.order[round(revealed * len(self.order)) :]] = mask_id
-        return tokens[None]
-
-
 def windows(ids: np.ndarray, length: int, new_tokens: int, most: int, a_document: int) -> list[Window]:
     """The first windows of every document that is long enough, next to each other, at most `a_document` of each."""
-    ends = np.flatnonzero(ids == END)
     found = []
-    for number, document in enumerate(np.split(ids, ends + 1)):
+    for number, document in enumerate(split_documents(ids)):
         for start in range(0, min(len(document) // length, a_document) * length, length):
-            generator = torch.Generator().manual_seed(1000 * number + start)
-            order = length - new_tokens + torch.randperm(new_tokens, generator=generator)
-            found.append(Window(number, torch.from_numpy(document[start : start + length].astype(np.int64)), order))
+            order = shuffled(length, new_tokens, 1000 * number + start)
+            found.append(Window(str(number), torch.from_numpy(document[start : start + length]), order))
     return found[:most]
 
 
@@ -180,33 +164,23 @@ def masked(mask: Tensor) -> SparseAttention:
 
 @torch.no_grad()
 def measure(model: DiffusionLM, window: Window, wanted: list[Setting], mask_id: int) -> list[dict[str, float]]:
-    """For full attention and every setting, sums over the masked tokens: n, KL, same likeliest token, loss."""
+    """For full attention and every setting, `compare`'s sums over the masked tokens."""
     new_tokens = len(window.order)
     canvas = window.canvas(0.5, mask_id).to(model.device)
-    places = (canvas[0] == mask_id).nonzero()[:, 0]
-    rows = FAMILIES[model.family].sources(places, canvas.shape[1])
-    truth = window.tokens.to(model.device)[places]
+    places = window.masked(0.5)
+    rows = FAMILIES[model.family].sources(places, canvas.shape[1]).to(model.device)
+    truth = window.tokens[places].to(model.device)
     full = model(canvas, logit_rows=rows).log_softmax(-1)
-    sums = [_sums(full, full, truth)]
+    sums = [compare(full, full, truth)]
     selectors: dict[float, Selector] = {}
     for at in {setting.selected_at for setting in wanted}:
         sizes = {setting.block_size for setting in wanted if setting.selected_at == at}
-        selectors[at] = Selector(model, window.canvas(at, mask_id).to(model.device), sizes)
+        selectors[at] = Selector(model, window.canvas(1 - at, mask_id).to(model.device), sizes)
     for setting in wanted:
         layers = selectors[setting.selected_at].attention(setting, new_tokens)
         with attending(model, lambda layer, q, k, v, layers=layers: layers[layer](q, k, v)):
-            sums.append(_sums(full, model(canvas, logit_rows=rows).log_softmax(-1), truth))
+            sums.append(compare(full, model(canvas, logit_rows=rows).log_softmax(-1), truth))
     return sums
-
-
-def _sums(full: Tensor, found: Tensor, truth: Tensor) -> dict[str, float]:
-    """Log-probabilities [n, V] of full attention and of a setting, and the true tokens [n]."""
-    return {
-        "n": len(truth),
-        "kl": F.kl_div(found, full, reduction="sum", log_target=True).item(),
-        "same": (full.argmax(-1) == found.argmax(-1)).sum().item(),
-        "loss": F.nll_loss(found, truth, reduction="sum").item(),
-    }
 
 
 def interval(values: np.ndarray, n: np.ndarray, documents: np.ndarray) -> list[float]:
@@ -217,23 +191,20 @@ def interval(values: np.ndarray, n: np.ndarray, documents: np.ndarray) -> list[f
         documents: [windows] whose window it is.
     """
     one = documents[:, None] == np.unique(documents)
-    sums, counts = values @ one, n @ one
-    drawn = np.random.default_rng(0).integers(0, one.shape[1], (RESAMPLES, one.shape[1]))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return [values.sum() / n.sum(), *np.quantile(means, (0.025, 0.975)).tolist()]
+    return list(bootstrap(values @ one, n @ one))
 
 
-def summarize(wanted: list[Setting], found: list[list[dict[str, float]]], documents: list[int]) -> list[dict[str, Any]]:
+def summarize(wanted: list[Setting], found: list[list[dict[str, float]]], documents: list[str]) -> list[dict[str, Any]]:
     """A row for full attention and each setting: means a masked token with intervals.
 
     `kl_to_paper` is the paired difference of KL to the paper's own setting (select .3, blocks of 128).
     """
-    sums = {name: np.array([[one[name] for one in window] for window in found]) for name in ("n", "kl", "same", "loss")}
+    sums = {name: np.array([[one[name] for one in window] for window in found]) for name in ("n", "kl", "same", "nll")}
     whose, n = np.array(documents), sums["n"][:, 0]
     paper = sums["kl"][:, 1 + wanted.index(Setting("sparsed", 0.3, 128))]
     rows = []
     for column, setting in enumerate([None, *wanted]):
-        kl, same, loss = (sums[name][:, column] for name in ("kl", "same", "loss"))
+        kl, same, loss = (sums[name][:, column] for name in ("kl", "same", "nll"))
         rows.append(
             {
                 "title": "full attention" if setting is None else setting.title,
@@ -262,15 +233,6 @@ def _line(row: dict[str, Any]) -> list[str]:
         "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in same)),
         f"{loss[0]:.3f}",
     ]
-
-
-def read_tokens(path: Path) -> np.ndarray:
-    """The uint16 ids of a .bin or .bin.xz file; ValueError if it holds none."""
-    raw = path.read_bytes()
-    raw = lzma.decompress(raw) if path.suffix == ".xz" else raw
-    if not raw or len(raw) % 2:
-        raise ValueError(f"{path} must hold uint16 ids, but has {len(raw)} bytes")
-    return np.frombuffer(raw, np.uint16)
 
 
 def digest(path: Path) -> str:
@@ -323,8 +285,8 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, DiffusionLM, np
     parser.add_argument("--skip", type=number_in(0, 0.5, above=True), default=0.2, help="(default: %(default)s)")
     args = parse_arguments(parser, argv)
     args.parser = parser
-    with blame(args, "--tokens", (OSError, ValueError, lzma.LZMAError)):
-        ids = read_tokens(args.tokens)
+    with blame(args, "--tokens"):
+        ids = read_ids(args.tokens)
     with blame(args, "--model_path"):
         model = load_model(args.model_path, device=args.device, dtype="float32")
     args.family = model.family
@@ -333,8 +295,8 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, DiffusionLM, np
             parser.error(f"argument --new_tokens: {new_tokens} must be below --length, {args.length}")
         if not windows(ids, args.length, new_tokens, 1, 1):
             parser.error(f"argument --tokens: no document of {args.length} tokens")
-    if ids.max() >= model.config.vocab_size:
-        parser.error(f"argument --tokens: ids beyond the vocabulary of {model.config.vocab_size}")
+    with blame(args, "--tokens"):
+        check_ids([Document(args.tokens.name, ids)], model.config.vocab_size)
     return args, model, ids
 
 

@@ -81,7 +81,7 @@ def encode_chat(tokenizer: Any, text: str, earlier: Sequence[Turn] = ()) -> list
         TurnsError: the template does not take the earlier turns, or there is none.
     """
     between, messages = _render_chat(tokenizer, [*earlier, {"role": "user", "content": text}])
-    control = re.compile("|".join(re.escape(token) for token in _control_tokens(tokenizer)) or r"(?!)")
+    control = _control_tokens(tokenizer)
     ids: list[int] = []
     typed = ""  # since the template's last control token; encoded in one, for tokens may join across its borders
     for index, part in enumerate(between):
@@ -96,6 +96,15 @@ def encode_chat(tokenizer: Any, text: str, earlier: Sequence[Turn] = ()) -> list
         typed += "".join(messages[index : index + 1])
     ids += _encode_typed(tokenizer, typed, control)
     return _some(ids, text)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that is no prompt: a control token that is written out in it is ordinary text, and none is added.
+
+    Raises:
+        ChatTemplateError: the tokenizer fails.
+    """
+    return _encode_typed(tokenizer, text, _control_tokens(tokenizer))
 
 
 def encode_raw(tokenizer: Any, text: str) -> list[int]:
@@ -242,10 +251,11 @@ def _reason(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _control_tokens(tokenizer: Any) -> list[str]:
-    """Longest first, so that no token hides a longer one."""
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Finds any of them, the longest first, so that no token hides a longer one."""
     tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    return sorted(filter(None, tokens), key=len, reverse=True)
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _encode_typed(tokenizer: Any, text: str, control: re.Pattern[str]) -> list[int]:

@@ -15,8 +15,8 @@ from ..sampling import Settings
 from ..sampling.common import OnStep, Step
 from ..selection import SPARSED
 from ..watching import recall, watched
+from .folder import Record
 from .methods import METHODS, Variant
-from .results import Record
 from .scoring import score
 from .tasks import Sample
 

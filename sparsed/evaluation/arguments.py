@@ -23,6 +23,7 @@ from .tasks import TASKS
 
 SHORTEST, LONGEST = 256, 128 * 1024  # tokens of a prompt
 COMPARED = "origin,sparsed,window,streaming"
+METHOD_LINES = "\n".join(f"  {name:<14}{method.title}" for name, method in METHODS.items())
 DENSE_ANSWER = {"no": (False,), "yes": (True,), "both": (False, True)}
 EXAMPLES = """\
 tasks (RULER's, over this package's own texts):
@@ -83,17 +84,27 @@ def parse(argv: list[str] | None) -> Arguments:
     given = vars(parser.parse_args(argv))
     if given["tasks"] is None:
         given["tasks"] = [] if given["tasks_file"] else list(TASKS)
-    out = given["out"].absolute()
-    present = next(place for place in (out, *out.parents) if os.path.lexists(place))
-    if not present.is_dir():  # said before a model is loaded
-        parser.error(f"argument --out: {present} is a file; name a folder for the results")
-    methods, dense = given.pop("methods"), DENSE_ANSWER[given.pop("dense_answer")]
-    sweep = product(*(given.pop(name) for name in ("block_size", "skip", "select")), dense)
-    configs = [SparseDConfig(skip, select, size, dense) for size, skip, select, dense in sweep]
+    check_folder(parser, given["out"])
+    found = variants(given.pop("methods"), configs(given))
     saving = {name: given.pop(name) for name in OFF}
     with blame_setting(parser):
         Saving(**saving).check_saving()
-    return Arguments(**given, saving=saving, variants=variants(methods, configs), parser=parser)
+    return Arguments(**given, saving=saving, variants=found, parser=parser)
+
+
+def check_folder(parser: Parser, out: Path) -> None:
+    """Exit with code 2 if a file stands where --out should be; said before a model is loaded."""
+    out = out.absolute()
+    present = next(place for place in (out, *out.parents) if os.path.lexists(place))
+    if not present.is_dir():
+        parser.error(f"argument --out: {present} is a file; name a folder for the results")
+
+
+def configs(given: dict[str, Any]) -> list[SparseDConfig]:
+    """Every combination of the values of `add_sparsed`'s flags, which are taken out of `given`."""
+    dense = DENSE_ANSWER[given.pop("dense_answer")]
+    sweep = product(*(given.pop(name) for name in ("block_size", "skip", "select")), dense)
+    return [SparseDConfig(skip, select, size, dense) for size, skip, select, dense in sweep]
 
 
 @contextmanager
@@ -112,35 +123,48 @@ def build_parser() -> Parser:
         description="Measure the accuracy of SparseD and of other ways to attend, side by side on the same tasks with "
         "long prompts. Every finished sample is a line of samples.jsonl in the folder --out; summary.json, table.md "
         "and plots are made of these lines.",
-        epilog=EXAMPLES.format(
-            tasks=", ".join(TASKS),
-            methods="\n".join(f"  {name:<14}{method.title}" for name, method in METHODS.items()),
-        ),
+        epilog=EXAMPLES.format(tasks=", ".join(TASKS), methods=METHOD_LINES),
     )
-    group = parser.add_argument_group("model")
-    which = group.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model_path", type=non_empty, metavar="PATH", help="hub id, or a folder in the hub's format")
-    which.add_argument("--demo", choices=("dream", "llada"), help="a bundled demo checkpoint")
-    group.add_argument("--device", type=device, default="auto", help="auto, cuda, cuda:N, cpu or mps (default: auto)")
-    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: auto)")
+    add_model(parser)
     _add_measured(parser.add_argument_group("what to measure"))
-    _add_sparsed(
-        parser.add_argument_group("SparseD (some values with commas between: each of them, in all combinations)")
-    )
+    add_sparsed(parser)
     group = parser.add_argument_group("generation, greedy")
     group.add_argument("--seq_len", type=whole(1), metavar="N", help="new tokens (default: as RULER has it, by task)")
     group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: as many as new tokens)")
     blocks = "of LLaDA; of Dream with a cache, threshold or factor (default: %(default)s)"
     group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help=blocks)
     add_saving(group)
-    group = parser.add_argument_group("running")
+    group = add_running(parser)
     group.add_argument("--batch_size", type=whole(1), default=1, metavar="N", help="samples at once (default: 1)")
-    group.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
-    group.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
 
-def _add_measured(group) -> None:
+def add_model(parser: Parser) -> None:
+    """Add the flags that name the checkpoint, and how it is loaded."""
+    group = parser.add_argument_group("model")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model_path", type=non_empty, metavar="PATH", help="hub id, or a folder in the hub's format")
+    which.add_argument("--demo", choices=("dream", "llada"), help="a bundled demo checkpoint")
+    group.add_argument("--device", type=device, default="auto", help="auto, cuda, cuda:N, cpu or mps (default: auto)")
+    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: auto)")
+
+
+def add_running(parser: Parser) -> Any:
+    """Add the kernel and the quiet; the group, for more."""
+    group = parser.add_argument_group("running")
+    group.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    return group
+
+
+def add_methods(group: Any) -> None:
+    """Add the methods and the folder of the results."""
+    about = "some methods (default: %(default)s)"
+    group.add_argument("--methods", type=some_of(METHODS), default=COMPARED, metavar="NAMES", help=about)
+    group.add_argument("--out", type=path, required=True, metavar="DIR", help="folder of the results")
+
+
+def _add_measured(group: Any) -> None:
     group.add_argument("--tasks", type=some_of(TASKS), metavar="NAMES", help="some tasks (default: all)")
     group.add_argument(
         "--tasks_file",
@@ -149,8 +173,7 @@ def _add_measured(group) -> None:
         help='tasks of your own, a line each: {"prompt": "...", "answers": ["...", ...]}; all answers must be in the '
         'text, or one of them with "match": "part"',
     )
-    about = "some methods (default: %(default)s)"
-    group.add_argument("--methods", type=some_of(METHODS), default=COMPARED, metavar="NAMES", help=about)
+    add_methods(group)
     group.add_argument(
         "--lengths",
         type=list_of(length),
@@ -163,10 +186,12 @@ def _add_measured(group) -> None:
     )
     about = "of the samples, some with commas between (default: 0)"
     group.add_argument("--seed", type=list_of(whole(0)), default=[0], metavar="NUMBERS", help=about)
-    group.add_argument("--out", type=path, required=True, metavar="DIR", help="folder of the results")
 
 
-def _add_sparsed(group) -> None:
+def add_sparsed(parser: Parser) -> None:
+    """Add SparseD's settings, each of which takes several values."""
+    about = "SparseD (some values with commas between: each of them, in all combinations)"
+    group = parser.add_argument_group(about)
     for name, kind in (("skip", float), ("select", float), ("block_size", int)):
         values, default = list_of(config_field(name, kind)), getattr(SparseDConfig, name)
         about = f"as the scripts' (default: {default})"

@@ -6,18 +6,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .results import VARIANT, Record, groups, title_of, variant_of
+from .folder import Record
+from .results import VARIANT, groups, title_of, variant_of
+from .scoring import Interval
 
 
 def draw(summary: dict[str, list[Record]], folder: Path) -> None:
     """Write `accuracy.png`, where densities differ `density.png`, and where blocks were selected `recall.png`."""
     rows, averages = summary["rows"], summary["averages"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    _chart(folder / "accuracy.png", rows, partial(_bars, tasks, _titles(rows)), width=3 + 1.3 * len(tasks))
+    chart(folder / "accuracy.png", _by_length(rows), partial(_bars, tasks, _titles(rows)), width=3 + 1.3 * len(tasks))
     if len({round(row["density"], 3) for row in averages if row["method"] != "origin"}) > 1:
-        _chart(folder / "density.png", averages, _curves)
+        chart(folder / "density.png", _by_length(averages), partial(curves, _accuracy, "average accuracy, %"))
     if selected := [row for row in rows if row["recall_layers"]]:
-        _chart(folder / "recall.png", selected, partial(_layers, _titles(selected)))
+        chart(folder / "recall.png", _by_length(selected), partial(_layers, _titles(selected)))
 
 
 def _titles(rows: list[Record]) -> dict[tuple, str]:
@@ -25,29 +27,39 @@ def _titles(rows: list[Record]) -> dict[tuple, str]:
     return {variant_of(row): title_of(row) for row in rows}
 
 
-def _chart(path: Path, rows: list[Record], fill: Callable[[Any, list[Record]], None], width: float = 6) -> None:
-    """A panel for each length, which `fill` draws its rows in."""
+def _by_length(rows: list[Record]) -> dict[str, list[Record]]:
+    """The rows of each length, under the title of their panel."""
+    titled = ((found[0]["length"], found) for found in groups(rows, "length"))
+    return {"" if length is None else f"{length:,} tokens": found for length, found in titled}
+
+
+def chart(
+    path: Path, panels: dict[str, list[Record]], fill: Callable[[Any, list[Record]], None], width: float = 6
+) -> None:
+    """Write a picture with a panel for each title, which `fill` draws the rows in."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    lengths = groups(rows, "length")
-    figure, panels = pyplot.subplots(len(lengths), 1, figsize=(width, 3.2 * len(lengths)), squeeze=False)
-    for (panel,), found in zip(panels, lengths, strict=True):
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(width, 3.2 * len(panels)), squeeze=False)
+    for (panel,), (title, found) in zip(axes, panels.items(), strict=True):
         fill(panel, found)
-        length = found[0]["length"]
-        panel.set_title("" if length is None else f"{length:,} tokens", fontsize=9)
+        panel.set_title(title, fontsize=9)
     # above the first panel, where it hides nothing
-    panels[0][0].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1.1))
+    axes[0][0].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1.1))
     figure.tight_layout()
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
 
-def _errors(rows: list[Record]) -> list[list[float]]:
-    """How far the intervals reach below and above the accuracies."""
-    return [[row["accuracy"] - row["low"] for row in rows], [row["high"] - row["accuracy"] for row in rows]]
+def _accuracy(row: Record) -> Interval:
+    return row["accuracy"], row["low"], row["high"]
+
+
+def _errors(intervals: list[Interval]) -> list[list[float]]:
+    """How far the intervals reach below and above their values."""
+    return [[value - low for value, low, _ in intervals], [high - value for value, _, high in intervals]]
 
 
 def _bars(tasks: list[str], titles: dict[tuple, str], panel: Any, rows: list[Record]) -> None:
@@ -57,21 +69,27 @@ def _bars(tasks: list[str], titles: dict[tuple, str], panel: Any, rows: list[Rec
         cells = [row for row in rows if variant_of(row) == variant]
         at = [tasks.index(row["task"]) + (place - (len(titles) - 1) / 2) * width for row in cells]
         heights = [row["accuracy"] for row in cells]
-        panel.bar(at, heights, width, yerr=_errors(cells), color=f"C{place}", label=title)
+        panel.bar(at, heights, width, yerr=_errors(list(map(_accuracy, cells))), color=f"C{place}", label=title)
     panel.set_xticks(range(len(tasks)), tasks, fontsize=8)
     panel.set_ylim(0, 105)
     panel.set_ylabel("accuracy, %")
 
 
-def _curves(panel: Any, averages: list[Record]) -> None:
-    """Average accuracy over density, a line for each method."""
-    for rows in groups([{**row, "select": None} for row in averages], *VARIANT):
-        rows.sort(key=lambda row: row["density"])
-        densities, accuracies = [row["density"] for row in rows], [row["accuracy"] for row in rows]
-        style = "x" if rows[0]["method"] == "origin" else "o-"
-        panel.errorbar(densities, accuracies, _errors(rows), capsize=2, fmt=style, label=title_of(rows[0]))
+def curves(value: Callable[[Record], Interval], label: str, panel: Any, rows: list[Record]) -> None:
+    """A value over density, a line for each method.
+
+    Args:
+        value: of a row, with its interval.
+        label: of the values.
+    """
+    for found in groups([{**row, "select": None} for row in rows], *VARIANT):
+        found.sort(key=lambda row: row["density"])
+        intervals = list(map(value, found))
+        densities, values = [row["density"] for row in found], [middle for middle, _, _ in intervals]
+        style = "x" if found[0]["method"] == "origin" else "o-"
+        panel.errorbar(densities, values, _errors(intervals), capsize=2, fmt=style, label=title_of(found[0]))
     panel.set_xlabel("density")
-    panel.set_ylabel("average accuracy, %")
+    panel.set_ylabel(label)
 
 
 def _layers(titles: dict[tuple, str], panel: Any, rows: list[Record]) -> None:

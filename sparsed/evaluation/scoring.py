@@ -1,10 +1,14 @@
 """How answers are scored, and how sure a mean score is."""
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
+
 MATCHES = ("all", "part")
+RESAMPLES = 10_000  # of a bootstrap
 
 
 def score(text: str, answers: Sequence[str], match: str) -> float:
@@ -85,3 +89,25 @@ def mean_of(intervals: Sequence[Interval]) -> Interval:
     low = math.hypot(*(middle - low for middle, low, _ in intervals)) / len(intervals)
     high = math.hypot(*(high - middle for middle, _, high in intervals)) / len(intervals)
     return value, value - low, value + high
+
+
+def bootstrap(sums: Sequence[float], counts: Sequence[int]) -> Interval:
+    """The mean over the things of all groups, with its 95 % bootstrap interval over the groups.
+
+    The same groups are drawn every time, so sums of differences have the intervals of paired draws.
+
+    Args:
+        sums, counts: of each group, what its things add up to, and how many there are: above 0.
+    """
+    values, n = np.asarray(sums, float), np.asarray(counts, float)
+    drawn = _drawn(len(n))
+    low, high = np.quantile((drawn @ values) / (drawn @ n), (0.025, 0.975))
+    return float(values.sum() / n.sum()), float(low), float(high)
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(groups: int) -> np.ndarray:
+    """How often each of the groups is in each of the resamples: float64 [RESAMPLES, groups]."""
+    drawn = np.random.default_rng(0).integers(0, groups, (RESAMPLES, groups))
+    rows = np.arange(RESAMPLES)[:, None] * groups
+    return np.bincount((rows + drawn).ravel(), minlength=RESAMPLES * groups).reshape(RESAMPLES, groups).astype(float)

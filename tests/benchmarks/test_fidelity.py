@@ -25,22 +25,22 @@ def model(request, tmp_path):
 def window_of(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 200, (LENGTH,), generator=generator)
-    return Window(0, tokens, LENGTH - NEW + torch.randperm(NEW, generator=generator))
+    return Window("0", tokens, LENGTH - NEW + torch.randperm(NEW, generator=generator))
 
 
 def test_windows_are_cut_from_whole_documents():
     documents = [np.arange(1, n, dtype=np.uint16) for n in (25, 8, 41)]
     ids = np.concatenate([np.append(document, np.uint16(0)) for document in documents])
     found = windows(ids, 10, 4, 100, 3)
-    assert [window.document for window in found] == [0, 0, 2, 2, 2]
+    assert [window.document for window in found] == ["0", "0", "2", "2", "2"]
     assert [window.tokens[0].item() for window in found] == [1, 11, 1, 11, 21]
     assert all(sorted(window.order.tolist()) == [6, 7, 8, 9] for window in found)
     assert len(windows(ids, 10, 4, 4, 3)) == 4 and windows(ids, 50, 4, 9, 9) == []
 
 
 def test_a_canvas_hides_what_is_not_yet_revealed():
-    window = Window(0, torch.arange(1, 11), torch.tensor([9, 6, 8, 7]))
-    assert window.canvas(0, 99).tolist() == [[1, 2, 3, 4, 5, 6, 99, 99, 99, 99]]
+    window = Window("0", torch.arange(1, 11), torch.tensor([9, 6, 8, 7]))
+    assert window.canvas(1, 99).tolist() == [[1, 2, 3, 4, 5, 6, 99, 99, 99, 99]]
     assert window.canvas(0.5, 99).tolist() == [[1, 2, 3, 4, 5, 6, 7, 99, 99, 10]]
 
 
@@ -49,7 +49,7 @@ def test_a_canvas_hides_what_is_not_yet_revealed():
 def test_a_setting_is_what_a_run_would_compute(model, method, dense):
     """The same forward under `sparsify`: blocks selected on the masked region, read with half of it revealed."""
     window, mask_id = window_of(model), model.config.mask_token_id
-    canvases = [window.canvas(share, mask_id) for share in (0, 0.5)]
+    canvases = [window.canvas(share, mask_id) for share in (1, 0.5)]
     rule = METHODS[method].rule
     config = SparseDConfig(skip=0.5 if rule.needs_scores else 0.0, select=0.3, block_size=16, dense_answer=dense)
     with torch.no_grad():
@@ -62,8 +62,8 @@ def test_a_setting_is_what_a_run_would_compute(model, method, dense):
     baseline, found = measure(model, window, [Setting(method, 0.3, 16, dense)], mask_id)
     assert found["n"] == NEW / 2 and found["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7) and kl > 1e-5
     assert found["same"] == (full[0, rows].argmax(-1) == sparse[0, rows].argmax(-1)).sum()
-    loss = -sparse[0, rows].gather(1, window.tokens[masked][:, None]).sum().item()
-    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    nll = -sparse[0, rows].gather(1, window.tokens[masked][:, None]).sum().item()
+    assert found["nll"] == pytest.approx(nll, rel=1e-5)
     assert baseline["kl"] == 0 and baseline["same"] == baseline["n"]
 
 
@@ -131,7 +131,7 @@ def test_from_end_to_end(model, tmp_path, capsys):
         (["--length", "5000"], "--tokens"),
         (["--skip", "0.9"], "--skip"),
         (["--tokens", "none.bin"], "argument --tokens:"),
-        (["--tokens", "odd.bin"], "argument --tokens: odd.bin must hold uint16 ids"),
+        (["--tokens", "odd.bin"], "argument --tokens: odd.bin must hold ids of two bytes each"),
         (["--tokens", "broken.bin.xz"], "argument --tokens:"),
         (["--model_path", "nowhere/at/all"], "argument --model_path:"),
     ],

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsed.cli import main_dream
-from sparsed.evaluation import answering, command, results, wilson
-from sparsed.evaluation.results import Folder, OtherRun, summarize, table
+from sparsed.evaluation import answering, command, results, running, wilson
+from sparsed.evaluation import folder as folders
+from sparsed.evaluation.folder import RUN, SAMPLES, SUMMARY, TABLE, OtherRun, about
+from sparsed.evaluation.results import identified, summarize, table
 from sparsed.models import identity
 from sparsed.prompts import demo_path
 
 ROOT = Path(__file__).parents[2]
+Folder = partial(folders.Folder, identify=identified)
 SMALL = ["--demo", "llada", "--lengths", "512", "--seq_len", "8", "--steps", "2", "--block_size", "32", "--quiet"]
 DREAM = ["dream" if word == "llada" else word for word in SMALL]
 CALL = [*SMALL, "--tasks", "qa_1,fwe", "--methods", "origin,sparsed", "--limit", "3"]
@@ -134,7 +138,7 @@ def test_lines_of_earlier_versions_are_those_without_dense_answer_rows(tmp_path)
 def test_a_folder_belongs_to_one_configuration(tmp_path):
     for name in "xy":
         Folder(tmp_path / "new" / "run").claim({"seed": 0}, {"command": name})
-    assert results.about(tmp_path / "new" / "run" / results.RUN)["calls"] == [{"command": "x"}, {"command": "y"}]
+    assert about(tmp_path / "new" / "run" / RUN)["calls"] == [{"command": "x"}, {"command": "y"}]
     Folder(tmp_path / "new" / "run").append([line("s0", "origin", 1.0)])
     with pytest.raises(OtherRun, match="seed 0, now 1"):
         Folder(tmp_path / "new" / "run").claim({"seed": 1}, {})
@@ -163,33 +167,33 @@ def test_settings_that_a_folder_does_not_name_have_their_defaults(tmp_path):
 def test_damaged_lines_do_not_count(tmp_path, damage):
     folder = Folder(tmp_path)
     folder.append([line("s0", "origin", 1.0)])
-    (tmp_path / f"{results.SAMPLES}.0").open("ab").write(damage.encode() + b'{"id": "\xc3\n')
-    (tmp_path / f"{results.SAMPLES}.bak").write_text("mine")
+    (tmp_path / f"{SAMPLES}.0").open("ab").write(damage.encode() + b'{"id": "\xc3\n')
+    (tmp_path / f"{SAMPLES}.bak").write_text("mine")
     assert [record["id"] for record in folder.finished().values()] == ["s0"]
     folder.close(list(folder.finished().values()))
-    assert (tmp_path / f"{results.SAMPLES}.bak").read_text() == "mine"
+    assert (tmp_path / f"{SAMPLES}.bak").read_text() == "mine"
 
 
 @pytest.mark.parametrize("field", line("s0", "origin", 1.0))
 def test_a_line_without_what_the_summary_needs_does_not_count(tmp_path, field):
     lines = [line("s0", "origin", 1.0), line("s1", "origin", 1.0)]
     del lines[0][field]
-    (tmp_path / results.SAMPLES).write_text("".join(json.dumps(record) + "\n" for record in lines))
+    (tmp_path / SAMPLES).write_text("".join(json.dumps(record) + "\n" for record in lines))
     assert [record["id"] for record in Folder(tmp_path).finished().values()] == ["s1"]
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": 3, "calls": []}', '{"settings": {}}'])
 def test_a_file_of_somebody_elses_is_refused(tmp_path, content):
-    (tmp_path / results.RUN).write_text(content)
+    (tmp_path / RUN).write_text(content)
     with pytest.raises(OtherRun, match="none of an evaluation's"):
         Folder(tmp_path).claim({"seed": 0}, {})
-    assert (tmp_path / results.RUN).read_text() == content
+    assert (tmp_path / RUN).read_text() == content
 
 
 def test_a_line_that_a_crash_cut_off_is_done_again(tmp_path):
     folder = Folder(tmp_path)
     folder.append([line("s0", "origin", 1.0), line("s1", "origin", 1.0)])
-    file = tmp_path / f"{results.SAMPLES}.0"
+    file = tmp_path / f"{SAMPLES}.0"
     file.write_text(file.read_text()[:-9])
     assert [record["id"] for record in folder.finished().values()] == ["s0"]
     folder.mend()
@@ -200,9 +204,9 @@ def test_a_line_that_a_crash_cut_off_is_done_again(tmp_path):
 def test_the_processes_files_become_one(tmp_path):
     lines = [line(f"s{n}", "origin", 1.0) for n in range(4)]
     for process in (1, 0):
-        Folder(tmp_path, process).append(lines[process::2])
+        Folder(tmp_path, process=process).append(lines[process::2])
     Folder(tmp_path).close(lines)
-    assert [path.name for path in tmp_path.iterdir()] == [results.SAMPLES]
+    assert [path.name for path in tmp_path.iterdir()] == [SAMPLES]
     assert list(Folder(tmp_path).finished().values()) == lines
 
 
@@ -210,7 +214,7 @@ def test_the_processes_files_become_one(tmp_path):
 
 
 def lines_of(folder):
-    records = [json.loads(text) for text in (folder / results.SAMPLES).read_text().splitlines()]
+    records = [json.loads(text) for text in (folder / SAMPLES).read_text().splitlines()]
     for record in records:
         record.pop("seconds")
     return records
@@ -234,21 +238,21 @@ def test_the_results(done, capsys):
         else:
             assert 0.3 <= record["density"] < 0.4 and len(record["recall"]) == 8
             assert all(record["density"] < share <= 1 for share in record["recall"]), "worse than chance"
-    summary = json.loads((done / results.SUMMARY).read_text())
+    summary = json.loads((done / SUMMARY).read_text())
     assert {"rows", "averages", "settings", "calls"} <= summary.keys()
     assert {"command", "date", "environment"} == summary["calls"][0].keys()
     for row in summary["rows"]:
         assert {"task", "method", "length", "n", "accuracy", "low", "high", "density"} <= row.keys()
         scores = [r["score"] for r in records if (r["task"], r["method"]) == (row["task"], row["method"])]
         assert (row["n"], row["accuracy"]) == (3, pytest.approx(100 * sum(scores) / 3))
-    assert (done / results.TABLE).read_text() == table(summary)
+    assert (done / TABLE).read_text() == table(summary)
 
 
 def test_a_second_call_measures_nothing_again(done, monkeypatch):
-    before = (done / results.SAMPLES).read_bytes()
+    before = (done / SAMPLES).read_bytes()
     monkeypatch.setattr(answering.Answerer, "answer", lambda *_: pytest.fail("measured again"))
     assert command.main([*CALL, "--out", str(done)]) == 0
-    assert (done / results.SAMPLES).read_bytes() == before
+    assert (done / SAMPLES).read_bytes() == before
 
 
 def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
@@ -264,7 +268,7 @@ def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
     monkeypatch.setattr(answering.Answerer, "answer", counted)
     with pytest.raises(KeyboardInterrupt):
         command.main([*CALL, "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run" / results.SUMMARY).exists()
+    assert not (tmp_path / "run" / SUMMARY).exists()
     assert command.main([*CALL, "--out", str(tmp_path / "run")]) == 0
     answered.remove(None)
     assert len(answered) == len(set(answered)) == 12
@@ -301,9 +305,9 @@ def test_caches_are_part_of_a_configuration_and_forwards_are_counted(done, tmp_p
     out = capsys.readouterr().out
     assert found["forwards"] == 8 and "| forwards of a batch | seconds a sample |" in out
     assert out.startswith("With --cache dual, full attention as well.\n\n### 512 tokens\n")
-    assert "cache" not in results.about(done / results.RUN)["settings"]
+    assert "cache" not in about(done / RUN)["settings"]
     assert command.main([*call, "--cache", "dual", "--refresh", "1"]) == 0, "the default, given"
-    assert "refresh" not in results.about(tmp_path / results.RUN)["settings"]
+    assert "refresh" not in about(tmp_path / RUN)["settings"]
     assert command.main(call) == 2
     assert "another configuration (cache 'dual', now 'none')" in capsys.readouterr().err
 
@@ -312,7 +316,7 @@ def test_caches_are_part_of_a_configuration_and_forwards_are_counted(done, tmp_p
     ("flags", "option"), [(["--refresh", "1"], "--refresh"), (["--cache", "dual", "--steps", "3"], "--steps")]
 )
 def test_wrong_caches_are_one_line_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, flags, option):
-    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(running, "load_model", lambda *_, **__: pytest.fail("loaded"))
     call = [*SMALL, "--tasks", "qa_1", "--block_length", "4", "--out", str(tmp_path)]
     assert command.main([*call, *flags]) == 2
     err = capsys.readouterr().err
@@ -350,14 +354,14 @@ def test_two_processes_leave_what_one_does(done, tmp_path):
     with subprocess.Popen([*launch, *words], stderr=subprocess.PIPE, text=True, env=environment) as ended:
         parts = set()
         while ended.poll() is None:
-            parts |= {path.name for path in (tmp_path / "run").glob(f"{results.SAMPLES}.*")}
+            parts |= {path.name for path in (tmp_path / "run").glob(f"{SAMPLES}.*")}
             time.sleep(0.02)
         assert ended.returncode == 0, ended.stderr.read()[-2000:]
-    assert parts == {f"{results.SAMPLES}.0", f"{results.SAMPLES}.1"}
+    assert parts == {f"{SAMPLES}.0", f"{SAMPLES}.1"}
     for found, expected in zip(lines_of(tmp_path / "run"), lines_of(done), strict=True):
         assert found.pop("recall") == pytest.approx(expected.pop("recall") or None, abs=1e-5)
         assert found == expected
-    assert not list((tmp_path / "run").glob(f"{results.SAMPLES}.*"))
+    assert not list((tmp_path / "run").glob(f"{SAMPLES}.*"))
 
 
 def test_more_seeds_add_to_a_cell(tmp_path):
@@ -365,7 +369,7 @@ def test_more_seeds_add_to_a_cell(tmp_path):
     assert command.main(words) == 0
     assert command.main([*words, "--seed", "0,5"]) == 0
     assert [r["seed"] for r in lines_of(tmp_path / "run")] == [0, 5]
-    (row,) = json.loads((tmp_path / "run" / results.SUMMARY).read_text())["rows"]
+    (row,) = json.loads((tmp_path / "run" / SUMMARY).read_text())["rows"]
     assert (row["n"], row["seeds"]) == (2, [0, 5])
 
 
@@ -437,7 +441,7 @@ def test_a_folder_without_a_sample_is_free(tmp_path):
     words = [*SMALL, "--tasks", "qa_1", "--methods", "sparsed", "--limit", "1", "--out", str(tmp_path / "run")]
     assert command.main([*words, "--backend", "flash"]) == 2
     assert command.main(words) == 0
-    run = json.loads((tmp_path / "run" / results.RUN).read_text())
+    run = json.loads((tmp_path / "run" / RUN).read_text())
     assert run["settings"]["backend"] == "auto" and len(run["calls"]) == 1
 
 
@@ -453,17 +457,15 @@ def test_another_dtype_is_named_as_such(done, capsys):
 def test_a_damaged_line_does_not_count(tmp_path, changes):
     good = line("s0", "sparsed", 1.0)
     nested = "[" * 100_000
-    (tmp_path / results.SAMPLES).write_text(
-        f"{json.dumps(good)}\n{json.dumps(good | {'id': 's1'} | changes)}\n{nested}\n"
-    )
+    (tmp_path / SAMPLES).write_text(f"{json.dumps(good)}\n{json.dumps(good | {'id': 's1'} | changes)}\n{nested}\n")
     assert list(Folder(tmp_path).finished().values()) == [good]
-    (tmp_path / results.RUN).write_text(nested)
+    (tmp_path / RUN).write_text(nested)
     with pytest.raises(OtherRun, match="none of an evaluation's"):
         Folder(tmp_path).claim({"seed": 0}, {})
 
 
 def test_a_log_gets_lines_with_the_time_left(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "EVERY", 0.0)
+    monkeypatch.setattr(running, "EVERY", 0.0)
     words = [word for word in SMALL if word != "--quiet"]
     words += ["--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "r")]
     assert command.main(words) == 0
@@ -475,9 +477,9 @@ def test_a_log_gets_lines_with_the_time_left(monkeypatch, tmp_path, capsys):
 
 def test_steps_that_a_batch_does_not_need_are_done_with_it(monkeypatch, tmp_path, capsys):
     """With threshold 0 each of two blocks takes one step of its four."""
-    bars, close = [], command.Progress.close
-    monkeypatch.setattr(command, "EVERY", 0.0)
-    monkeypatch.setattr(command.Progress, "close", lambda bar: bars.append((bar.n, bar.total)) or close(bar))
+    bars, close = [], running.Progress.close
+    monkeypatch.setattr(running, "EVERY", 0.0)
+    monkeypatch.setattr(running.Progress, "close", lambda bar: bars.append((bar.n, bar.total)) or close(bar))
     words = [word for word in SMALL if word != "--quiet"] + ["--steps", "8", "--block_length", "4", "--threshold", "0"]
     words += ["--tasks", "qa_1", "--methods", "origin", "--limit", "2", "--out", str(tmp_path / "r")]
     assert command.main(words) == 0
@@ -490,7 +492,7 @@ def test_the_time_left_is_at_the_mean_speed_of_what_is_done(monkeypatch):
     """Four batches of 100 steps took 20 of them, a second each, and four are left."""
     now = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    bar = command.Progress(800, hidden=False)
+    bar = running.Progress(800, hidden=False)
     for batch in range(1, 5):
         for _ in range(20):
             now[0] += 1
@@ -512,8 +514,8 @@ def test_tasks_of_a_users_own(tmp_path, capsys):
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
-    found = command.importlib.util.find_spec
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    found = running.importlib.util.find_spec
+    monkeypatch.setattr(running.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
     words = [*SMALL, "--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "run")]
     assert command.main(words) == 0
     assert capsys.readouterr().err.count("matplotlib") == 1
@@ -523,7 +525,7 @@ def test_plots(done, tmp_path):
     pytest.importorskip("matplotlib")
     from sparsed.evaluation import plots
 
-    summary = json.loads((done / results.SUMMARY).read_text())
+    summary = json.loads((done / SUMMARY).read_text())
     several = [row | {"density": 0.1 * n, "select": 0.1 * n} for row in summary["averages"] for n in (1, 2)]
     rows = [row | dict(zip(("accuracy", "low", "high"), (100.0, *(100 * x for x in wilson(n, n))), strict=True))
             for n, row in enumerate(summary["rows"], 20)]  # fmt: skip
@@ -568,7 +570,7 @@ def test_a_wrong_call_is_one_line(tmp_path, capsys, changes, option, says):
     assert command.main(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"argument {option}: " in error and says in error
-    assert not (tmp_path / "run" / results.SUMMARY).exists()
+    assert not (tmp_path / "run" / SUMMARY).exists()
 
 
 def test_a_line_without_its_fields_is_named(tmp_path, capsys):

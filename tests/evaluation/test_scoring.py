@@ -1,11 +1,13 @@
 """Scores against cases made by hand, and intervals against published ones."""
 
+import itertools
 import random
 
+import numpy as np
 import pytest
 
 from sparsed.evaluation import score, wilson
-from sparsed.evaluation.scoring import mean_of, paired_difference, proportion
+from sparsed.evaluation.scoring import bootstrap, mean_of, paired_difference, proportion
 
 
 @pytest.mark.parametrize(
@@ -79,3 +81,26 @@ def test_a_task_alone_is_its_own_mean():
     scores = [1.0, 0.0, 0.5, 1.0]
     assert mean_of([proportion(scores)]) == pytest.approx((0.625, *wilson(2.5, 4)))
     assert paired_difference(scores, scores) == pytest.approx((0.0, -wilson(0, 4)[1], wilson(0, 4)[1]))
+
+
+def test_a_bootstrap_draws_groups_with_all_that_is_in_them():
+    """Against the distribution over all 5 ** 5 samples, each as likely as any other."""
+    sums, counts = [3.0, 1.0, 40.0, 8.0, -2.0], [10, 2, 30, 8, 5]
+    means = sorted(
+        sum(sums[group] for group in drawn) / sum(counts[group] for group in drawn)
+        for drawn in itertools.product(range(5), repeat=5)
+    )
+    value, low, high = bootstrap(sums, counts)
+    assert value == pytest.approx(50 / 55)
+    # 10,000 draws put the ends within half a percent of the samples
+    assert means[int(0.02 * len(means))] <= low <= means[int(0.03 * len(means))]
+    assert means[int(0.97 * len(means))] <= high <= means[int(0.98 * len(means))]
+
+
+def test_a_bootstrap_by_hand():
+    # of two groups, one is drawn twice in a quarter of the samples each
+    assert bootstrap([2.0, 8.0], [1, 2]) == (pytest.approx(10 / 3), 2.0, 4.0)
+    assert bootstrap([6.0], [3]) == (2.0, 2.0, 2.0)
+    # paired: the same draws for everything
+    sums = np.array([3.0, 1.0, 4.0, 1.0, 5.0])
+    assert bootstrap(sums - (sums - 2), [4] * 5) == pytest.approx((0.5, 0.5, 0.5))

@@ -1,0 +1,1 @@
+"""How near does it keep to full attention, on any text? `python -m sparsed.evaluation.fidelity --help`."""

@@ -1,0 +1,116 @@
+"""The flags of `python -m sparsed.evaluation.fidelity`, and every check that needs no model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...config import SparseDConfig
+from ...console.parser import Parser
+from ...console.readers import list_of, number_in, path, whole
+from ..arguments import METHOD_LINES, add_methods, add_model, add_running, add_sparsed, check_folder, configs, length
+from ..methods import Variant, variants
+
+EXAMPLES = """\
+methods:
+{methods}
+
+examples:
+  python -m sparsed.evaluation.fidelity --model_path FOLDER --texts *.txt --lengths 2k --limit 5 --out runs/small
+  python -m sparsed.evaluation.fidelity --model_path GSAI-ML/LLaDA-1.5 --texts books/*.txt --lengths 4k,8k \\
+      --select 0.1,0.3 --block_size 32,128 --dense_answer both --out runs/books
+
+The same command goes on where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
+130 interrupted (Ctrl-C), 143 terminated.
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the flags of the same names ask for.
+
+    Args:
+        configs: every combination of SparseD's settings.
+        variants: the methods, each with all of them that mean something to it; full attention first.
+        parser: for what turns out wrong later.
+    """
+
+    model_path: str | None
+    demo: str | None
+    device: str
+    dtype: str
+    texts: list[Path]
+    lengths: list[int]
+    mask_rates: list[float]
+    limit: int
+    seq_len: int
+    out: Path
+    backend: str
+    quiet: bool
+    configs: list[SparseDConfig]
+    variants: list[Variant]
+    parser: Parser
+
+
+def parse(argv: list[str] | None) -> Arguments:
+    """Read and check the flags.
+
+    Raises:
+        SystemExit: code 2 after a wrong call, 0 after --help.
+    """
+    parser = build_parser()
+    given = vars(parser.parse_args(argv))
+    check_folder(parser, given["out"])
+    settings = configs(given)
+    found = variants(["origin", *given.pop("methods")], settings)
+    args = Arguments(**given, configs=settings, variants=found, parser=parser)
+    if args.seq_len >= min(args.lengths):
+        parser.error(f"argument --seq_len: {args.seq_len} new tokens leave nothing of {min(args.lengths)} before them")
+    lowest = min(args.mask_rates)
+    if not round(lowest * args.seq_len):
+        parser.error(f"argument --mask_rates: {lowest:g} of {args.seq_len} tokens is none")
+    for variant in args.variants:
+        if not sparse_at(variant, lowest):
+            skip = variant.names["skip"]
+            parser.error(f"argument --skip: with {skip:g}, attention is full at all of --mask_rates")
+    return args
+
+
+def sparse_at(variant: Variant, rate: float) -> bool:
+    """Whether a run has left its full steps behind when this share of the region is masked."""
+    return (variant.names["skip"] or 0) + rate <= 1 + 1e-9
+
+
+def build_parser() -> Parser:
+    """The parser, in groups: model, what to measure, SparseD, running."""
+    parser = Parser(
+        prog="python -m sparsed.evaluation.fidelity",
+        description="Measure how near SparseD and other ways to attend keep to full attention on any text: negative "
+        "log-likelihood and accuracy of masked tokens, KL divergence to full attention, agreement of the top token, "
+        "with bootstrap intervals over documents. No answers are needed. Figures are shown only if, on tokens whose "
+        "evidence lies far back, full attention clearly beats a window that reads as much. A method is left out at "
+        "mask rates at which its --skip has attention full. Every result is a line of samples.jsonl in the folder "
+        "--out; summary.json, table.md and plots are made of these lines.",
+        epilog=EXAMPLES.format(methods=METHOD_LINES),
+    )
+    add_model(parser)
+    group = parser.add_argument_group("what to measure")
+    group.add_argument(
+        "--texts",
+        type=path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="UTF-8 texts, a document each; or .bin and .bin.xz, 16-bit token ids of documents that end with id 0",
+    )
+    about = "tokens of a document that are read, the new ones included: 1k to 128k, or numbers (default: %(default)s)"
+    group.add_argument("--lengths", type=list_of(length), default="4k", metavar="LENGTHS", help=about)
+    about = "shares of the new tokens that are masked (default: 0.75,0.5,0.25)"
+    rates = list_of(number_in(0, 1, above=True))
+    group.add_argument("--mask_rates", type=rates, default=[0.75, 0.5, 0.25], metavar="VALUES", help=about)
+    about = "documents of each length, at most (default: %(default)s)"
+    group.add_argument("--limit", type=whole(1), default=50, metavar="N", help=about)
+    about = "new tokens: the last of each document's, taken for the generated region (default: %(default)s)"
+    group.add_argument("--seq_len", type=whole(2), default=128, metavar="N", help=about)
+    add_methods(group)
+    add_sparsed(parser)
+    add_running(parser)
+    return parser

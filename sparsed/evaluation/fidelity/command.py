@@ -1,0 +1,132 @@
+"""`python -m sparsed.evaluation.fidelity`: from the flags to the table."""
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from ...backends import BackendError
+from ...chat import ChatTemplateError
+from ...console.endings import blame, guarded
+from ...console.streams import tell
+from ...models import load_tokenizer
+from ...models.identity import files_digest
+from ...models.loading import model_family
+from ..folder import MEASURE, Folder, Record
+from ..methods import Variant
+from ..running import Progress, claimed, report, resumed, source, team_and_model, warn_of_length
+from ..team import leave_group
+from . import plots
+from .arguments import Arguments, parse, sparse_at
+from .documents import Document, check_ids, read_documents
+from .gate import Gate
+from .measuring import FULL, Asked, Meter, forwards, key
+from .results import identified, summarize, table
+from .windows import Window, planted, repeated, text_window
+
+ADVICE = "try shorter --lengths, --dtype bfloat16, or a device with more memory"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure with these words (None: the process's own); returns the exit code."""
+    program = "python -m sparsed.evaluation.fidelity"
+    return guarded(lambda: measure(parse(argv)), program, advice=ADVICE, ending=argv is None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A window, and what is measured on it."""
+
+    window: Window
+    asked: Asked
+
+    @property
+    def keys(self) -> list[tuple]:
+        """What the lines of results are known by, in their order."""
+        return [self._key(variant, rate) for variant, rates in self.asked.items() for rate in rates]
+
+    def missing(self, finished: Container[tuple]) -> Asked:
+        """What is not finished."""
+        left = {v: [rate for rate in rates if self._key(v, rate) not in finished] for v, rates in self.asked.items()}
+        return {variant: rates for variant, rates in left.items() if rates}
+
+    def _key(self, variant: Variant, rate: float) -> tuple:
+        return key({"id": self.window.id, "mask_rate": rate, **variant.names})
+
+
+def measure(args: Arguments) -> None:
+    """Everything between the checked flags and the table."""
+    option, path = source(args)
+    with blame(args, option):
+        model_family(path)  # what is not supported is said before its tokenizer is missed
+        tokenizer = load_tokenizer(path)
+    with blame(args, "--texts", (ValueError, ChatTemplateError)):
+        documents = read_documents(args.texts, tokenizer)
+    chosen, counts = choose(args, documents)
+    pieces = [piece for length, found in chosen.items() for piece in plan(args, found, length)]
+    team, model = team_and_model(args)
+    with blame(args, "--texts"):
+        check_ids(documents, model.config.vocab_size)
+    told = team.index == 0 and not args.quiet
+    if told:
+        warn_of_length(model, "documents", max(args.lengths))
+        for length, count in counts.items():
+            tell(f"{length} tokens: {count['measured']} documents; {count['too_short']} are too short")
+    settings = {
+        MEASURE: "fidelity",
+        "seq_len": args.seq_len,
+        "backend": args.backend,
+        "texts": files_digest(args.texts),
+    }
+    folder = claimed(args, team, model, settings, identified, {"documents": counts})
+    _run(args, Meter(model, args.backend), folder, pieces[team.index :: team.count], told)
+    team.wait()
+    if team.index == 0:
+        report(args, folder, [name for piece in pieces for name in piece.keys], summarize, table, plots.draw)
+    leave_group()
+
+
+def choose(args: Arguments, documents: list[Document]) -> tuple[dict[int, list[Document]], Record]:
+    """The documents that are measured at each length, and their numbers, with those of the ones that are too short."""
+    chosen, counts = {}, {}
+    for length in args.lengths:
+        long_enough = [document for document in documents if len(document.tokens) >= length]
+        if not long_enough:
+            args.parser.error(f"argument --texts: no document of {length} tokens")
+        chosen[length] = long_enough[: args.limit]
+        counts[str(length)] = {"measured": len(chosen[length]), "too_short": len(documents) - len(long_enough)}
+    return chosen, counts
+
+
+def plan(args: Arguments, documents: list[Document], length: int) -> list[Piece]:
+    """What is measured on documents of at least `length` tokens.
+
+    On the text every variant and the gate's window, at all rates; on planted and repeated passages the gate's window
+    and full attention, at the middle rate.
+    """
+    gate = Gate.of(args.configs, length, args.seq_len)
+    asked = {
+        variant: [rate for rate in args.mask_rates if sparse_at(variant, rate)]
+        for variant in dict.fromkeys((*args.variants, *([gate.window] if gate else [])))
+    }
+    middle = sorted(args.mask_rates)[len(args.mask_rates) // 2]
+    pieces = []
+    for document in documents:
+        window = text_window(document, length, args.seq_len)
+        pieces.append(Piece(window, asked))
+        if gate is not None:
+            far = planted(window, gate.far), repeated(document, length, args.seq_len, gate.far)
+            judged = [found for found in far if found is not None and len(found.measured(middle))]
+            pieces += [Piece(found, {FULL: [middle], gate.window: [middle]}) for found in judged]
+    return pieces
+
+
+def _run(args: Arguments, meter: Meter, folder: Folder, pieces: list[Piece], told: bool) -> None:
+    """Measure what the folder lacks; every finished window is a few lines in it."""
+    finished = resumed(args, folder, told)
+    todo = [(piece.window, missing) for piece in pieces if (missing := piece.missing(finished))]
+    with Progress(sum(forwards(missing) for _, missing in todo), hidden=not told, unit="forward") as bar:
+        for number, (window, missing) in enumerate(todo, 1):
+            bar.set_description(f"{len(window.tokens)} {window.kind} {number}/{len(todo)}", refresh=False)
+            with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
+                lines = meter.measure(window, missing, bar.step)
+            with blame(args, "--out", (OSError,)):
+                folder.append(lines)

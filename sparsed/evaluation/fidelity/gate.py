@@ -1,0 +1,132 @@
+"""Whether a model and a text can judge at all.
+
+On tokens whose evidence lies far back, full attention must beat a window that reads as much as what is measured.
+
+Where it does not, as with a model that never learned to read far, or a text in which nothing far back matters, losing
+what lies far back costs nothing, and every method looks good.
+"""
+
+from dataclasses import dataclass, replace
+
+from ...blocks import BlockGrid
+from ...config import SparseDConfig
+from ..folder import Record
+from ..methods import Variant, variants
+from ..results import VARIANT, groups, title_of
+from ..scoring import bootstrap
+from .measuring import FULL, key
+from .windows import LEAD, PLANTED, REPEATED, TEXT, window_id
+
+FAR = 1024  # tokens between a passage and its repetition, in windows of twice as many; half of a shorter window
+MARGIN = 0.1  # nats a token that the interval of full attention's advantage must lie above
+FEWEST = 5  # documents: were there no advantage, all of five would seldom show one
+SAID = {
+    PLANTED: "where the evidence was planted",
+    "copy": "by what the planted copy tells",
+    REPEATED: "where a passage of the text happens to be repeated",
+}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A window, and how far back evidence is out of its reach.
+
+    Args:
+        window: keeps as many blocks as the densest variant that is measured and leaves room for such evidence.
+        far: tokens from the evidence to the token, at least.
+    """
+
+    window: Variant
+    far: int
+
+    @staticmethod
+    def of(configs: list[SparseDConfig], length: int, new_tokens: int) -> "Gate | None":
+        """That of windows of `length` tokens; None if no evidence could be out of any window's reach."""
+        shortest = max(min(FAR, length // 2), LEAD + new_tokens)
+        windows = variants(["window"], [replace(config, dense_answer=False) for config in configs])
+        reaches = {window: _reach(window, length, new_tokens) for window in windows}
+        room = length - new_tokens - LEAD
+        found = [window for window, reach in reaches.items() if max(shortest, reach) <= room]
+        if not found:
+            return None
+        densest = max(found, key=reaches.__getitem__)
+        return Gate(densest, max(shortest, reaches[densest]))
+
+
+def _reach(window: Variant, length: int, new_tokens: int) -> int:
+    """Tokens that a window reads."""
+    assert window.config is not None
+    grid = BlockGrid(length, length - new_tokens, window.config.block_size)
+    return sum(grid.budgets(window.config.select)[0]) * grid.block_size
+
+
+def judge(records: list[Record]) -> list[Record]:
+    """What the gates of one length came to: one for each window and mask rate with planted passages.
+
+    Args:
+        records: lines of results of this length.
+
+    Returns:
+        mask_rate, far, the variant, and `planted`, `copy` and `repeated`: documents, n, and `advantage`, by how much
+        full attention's negative log-likelihood is lower than the window's, in nats a token, with its 95 % interval
+        (None without documents). `copy` is that of `planted` less that of the same tokens where there is no copy.
+    """
+    lines = {key(record): record for record in records}
+    evidence = [record for record in records if record["kind"] != TEXT and record["method"] != "origin"]
+    return [_judged(group, lines) for group in groups(evidence, "mask_rate", "far", *VARIANT)]
+
+
+def _judged(group: list[Record], lines: dict[tuple, Record]) -> Record:
+    planted, repeated = ([record for record in group if record["kind"] == kind] for kind in (PLANTED, REPEATED))
+    gained, found = ([_advantage(record, lines) for record in part] for part in (planted, repeated))
+    anyway = [_advantage({**record, "id": _text_id(record)}, lines) for record in planted]
+    return {
+        **{name: group[0][name] for name in ("mask_rate", "far", *VARIANT)},
+        "planted": _mean(planted, gained),
+        "copy": _mean(planted, [gain - other for gain, other in zip(gained, anyway, strict=True)]),
+        "repeated": _mean(repeated, found),
+    }
+
+
+def _text_id(record: Record) -> str:
+    """The name of the same window without a copy."""
+    return window_id(TEXT, record["length"], None, record["document"])
+
+
+def _advantage(record: Record, lines: dict[tuple, Record]) -> float:
+    """By how many nats full attention finds the tokens of a window's line likelier."""
+    return lines[key(record)]["nll"] - lines[key({**record, **FULL.names})]["nll"]
+
+
+def _mean(records: list[Record], sums: list[float]) -> Record:
+    counts = [record["n"] for record in records]
+    return {"documents": len(sums), "n": sum(counts), "advantage": bootstrap(sums, counts) if sums else None}
+
+
+def why_not(gates: list[Record]) -> str | None:
+    """Why a length's figures say nothing of quality; None if they do."""
+    if not gates:
+        return "no evidence can lie out of a window's reach"
+    for gate in gates:
+        documents = gate["planted"]["documents"]
+        if documents < FEWEST:
+            return f"there are {documents} documents, and it takes {FEWEST}"
+        for kind, said in SAID.items():
+            if gate[kind]["documents"] >= FEWEST and gate[kind]["advantage"][1] <= MARGIN:
+                return f"full attention does not clearly beat the {title_of(gate)}, {said}"
+    return None
+
+
+def report(gate: Record) -> str:
+    """A gate in a sentence."""
+    parts = []
+    for kind, said in SAID.items():
+        if gate[kind]["documents"]:
+            value, low, high = gate[kind]["advantage"]
+            count = f"{gate[kind]['n']} tokens of {gate[kind]['documents']} documents"
+            parts.append(f"{value:.2f} ({low:.2f} to {high:.2f}) {said} ({count})")
+    few = "" if gate["repeated"]["documents"] >= FEWEST else " Too few documents repeat themselves to judge by that."
+    return (
+        f"The gate, {gate['mask_rate']:.0%} masked, evidence {gate['far']:,} and more tokens back: full attention's NLL"
+        f" is lower than that of the {title_of(gate)}, in nats a token, by {'; '.join(parts)}.{few}"
+    )

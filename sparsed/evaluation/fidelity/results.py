@@ -1,0 +1,129 @@
+"""The sums of a run: a row for each variant at each length and mask rate, and the table."""
+
+from numbers import Real
+from types import NoneType
+from typing import Any
+
+from ..folder import Record
+from ..methods import METHODS
+from ..results import NUMBERS, VARIANT, groups, title_of
+from ..scoring import Interval, bootstrap
+from .gate import judge, report, why_not
+from .measuring import FULL, key
+from .windows import PLANTED, REPEATED, TEXT
+
+# what the summary reads of a line, and of which kinds it may be
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("id", "document"), str),
+    **dict.fromkeys(("length", "n", "correct", "same"), int),
+    **dict.fromkeys(("mask_rate", "nll", "kl", "density"), Real),
+    **dict.fromkeys(NUMBERS, (int, float, NoneType)),
+    "far": (int, NoneType),
+}
+COLUMNS = {  # a row's name: the table's, the factor, the format
+    "nll": ("NLL", 1, ".3f"),
+    "difference": ("to full attention", 1, "+.3f"),
+    "accuracy": ("accuracy, %", 100, ".1f"),
+    "kl": ("KL to full attention", 1, ".4f"),
+    "same": ("same top token, %", 100, ".1f"),
+    "gain": ("KL to that without dense answer rows", 1, "+.4f"),
+}
+
+
+def identified(record: Record) -> tuple | None:
+    """What a line is known by; None, or an error of `Folder`'s, if the summary cannot read it."""
+    readable = (
+        all(isinstance(record[name], kinds) for name, kinds in KINDS.items())
+        and record["kind"] in (TEXT, PLANTED, REPEATED)
+        and record["method"] in METHODS
+        and record["dense_answer"] in (None, True)
+        and record["n"] > 0
+    )
+    return key(record) if readable else None
+
+
+def summarize(records: list[Record]) -> dict[str, list[Record]]:
+    """Means over the masked tokens, with 95 % bootstrap intervals over documents.
+
+    Args:
+        records: lines of the samples file.
+
+    Returns:
+        lengths: length, its gates (see `judge`), and `cannot_tell`: why its rows say nothing of quality, or None.
+        rows: one for each length, mask rate and variant: documents, n, nll in nats a token, its difference to full
+            attention, accuracy and same (top token) as shares, kl to full attention in nats a token, its gain: how much
+            lower or higher it is than without dense answer rows (None if these were not measured), and density. All but
+            the counts and the density are [value, low, high].
+    """
+    lines = {key(record): record for record in records}
+    ordered = sorted(records, key=lambda record: (record["length"], -record["mask_rate"]))
+    lengths = []
+    for group in groups(ordered, "length"):
+        gates = judge(group)
+        lengths.append({"length": group[0]["length"], "gates": gates, "cannot_tell": why_not(gates)})
+    texts = [record for record in ordered if record["kind"] == TEXT]
+    return {"lengths": lengths, "rows": [_row(cell, lines) for cell in groups(texts, "length", "mask_rate", *VARIANT)]}
+
+
+def _row(cell: list[Record], lines: dict[tuple, Record]) -> Record:
+    """One row, of a variant's lines for one length and mask rate, a document each."""
+    first = cell[0]
+    full = [lines[key({**record, **FULL.names})] for record in cell]
+    without = [key({**record, "dense_answer": None}) for record in cell] if first["dense_answer"] else []
+    plain = [lines[name] for name in without if name in lines]
+    return {
+        **{name: first[name] for name in ("length", "mask_rate", *VARIANT)},
+        "documents": len(cell),
+        "n": sum(record["n"] for record in cell),
+        "nll": _mean("nll", cell),
+        "difference": None if first["method"] == "origin" else _mean("nll", cell, full),
+        "accuracy": _mean("correct", cell),
+        "kl": _mean("kl", cell),
+        "same": _mean("same", cell),
+        "gain": _mean("kl", cell, plain) if len(plain) == len(cell) else None,
+        "density": sum(record["density"] for record in cell) / len(cell),
+    }
+
+
+def _mean(name: str, cell: list[Record], others: list[Record] | None = None) -> Interval:
+    """A sum's mean over tokens, less that of other lines for the same tokens."""
+    sums = [record[name] for record in cell]
+    if others is not None:
+        sums = [value - other[name] for value, other in zip(sums, others, strict=True)]
+    return bootstrap(sums, [record["n"] for record in cell])
+
+
+def table(summary: Record) -> str:
+    """Markdown: for each length what the gates say, and if they let it pass a table for each mask rate."""
+    return "\n".join(_of_length(found, summary) for found in summary["lengths"])
+
+
+def _of_length(found: Record, summary: Record) -> str:
+    length = found["length"]
+    documents = summary["calls"][-1]["documents"].get(str(length))
+    left_out = f" Left out as too short: {documents['too_short']}." if documents and documents["too_short"] else ""
+    parts = [f"### {length:,} tokens, the last {summary['settings']['seq_len']} of them generated"]
+    if found["cannot_tell"]:
+        parts.append(f"**This cannot tell: {found['cannot_tell']}.** Nothing is claimed.{left_out}")
+    parts += map(report, found["gates"])
+    if not found["cannot_tell"]:
+        parts.append(f"NLL and KL in nats a masked token, 95 % intervals over documents.{left_out}")
+        parts += map(_of_rate, groups([row for row in summary["rows"] if row["length"] == length], "mask_rate"))
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_rate(rows: list[Record]) -> str:
+    shown = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
+    lines = [["method", "density", *(COLUMNS[name][0] for name in shown)]]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[title_of(row), f"{row['density']:.2f}", *(_figure(row, name) for name in shown)] for row in rows]
+    title = f"#### {rows[0]['mask_rate']:.0%} masked: {rows[0]['n']} tokens of {rows[0]['documents']} documents"
+    return f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _figure(row: Record, name: str) -> str:
+    if row[name] is None:
+        return "-"
+    _, factor, form = COLUMNS[name]
+    value, low, high = (f"{factor * part:{form}}" for part in row[name])
+    return f"{value} ({low} to {high})"

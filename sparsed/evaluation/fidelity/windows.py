@@ -1,0 +1,124 @@
+"""What is measured on: a piece of a document whose last tokens are taken for the generated region.
+
+Three kinds. TEXT is the document as it is. In PLANTED, the region and the tokens that lead into it stand a second time,
+far before. In REPEATED, the region holds passages that the document itself has far before and nowhere nearer.
+"""
+
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .documents import Document
+
+TEXT, PLANTED, REPEATED = "text", "planted", "repeated"
+LEAD = 16  # tokens before the region that a planted copy begins with
+PASSAGE = 8  # tokens that must be the same for a passage to be a repetition
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens of one document.
+
+    Args:
+        document: whose they are.
+        tokens: int64 [T].
+        order: int64 [N], the places of the generated region in the order in which they are unmasked.
+        kind: TEXT, PLANTED or REPEATED.
+        counted: bool [T], the places whose tokens count; None if all of the region's do.
+        far: how many tokens before the region's the evidence is, at least; None where it may be anywhere.
+    """
+
+    document: str
+    tokens: Tensor
+    order: Tensor
+    kind: str = TEXT
+    counted: Tensor | None = None
+    far: int | None = None
+
+    @property
+    def id(self) -> str:
+        return window_id(self.kind, len(self.tokens), self.far, self.document)
+
+    def masked(self, rate: float) -> Tensor:
+        """The places [n] that are masked at this share of the region, ascending."""
+        return self.order[len(self.order) - round(rate * len(self.order)) :].sort().values
+
+    def measured(self, rate: float) -> Tensor:
+        """Those of `masked` whose tokens count."""
+        places = self.masked(rate)
+        return places if self.counted is None else places[self.counted[places]]
+
+    def canvas(self, rate: float, mask_id: int) -> Tensor:
+        """The tokens [1, T] as a model sees them, with this share of the region masked."""
+        tokens = self.tokens.clone()
+        tokens[self.masked(rate)] = mask_id
+        return tokens[None]
+
+
+def window_id(kind: str, length: int, far: int | None, document: str) -> str:
+    """A window's name, such as 'planted-4096-1280-book.txt'."""
+    return "-".join(str(part) for part in (kind, length, far, document) if part is not None)
+
+
+def shuffled(length: int, new_tokens: int, seed: int) -> Tensor:
+    """The last `new_tokens` of `length` places in a random order."""
+    return length - new_tokens + torch.randperm(new_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+def text_window(document: Document, length: int, new_tokens: int, stop: int | None = None) -> Window:
+    """The `length` tokens that end before `stop`, by default the document's first ones."""
+    stop = length if stop is None else stop
+    tokens = torch.from_numpy(document.tokens[stop - length : stop])
+    return Window(document.name, tokens, shuffled(length, new_tokens, _seed(document.name, length)))
+
+
+def planted(window: Window, far: int) -> Window | None:
+    """The same with a copy of the region and its lead, at least `far` tokens before them; None if there is no room."""
+    first = int(window.order.min()) - LEAD
+    room = first - far + 1
+    if room < 1:
+        return None
+    place = _seed(window.document, far) % room
+    tokens = window.tokens.clone()
+    copied = tokens[first:].clone()
+    tokens[place : place + len(copied)] = copied
+    return replace(window, tokens=tokens, kind=PLANTED, far=far)
+
+
+def repeated(document: Document, length: int, new_tokens: int, far: int) -> Window | None:
+    """The window of the document with the most repetitions in its region; None if it has none."""
+    marked = repetitions(document.tokens, far, length - new_tokens - PASSAGE)
+    before = np.concatenate(([0], marked.cumsum()))
+    stops = np.arange(length, len(marked) + 1)
+    counts = before[stops] - before[stops - new_tokens]
+    if not counts.any():
+        return None
+    stop = int(stops[counts.argmax()])
+    window = text_window(document, length, new_tokens, stop)
+    counted = torch.from_numpy(marked[stop - length : stop].copy())
+    return replace(window, kind=REPEATED, counted=counted, far=far)
+
+
+def repetitions(tokens: np.ndarray, far: int, most: int) -> np.ndarray:
+    """Which tokens lie in a passage that stood there `far` to `most` tokens before, and nowhere nearer: bool [n].
+
+    Args:
+        tokens: int64 [n].
+    """
+    starts: dict[bytes, list[int]] = {}
+    for start in range(len(tokens) - PASSAGE + 1):
+        starts.setdefault(tokens[start : start + PASSAGE].tobytes(), []).append(start)
+    marked = np.zeros(len(tokens), bool)
+    for places in starts.values():
+        for before, start, after in zip(places, places[1:], [*places[2:], np.inf], strict=False):
+            if far <= start - before <= most and after - start >= far:
+                marked[start : start + PASSAGE] = True
+    return marked
+
+
+def _seed(name: str, number: int) -> int:
+    """The same in every run."""
+    return zlib.crc32(f"{name} {number}".encode())
