@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 
-from benchmarks.fidelity import read_tokens
 from benchmarks.fidelity import windows as fidelity_windows
 from demo.real import adapt, text
+from sparsed.evaluation.fidelity.documents import read_ids
 from sparsed.models import load_tokenizer
 from tests.helpers.real_recipe import SENTENCES, refused
 
@@ -15,7 +15,7 @@ def test_ids_are_the_documents_and_end_with_0(base, ids_file):
     tokenizer, found = load_tokenizer(base), []
     record = json.loads((ids_file.parent / "text.json").read_text())
     for part in ("train", "held-out"):
-        ids = read_tokens(ids_file.with_name(f"{part}.bin.xz"))
+        ids = read_ids(ids_file.with_name(f"{part}.bin.xz"))
         documents = np.split(ids, np.flatnonzero(ids == 0) + 1)
         assert len(documents.pop()) == 0 and len(documents) == record[f"{part} documents"] > 0
         assert len(ids) == record[f"{part} tokens"]
