@@ -18,7 +18,6 @@ from .shapes import published_config
 
 NAME = "Fast-dLLM's code, dual cache"
 NEEDED = ("llada/generate.py", "dream/model/generation_utils_block.py", "site/transformers", "site/einops")
-FAMILIES = ("dream", "llada")
 
 
 def measure(

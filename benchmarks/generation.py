@@ -43,7 +43,7 @@ from .common import LENGTHS, brief, build_parser, markdown, new_record, parse_ar
 from .dense_answer import checked_dense_answer
 from .kernels import DTYPE, Gate, Heads, attention_gate, random_heads
 from .latency import WrongKernel, checked_kernel
-from .reference import missing
+from .reference import check_reference
 from .shapes import SHAPES, attention_shape, random_model
 
 NEW_TOKENS, BLOCK_LENGTH = 256, 32
@@ -302,11 +302,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     )
     args = parse_arguments(parser, argv)
     if args.reference is not None:
-        if args.family not in fast_dllm.FAMILIES:
-            parser.error(f"argument --reference: Fast-dLLM's code does not run {args.family}")
-        lacking = missing(args.reference, fast_dllm.NEEDED)
-        if lacking is not None:
-            parser.error(f"argument --reference: {args.reference} has no {lacking}")
+        check_reference(parser, args, "Fast-dLLM's code", fast_dllm.NEEDED)
     return parser, args
 
 

@@ -237,18 +237,10 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     )
     args = parse_arguments(parser, argv)
     if args.reference is not None:
-        _check_reference(parser, args)
+        if args.model_path is not None:
+            parser.error("argument --reference: not allowed with argument --model_path")
+        reference.check_reference(parser, args)
     return parser, args
-
-
-def _check_reference(parser: Parser, args: argparse.Namespace) -> None:
-    if args.model_path is not None:
-        parser.error("argument --reference: not allowed with argument --model_path")
-    if args.family not in reference.FAMILIES:
-        parser.error(f"argument --reference: the released code does not run {args.family}")
-    lacking = reference.missing(args.reference)
-    if lacking is not None:
-        parser.error(f"argument --reference: {args.reference} has no {lacking}")
 
 
 def load(parser: Parser, args: argparse.Namespace, device: torch.device) -> torch.nn.Module:

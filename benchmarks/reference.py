@@ -4,6 +4,7 @@ DIR is a checkout of the released repository with its dependencies in DIR/site, 
 has the commands that make one.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsed import SparseDConfig
+from sparsed.console.parser import Parser
 
 from . import reference_worker
 from .common import LENGTHS, NEW_TOKENS
@@ -28,9 +30,20 @@ LONE = "the only generation at this length: the compile time that torch counted 
 NEEDED = ("models/LLaDA/generate.py", "models/Dream/generation_utils.py", "site/transformers")
 
 
-def missing(folder: Path, needed: Collection[str] = NEEDED) -> str | None:
-    """The first file that a folder lacks to be a reference, None if it is one."""
-    return next((name for name in needed if not (folder / name).exists()), None)
+def check_reference(
+    parser: Parser, args: argparse.Namespace, code: str = "the released code", needed: Collection[str] = NEEDED
+) -> None:
+    """Exit with code 2 unless --reference is a checkout of some code, which runs the family.
+
+    Args:
+        code: what it is called.
+        needed: files that it must have.
+    """
+    if args.family not in FAMILIES:
+        parser.error(f"argument --reference: {code} does not run {args.family}")
+    lacking = next((name for name in needed if not (args.reference / name).exists()), None)
+    if lacking is not None:
+        parser.error(f"argument --reference: {args.reference} has no {lacking}")
 
 
 def plan(name: str) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_its_forwards_in_our_terms():
 @pytest.mark.parametrize("fails", [False, True])
 def test_it_runs_after_ours_and_is_held_against_the_cache_alone(fails, tmp_path, monkeypatch, capsys):
     played = Played(tmp_path, monkeypatch, "llada")
-    monkeypatch.setattr(generation, "missing", lambda *_: None)
+    monkeypatch.setattr(generation, "check_reference", lambda *_: None)
 
     def ours(model, row, repeats):
         full = {"full": {"count": 4, "seconds": {"median": 0.5}}}
