@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels import add_rms_norm, full_attention, full_attention_kernel, rms_norm, rotate
 from .cache import KVCache
+from .joint import projections
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ Config = TypeVar("Config", bound="DataclassInstance")
 LARGEST = 10**9
 # every layer is built, if without memory, before the weights' headers can show that they are not there
 MOST_LAYERS = 1000
+# tokens, of all batch rows, that a layer's MLP computes at once: enough to fill a GPU
+CHUNK = 16384
 
 
 class Sizes(NamedTuple):
@@ -180,22 +183,37 @@ class ForwardContext(NamedTuple):
             x = layer(x, self, index, 0)
         return last(x, self, len(others), self.first_row - self.rows.start)
 
-    def attended(self, module: Any, layer: int, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-        """Attention of the computed tokens from the `first` on over all tokens, by the module's seam.
+    def attended(self, module: Any, layer: int, x: Tensor, first: int) -> Tensor:
+        """Attention of the computed tokens from the `first` on over all tokens, by the module's projections and seam.
 
         Args:
-            q: [B, Hq, n - first, D], not rotated yet.
-            k, v: [B, Hkv, n, D], likewise.
+            x: [B, n, width], normed.
 
         Returns:
             [B, n - first, Hq * D].
         """
+        projected = projections(x, first, module.q_proj, module.k_proj, module.v_proj)
+        q, k, v = map(split_heads, projected, (module.heads, module.kv_heads, module.kv_heads))
+        del x, projected  # at long lengths every one of them counts
         q = rotate(q, *(table[..., first:, :] for table in self.rope))
         if self.cache is None:
             k = rotate(k, *self.rope)
         else:
             k, v = self.cache.update(layer, self.rows, k, v, self.rope)
         return merge_heads(module.attend(q, k, v, self.key_valid, self.rows.start + first))
+
+
+def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors), computed for at most `CHUNK` tokens at a time; long sequences take less memory so.
+
+    Args:
+        function: treats every token by itself.
+        tensors: [B, n, width] each, as is the result.
+    """
+    count = -(-tensors[0].shape[0] * tensors[0].shape[1] // CHUNK)
+    if count <= 1:
+        return function(*tensors)
+    return torch.cat([function(*parts) for parts in zip(*(x.chunk(count, dim=1) for x in tensors), strict=True)], dim=1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = None) -> Tensor:

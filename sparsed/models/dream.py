@@ -18,12 +18,11 @@ from .common import (
     check_special_ids,
     check_supported,
     config_from_dict,
+    in_chunks,
     rope_tables,
-    split_heads,
     take_rows,
     with_plain_rope,
 )
-from .joint import projections
 from .rows import Rows
 
 
@@ -102,9 +101,7 @@ class DreamAttention(nn.Module):
 
     def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
         """Attention of the computed tokens x [B, n, width], from the `first` of them on -> [B, n - first, width]."""
-        projected = projections(x, first, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = map(split_heads, projected, (self.heads, self.kv_heads, self.kv_heads))
-        return self.o_proj(given.attended(self, layer, q, k, v, first))
+        return self.o_proj(given.attended(self, layer, x, first))
 
 
 class DreamMLP(nn.Module):
@@ -129,7 +126,10 @@ class DreamLayer(nn.Module):
     def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
         """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys alone."""
         attended = self.self_attn(self.input_layernorm(x), given, layer, first)
-        x, normed = self.post_attention_layernorm(x[:, first:], attended)
+        return in_chunks(self._add_mlp, x[:, first:], attended)
+
+    def _add_mlp(self, x: Tensor, attended: Tensor) -> Tensor:
+        x, normed = self.post_attention_layernorm(x, attended)
         return x + self.mlp(normed)
 
 

@@ -18,12 +18,11 @@ from .common import (
     check_special_ids,
     check_supported,
     config_from_dict,
+    in_chunks,
     rope_tables,
-    split_heads,
     take_rows,
     with_plain_rope,
 )
-from .joint import projections
 from .rows import Rows
 
 Rope = tuple[Tensor, Tensor]
@@ -134,11 +133,11 @@ class LLaDABlock(nn.Module):
 
     def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
         """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys alone."""
-        normed = self.attn_norm(x)
-        projected = projections(normed, first, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = map(split_heads, projected, (self.heads, self.kv_heads, self.kv_heads))
-        attended = self.attn_out(given.attended(self, layer, q, k, v, first))
-        x, normed = self.ff_norm(x[:, first:], attended)
+        attended = self.attn_out(given.attended(self, layer, self.attn_norm(x), first))
+        return in_chunks(self._add_mlp, x[:, first:], attended)
+
+    def _add_mlp(self, x: Tensor, attended: Tensor) -> Tensor:
+        x, normed = self.ff_norm(x, attended)
         return x + self.ff_out(silu_product(self.ff_proj(normed), self.up_proj(normed)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsed.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModel
+from sparsed.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModel, common
 from sparsed.models.common import RMSNorm
 from tests.helpers.reference import forward, rotate
 from tests.helpers.standins import DREAM, LLADA, random_weights, tiny_dream, tiny_llada
@@ -115,6 +115,20 @@ def test_logits_equal_the_float64_oracle(family, changes, length):
     model, ids = build(family, **changes), tokens(2, length)
     expected, _ = forward(family, model.state_dict(), MODELS[family][0] | changes, ids)
     assert (model(ids).double() - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("chunk", "most"), [(1, 1), (14, 7), (73, 19), (74, 37)])
+def test_the_mlp_of_long_sequences_is_computed_in_chunks(family, chunk, most, monkeypatch):
+    """Of two rows of 37 tokens; the logits of the last 30 are wanted."""
+    monkeypatch.setattr(common, "CHUNK", chunk)
+    model, ids = build(family), tokens(2, 37)
+    ups, computed = [module for name, module in model.named_modules() if name.endswith("up_proj")], []
+    for up in ups:
+        up.register_forward_pre_hook(lambda module, inputs: computed.append(inputs[0].shape[1]))
+    expected, _ = forward(family, model.state_dict(), MODELS[family][0], ids)
+    assert (model(ids, first_row=7).double() - expected[:, 7:]).abs().max() < 1e-4
+    assert computed[0] == most and sum(computed) == 37 * (len(ups) - 1) + 30
 
 
 @pytest.mark.parametrize("family", MODELS)
