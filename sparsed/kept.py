@@ -14,6 +14,7 @@ from .blocks import BlockGrid
 from .config import SparseDConfig
 from .kernels import block_scores, full_attention
 from .masks import check_left_padded, only_pads, valid_keys
+from .ranks import Ranks
 from .schedule import SELECTING, SPARSE
 from .selection import Rule, compile_selection
 
@@ -28,15 +29,25 @@ class KeptBlocks:
         wanted: the backend that was asked for.
         timed: runs work on a device that counts as compile time.
         version: unlike that of any other one.
+        ranks: the processes that have the heads of the same layers.
 
     Attributes:
         complete: whether a forward has selected in all of its layers.
         backend, backend_reason: the kernel and why it was taken, DENSE where every block is kept; None before.
     """
 
-    def __init__(self, config: SparseDConfig, gen_length: int, rule: Rule, wanted: str, timed: Timed, version: int):
+    def __init__(
+        self,
+        config: SparseDConfig,
+        gen_length: int,
+        rule: Rule,
+        wanted: str,
+        timed: Timed,
+        version: int,
+        ranks: Ranks,
+    ):
         self.config, self.gen_length, self.rule = config, gen_length, rule
-        self.wanted, self.timed, self.version = wanted, timed, version
+        self.wanted, self.timed, self.version, self.ranks = wanted, timed, version, ranks
         self.complete = False
         self.backend: str | None = None
         self.backend_reason: str | None = None
@@ -90,7 +101,7 @@ class KeptBlocks:
             return block_scores(q, k, block_size=grid.block_size, key_valid=grid.key_valid, lse=lse, compiled=compiled)
 
         pattern = self.rule.select(q, score, grid, self.config.select)
-        self._densities.append(pattern.density)
+        self._densities.append(self.ranks.mean(pattern.density))
         assert self.backend is not None  # `_prepare` has chosen it
         sparse = self._sparse[layer, q.device] = sparse_attention(self.backend, pattern)
         return out if self.rule.needs_scores else sparse(q, k, v)
@@ -129,6 +140,6 @@ class KeptBlocks:
         batch, heads, _, head_dim = q.shape
         padded = grid.key_valid is not None
         problem = Problem(q.device, q.dtype, batch, heads, k.shape[1], head_dim, grid.block_size, padded)
-        self.backend, self.backend_reason = choose_backend(self.wanted, problem, grid.length)
+        self.backend, self.backend_reason = choose_backend(self.wanted, problem, grid.length, self.ranks)
         if self.backend != "gather" and self.rule.needs_scores:
             compile_selection(q, k, grid, lse)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .backends import check_backend
 from .config import SparseDConfig, check_numbers
+from .ranks import ALONE
 from .run import SparseRun
 from .schedule import ByStep, Schedule
 from .seams import seams_of
@@ -73,7 +74,8 @@ def sparsify(
     seams = seams_of(model)
     by_step = ByStep.of(config, steps, rule.needs_scores)
     mask_id = getattr(getattr(model, "config", None), "mask_token_id", None)
-    run = SparseRun(config, schedule or by_step, gen_length, backend, rule, mask_id)
+    ranks = getattr(model, "ranks", ALONE)
+    run = SparseRun(config, schedule or by_step, gen_length, backend, rule, mask_id, ranks)
     with ExitStack() as undo:
         with PATCHING:
             if _is_patched(model):

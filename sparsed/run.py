@@ -20,6 +20,7 @@ from .config import SparseDConfig
 from .generation import Generations, RunningForward
 from .kept import KeptBlocks
 from .masks import same_tensor
+from .ranks import ALONE, Ranks
 from .schedule import FULL, SELECTING, SPARSE, Progress, Schedule
 from .selection import Rule
 from .tally import Tally
@@ -32,6 +33,7 @@ class SparseRun:
         config, gen_length, backend, rule: as in `sparsify`.
         schedule: when attention is over kept blocks.
         mask_id: of the mask token, if the model's config names it.
+        ranks: the processes that share the model.
 
     Attributes:
         compile_seconds: time spent choosing and compiling kernels, part of the time of the step that chooses.
@@ -46,13 +48,14 @@ class SparseRun:
         backend: str,
         rule: Rule,
         mask_id: int | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.schedule = schedule
         self.compile_seconds, self.tally = 0.0, Tally()
         versions = itertools.count()
 
         def nothing_kept() -> KeptBlocks:
-            return KeptBlocks(config, gen_length, rule, backend, self._timed, next(versions))
+            return KeptBlocks(config, gen_length, rule, backend, self._timed, next(versions), ranks)
 
         self._generations = Generations(nothing_kept, gen_length, mask_id)
         self._running = threading.Lock()

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ..blocks import Pattern
 from ..kernels import full_attention
+from ..ranks import ALONE, Ranks
 from .backend import Backend, BackendError, Problem, SparseAttention
 from .flash import FLASH
 from .flex import FLEX
@@ -44,10 +45,10 @@ def check_backend(name: str) -> None:
         raise BackendError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
 
 
-def choose_backend(name: str, problem: Problem, length: int) -> tuple[str, str]:
+def choose_backend(name: str, problem: Problem, length: int, ranks: Ranks = ALONE) -> tuple[str, str]:
     """The backend to use for sequences of `length` tokens, and why in a few words.
 
-    It is the named one, or for "auto" the fastest that is available and right.
+    It is the named one, or for "auto" the fastest that is available and right, on all of the ranks.
 
     Raises:
         BackendError: the named backend is unknown, cannot run here, or fails its numeric self-check.
@@ -59,7 +60,8 @@ def choose_backend(name: str, problem: Problem, length: int) -> tuple[str, str]:
         fault = candidate.fault(problem)
         if fault is None and name == "auto" and candidate.auto_from and length < candidate.auto_from:
             fault = f"gains nothing below {candidate.auto_from} tokens"
-        fault = fault or self_check(candidate, problem)
+        faults = ranks.gathered(fault or self_check(candidate, problem))
+        fault = next((found for found in faults if found is not None), None)
         if fault is None:
             why = "named by the user" if name != "auto" else "fastest available, self-check passed"
             return candidate.name, "; ".join([why, *passed_over])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import BlockGrid, Pattern
+from ..ranks import ALONE, Ranks
 from ..report.record import Commit, KeptBlocks, Layer
 from ..sampling.common import Step
 from ..watching import pooled, recall
@@ -17,17 +18,23 @@ MOST_CELLS = 128
 
 
 class SelectedBlocks:
-    """Shown every layer's choice (`watching.watched`), notes what the record says of it; waits for no device."""
+    """Shown every layer's choice (`watching.watched`), notes what the record says of it; waits for no device.
 
-    def __init__(self) -> None:
+    Args:
+        ranks: the processes among which the layers' heads are shared; noted is what all of them chose.
+    """
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self._grid: BlockGrid | None = None
         self._shares: list[tuple[Tensor, Tensor]] = []
         self._cells: list[Tensor] = []
 
     def __call__(self, scores: Tensor, pattern: Pattern) -> None:
         self._grid = pattern.grid
-        self._shares.append((pattern.density, recall(scores, pattern).mean()))
-        self._cells.append(pooled(pattern, MOST_CELLS))
+        density, held = self._ranks.mean(torch.stack((pattern.density, recall(scores, pattern).mean())))
+        self._shares.append((density, held))
+        self._cells.append(self._ranks.joined(pooled(pattern, MOST_CELLS), 0))
 
     def layers(self) -> list[Layer] | None:
         """Density and recall of every layer in turn, mean over heads and batch rows; None if nothing was selected."""

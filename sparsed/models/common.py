@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import add_rms_norm, full_attention, full_attention_kernel, rms_norm, rotate
+from ..ranks import ALONE, Ranks
 from .cache import KVCache
 from .joint import projections
 from .rows import Rows
@@ -36,6 +37,11 @@ class Sizes(NamedTuple):
     kv_width: int
     mlp_width: int
     vocabulary: int
+
+    def shared_by(self, count: int) -> "Sizes":
+        """Those of the part that each of so many processes has."""
+        heads, kv_width, mlp_width = self.heads // count, self.kv_width // count, self.mlp_width // count
+        return self._replace(heads=heads, kv_width=kv_width, mlp_width=mlp_width)
 
 
 def config_from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
@@ -255,10 +261,22 @@ def _check_mask(mask: Tensor | None, length: int, batch: int | None = None) -> N
 
 
 class DiffusionLM(nn.Module):
-    """Base of both families: where the weights live and in which dtype."""
+    """Base of both families: where the weights live and in which dtype.
+
+    Attributes:
+        config: of the whole model.
+        ranks: the processes that share it by heads; this one has its part of every layer.
+    """
 
     family: str
     config: Any
+    ranks: Ranks = ALONE
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of this process's part."""
+        sizes: Sizes = self.config.sizes
+        return sizes.shared_by(self.ranks.count)
 
     def positions(self, length: int, device: torch.device, attention_mask: Tensor | None) -> Tensor:
         """By which the tokens of sequences [B, length] are rotated, int64 [B or 1, length]; the mask is [B, length]."""
@@ -282,7 +300,7 @@ class DiffusionLM(nn.Module):
 
     def attention_kernel(self, batch: int, queries: int, keys: int, padded: bool = False) -> str:
         """Which kernel computes full attention of so many tokens over so many: one of `kernels.full_attention`'s."""
-        sizes, weight = self.config.sizes, next(self.parameters())
+        sizes, weight = self.sizes, next(self.parameters())
         head_dim = self.config.head_dim
         q, k = (
             weight.new_empty(()).expand(batch, heads, tokens, head_dim)
@@ -292,7 +310,7 @@ class DiffusionLM(nn.Module):
 
     def kv_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for sequences [batch, length]."""
-        sizes, head_dim = self.config.sizes, self.config.head_dim
+        sizes, head_dim = self.sizes, self.config.head_dim
         return KVCache(sizes.layers, batch, sizes.kv_width // head_dim, length, head_dim, self.dtype)
 
     def given(

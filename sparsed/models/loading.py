@@ -7,9 +7,11 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..ranks import Ranks
 from .common import DiffusionLM
 from .description import DESCRIPTION_FILES, read_config
 from .dream import DreamConfig, DreamLayer, DreamModel
@@ -17,6 +19,7 @@ from .files import checkpoint_folder
 from .illada import ILLaDAConfig, ILLaDAModel
 from .joint import lay_projections_together
 from .llada import LLaDABlock, LLaDAConfig, LLaDAModel
+from .parallel import check_count, shard
 from .special_ids import with_special_ids
 from .weights import WEIGHT_FILES, checked_weights, fill
 
@@ -35,7 +38,11 @@ class ModelTooLarge(ValueError, MemoryError):
 
 
 def load_model(
-    path: str | os.PathLike, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    path: str | os.PathLike,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    tensor_parallel: "dist.ProcessGroup | None" = None,
 ) -> DiffusionLM:
     """Load Dream or LLaDA from a folder in the hub's format or from a hub id, in evaluation mode, without gradients.
 
@@ -47,18 +54,24 @@ def load_model(
         device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu. With auto, a model larger than one GPU's
             free memory is spread over all GPUs.
         dtype: auto (bfloat16 on cuda, else float32), bfloat16, float16 or float32.
+        tensor_parallel: the processes that share the model by heads, each on a device of its own; every one of them
+            makes this call, reads its part of the weights, and then makes the same calls of the model and the samplers.
 
     Raises:
-        ValueError: one line that names what is wrong with an argument or with a file.
+        ValueError: one line that names what is wrong with an argument or with a file, or which numbers of processes
+            divide the model's heads.
         ModelTooLarge: a ValueError and MemoryError; the weights do not fit into the device's memory.
     """
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
     # what is refused by its description costs no download of weights
     model = empty_model(checkpoint_folder(path, DESCRIPTION_FILES)).to(wanted)
+    ranks = Ranks(tensor_parallel)
+    check_count(model, ranks.count)
     stored = checked_weights(model, checkpoint_folder(path, WEIGHT_FILES), path)
-    placement = _place(model, target, spread=str(device) == "auto")
-    fill(model, stored, placement)
+    shard(model, ranks)
+    placement = _place(model, target, spread=str(device) == "auto" and ranks.count == 1)
+    fill(model, stored, placement, ranks.index)
     if len(placement) > 1:
         from accelerate import dispatch_model
 
@@ -154,15 +167,15 @@ def _place(model: nn.Module, target: torch.device, *, spread: bool) -> dict[str,
         )
     if target.type != "cuda":
         return {"": target}
-    free = {index: free_bytes(index) for index in range(torch.cuda.device_count())}
-    if needed <= free[target.index]:
+    free = free_bytes(target.index)
+    if needed <= free:
         return {"": target}
-    if not spread or len(free) == 1:
+    if not spread or torch.cuda.device_count() == 1:
         raise ModelTooLarge(
-            f"device {target} has {free[target.index] / GIB:.1f} GiB free, the weights need {needed / GIB:.1f} GiB; "
+            f"device {target} has {free / GIB:.1f} GiB free, the weights need {needed / GIB:.1f} GiB; "
             "use device auto with more GPUs, a smaller dtype, or device cpu"
         )
-    return plan_placement(model, {index: int(0.9 * size) for index, size in free.items()})
+    return plan_placement(model, {index: int(0.9 * free_bytes(index)) for index in range(torch.cuda.device_count())})
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -181,8 +181,11 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def fill(model: nn.Module, stored: dict[str, Stored], placement: dict[str, torch.device]) -> None:
+def fill(model: nn.Module, stored: dict[str, Stored], placement: dict[str, torch.device], part: int = 0) -> None:
     """Read every parameter onto the device of the longest module name in `placement` that contains it.
+
+    Args:
+        part: which one of the stored tensors a process has where the model's are smaller.
 
     Raises:
         ValueError: the files hold two different tensors for one that config.json ties.
@@ -191,7 +194,7 @@ def fill(model: nn.Module, stored: dict[str, Stored], placement: dict[str, torch
         name, *others = (name for name in names if name in stored)
         _check_equal(stored[name], [stored[other] for other in others])
         module = max((key for key in placement if f"{name}.".startswith(f"{key}." if key else "")), key=len)
-        tensor = _read_tensor(stored[name], placement[module], model.get_parameter(name).dtype)
+        tensor = _read_tensor(stored[name], model.get_parameter(name), placement[module], part)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for tied in names:
             owner, _, leaf = tied.rpartition(".")
@@ -207,9 +210,13 @@ def _check_equal(one: Stored, others: list[Stored]) -> None:
                 )
 
 
-def _read_tensor(stored: Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _read_tensor(stored: Stored, like: Tensor, device: torch.device, part: int) -> Tensor:
+    places = tuple(
+        slice(None) if size == whole else slice(part * size, (part + 1) * size)
+        for size, whole in zip(like.shape, stored.shape, strict=True)
+    )
     # a mapping of its own for each tensor: pages of a mapped file count as this process's memory until it is closed,
     # and the copy makes the model independent of the file
     with safe_open(stored.file, framework="pt") as shard:
-        source = shard.get_tensor(stored.name)
-        return torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
+        source = shard.get_slice(stored.name)[places]
+        return torch.empty(like.shape, dtype=like.dtype, device=device).copy_(source)

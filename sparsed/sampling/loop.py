@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import SparseDConfig
 from ..models.common import DiffusionLM
+from ..ranks import Ranks
 from ..run import SparseRun
 from ..schedule import ByCommitted, ByStep, Schedule
 from ..selection import SPARSED, Rule
@@ -62,7 +63,7 @@ def generate(
         check_schedule(settings, run)
         runner = reader(model, run, canvas, settings, halves)
         ends = end_tokens(model.config) if end_token_ids is None else end_token_ids
-        turns = reporting(run, canvas, settings.turns(canvas, ends))
+        turns = together(model.ranks, canvas, reporting(run, canvas, settings.turns(canvas, ends)))
         denoise(canvas, runner, settings, turns, model.config, generator, on_step, on_phase)
     return canvas.ids
 
@@ -100,6 +101,14 @@ def reporting(run: SparseRun | None, canvas: Canvas, turns: Iterable[Turn]) -> I
         if run is not None and isinstance(run.schedule, ByCommitted):
             run.committed = canvas.committed
         yield turn
+
+
+def together(ranks: Ranks, canvas: Canvas, turns: Iterable[Turn]) -> Iterator[Turn]:
+    """The turns; after each, every rank takes over rank 0's tokens, so that none goes its own way for a rounding error,
+    and the next turn is the same for all."""
+    for turn in turns:
+        yield turn
+        ranks.share(canvas.ids)
 
 
 def reader(

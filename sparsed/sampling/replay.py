@@ -47,7 +47,7 @@ class Replays:
     """
 
     def __init__(self, model: DiffusionLM, aside: Callable[[], AbstractContextManager]):
-        self.aside = aside
+        self.aside, self.ranks = aside, model.ranks
         self.possible = replayable(model)
         self._kinds: dict[str, Replayed] = {}
 
@@ -65,9 +65,12 @@ class Replays:
             self._kinds[kind] = Replayed(inputs)
             return None
         if known.graph is None:
+            captured = True
             try:
                 self._capture(known, forward)
             except RuntimeError:  # something in the model waits for the device, or there is no memory for a graph
+                captured = False
+            if not all(self.ranks.gathered(captured)):
                 self.possible = False
                 return None
         assert known.graph is not None  # captured just now, if not before

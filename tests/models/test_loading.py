@@ -9,8 +9,10 @@ import torch
 
 from sparsed.models import DreamConfig, DreamModel, files, load_model, load_tokenizer
 from sparsed.models.loading import resolve_device, resolve_dtype
+from sparsed.models.parallel import shard
 from sparsed.models.tokenizer import TOKENIZER_FILES
 from tests.helpers.checkpoints import FAMILIES, published_weights, refused, write_checkpoint
+from tests.helpers.processes import Place, on_ranks
 from tests.helpers.standins import DREAM, LLADA, tiny_llada
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +108,30 @@ def test_peak_host_memory_stays_near_the_models_size(large_folders, shards, dtyp
     command = [sys.executable, "-c", MEASURE, str(large_folders[shards]), dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0.9 < float(done.stdout) < 1.3
+
+
+def part_of(ranks, large, small):
+    """The peak of loading a part of the large model, over its size; the small one's part."""
+    before = peak()
+    model = load_model(large, device="cpu", dtype="bfloat16", tensor_parallel=ranks.group)
+    taken = (peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters())
+    return taken, load_model(small, device="cpu", tensor_parallel=ranks.group).state_dict()
+
+
+def peak():
+    """As in MEASURE."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_a_process_reads_its_part_alone(large_folders, dream_folder):
+    for index, (taken, part) in enumerate(on_ranks(2, part_of, large_folders[4], dream_folder)):
+        assert 0.9 < taken < 1.3
+        whole = load_model(dream_folder, device="cpu")
+        shard(whole, Place(index=index, count=2))
+        assert part.keys() == whole.state_dict().keys()
+        assert all(torch.equal(part[name], tensor) for name, tensor in whole.state_dict().items())
 
 
 def test_loading_writes_nothing_to_the_terminal(folder):

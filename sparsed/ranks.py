@@ -1,0 +1,66 @@
+"""The processes that share one model, and what they tell each other."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a group, each of which has some heads of every layer; without a group, one has all of them.
+
+    Every process of the group must come to every call here, in the same order. Tensors travel as the device's backend
+    sends them (NCCL, or gloo on a CPU), in the order of the device's queue; `gathered` waits for all processes.
+
+    Args:
+        group: of `torch.distributed`.
+    """
+
+    group: "dist.ProcessGroup | None" = None
+
+    @property
+    def index(self) -> int:
+        """This process's place, from 0."""
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def count(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    def add(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x, written into x."""
+        if self.count > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of every rank's x: of values that are means over as many heads each, that over all heads."""
+        return self.add(x.clone()) / self.count if self.count > 1 else x
+
+    def joined(self, x: Tensor, dim: int) -> Tensor:
+        """Every rank's x, one after the other along `dim`: all heads of what each has of its own."""
+        if self.count == 1:
+            return x
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.count)]
+        dist.all_gather(parts, x, group=self.group)
+        return torch.cat(parts, dim)
+
+    def share(self, x: Tensor) -> None:
+        """Overwrite x with rank 0's."""
+        if self.count > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value, which can be pickled, by their places."""
+        values = [value]
+        if self.count > 1:
+            values *= self.count
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+ALONE = Ranks()
