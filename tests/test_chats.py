@@ -176,7 +176,7 @@ def test_an_advised_command_asks_the_same(family, words, tmp_path):
     (tmp_path / "chat").write_text(json.dumps(CHAT))
     words = ["--chat", str(tmp_path / "chat")] if words == "chat" else words
     given = arguments.parse(family, words)
-    again = arguments.parse(family, shlex.split(command_of(given, origin=False))[1:])
+    again = arguments.parse(family, shlex.split(command_of(given, 1, origin=False))[1:])
     assert (again.text, again.earlier, again.prompt, again.raw) == (given.text, given.earlier, given.prompt, given.raw)
     assert again.earlier or again.raw
 

@@ -71,6 +71,7 @@ def advise(job: Job) -> dict[str, Any]:
         FloatingPointError: the model's logits are not finite.
     """
     args, sampler, prompt_tokens = job.args, job.args.sampler.plain(), len(job.input_ids)
+    ranks = job.model.ranks
     short, long = fitted_lengths(prompt_tokens, job.model.device)
     lengths = sorted({short, long, prompt_tokens})
     for length in lengths[: lengths.index(short) + 1]:  # the first use of a kernel compiles it
@@ -90,7 +91,7 @@ def advise(job: Job) -> dict[str, Any]:
         "sparsed_seconds": sparsed,
         "fitted_prompt_tokens": [short, long],
         "pays_from": pays_from,
-        "command": command_of(args, origin=sparsed >= origin),
+        "command": command_of(args, ranks.count, origin=sparsed >= origin),
         "dense_answer": _dense_answer(job, times[prompt_tokens], ran),
         **_ways(job, times[prompt_tokens], (origin, sparsed)),
     }
@@ -103,7 +104,10 @@ def _ways(job: Job, own: StepTimes, whole: tuple[float, float]) -> dict[str, Any
         return {"ways": [], "no_cache": reason}
     answer, cached = time_few_rows(job, own.prompt_tokens)
     forwards = Forwards(own.full, own.selecting, own.sparse, answer, cached)
-    return {"ways": as_record(ways(job, forwards, whole), partial(command_of, job.args)), "forwards": asdict(forwards)}
+    return {
+        "ways": as_record(ways(job, forwards, whole), partial(command_of, job.args, job.model.ranks.count)),
+        "forwards": asdict(forwards),
+    }
 
 
 def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, Any]]:
@@ -118,7 +122,7 @@ def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, A
         config = replace(given, select=select, dense_answer=True)
         times = time_steps(replace(job, args=replace(job.args, config=config)), own.prompt_tokens)
         seconds = whole_runs(replace(times, full=own.full), ran, config.n_full(len(ran)))[1]
-        command = command_of(job.args, origin=False, select=select, dense_answer=True)
+        command = command_of(job.args, job.model.ranks.count, origin=False, select=select, dense_answer=True)
         found.append({**asdict(times), "select": select, "seconds": seconds, "command": command})
     return found
 
@@ -134,7 +138,12 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
     steps = 2 * each + 1  # the full ones, one that selects the blocks, the sparse ones
     config = replace(args.config, skip=(each + 1) / steps)
     sparsed = sparsify(
-        model, config, steps=steps, gen_length=sampler.gen_length, backend=args.backend, rule=watched(SelectedBlocks())
+        model,
+        config,
+        steps=steps,
+        gen_length=sampler.gen_length,
+        backend=args.backend,
+        rule=watched(SelectedBlocks(model.ranks)),
     )
     with sparsed as run, run.sequence(canvas.shape), bar(steps, f"{prompt_tokens} tokens, ", args.quiet) as show:
         runner = StepRunner(model, run, None, prompt_tokens - 1, len(rows))
@@ -219,7 +228,7 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     return lines
 
 
-def command_of(args: Call, *, origin: bool, **changes: Any) -> str:
+def command_of(args: Call, processes: int, *, origin: bool, **changes: Any) -> str:
     """The command that runs the call with full attention or SparseD; flags with their default value are left out.
 
     Flags that only say what becomes of the output are left out too, and those of SparseD with full attention.
@@ -231,7 +240,11 @@ def command_of(args: Call, *, origin: bool, **changes: Any) -> str:
     values = {**args.flags, **changes, "advise": False, "json": None, "quiet": False, "origin": origin}
     if origin:
         values |= {name: parser.get_default(name) for name in SPARSED}
-    words = ["python", parser.prog] if parser.prog.endswith(".py") else [parser.prog]
+    script = parser.prog.endswith(".py")
+    words = ["python", parser.prog] if script else [parser.prog]
+    if processes > 1:
+        launched = [parser.prog] if script else ["--no-python", parser.prog]
+        words = ["torchrun", "--nproc_per_node", str(processes), *launched]
     for action in parser._actions:
         value = values.get(action.dest, action.default)
         if value != action.default:

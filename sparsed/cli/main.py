@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from ..console.endings import blame, guarded
 from ..console.environment import environment
 from ..console.files import check_apart, write_json, write_text
 from ..console.streams import Stdout, tell
+from ..console.workers import as_one, own_device
 from ..models import load_model, load_tokenizer
 from ..models.common import DiffusionLM
 from ..models.description import DESCRIPTION_FILES
 from ..models.files import checkpoint_folder
 from ..models.loading import empty_model, model_family, resolve_device, resolve_dtype
+from ..models.parallel import shard
 from ..models.weights import WEIGHT_FILES
 from ..prompts import demo_path, make_prompt
+from ..ranks import Ranks
 from ..report.page import page
 from ..report.record import Mode, Record
 from ..report.summary import compare, comparison_lines, expected_line, run_lines, selected_in_vain
@@ -47,10 +51,26 @@ def main_llada(argv: list[str] | None = None) -> int:
 def _main(family: Family, argv: list[str] | None) -> int:
     advice = "try a shorter --prompt or --seq_len, --dtype bfloat16, or a device with more memory"
     program = os.path.basename(sys.argv[0])
-    return guarded(lambda: _generate(parse(family, argv)), program, advice=advice, ending=argv is None)
+
+    def command(ranks: Ranks) -> int:
+        def work() -> None:
+            _generate(_of_rank(parse(family, argv), ranks), ranks)
+
+        return guarded(work, program, advice=advice, ending=argv is None)
+
+    return as_one(command)
 
 
-def _generate(args: Call) -> None:
+def _of_rank(args: Call, ranks: Ranks) -> Call:
+    """The call as one of several processes does it: on a device of its own, and only the first one writes files."""
+    if ranks.count == 1:
+        return args
+    with blame(args, "--device"):
+        args = replace(args, device=own_device(args.device, ranks))
+    return args if ranks.index == 0 else replace(args, json=None, report=None)
+
+
+def _generate(args: Call, ranks: Ranks) -> None:
     """One call of a script: everything between the checked flags and the record."""
     if args.quiet:
         huggingface_hub.utils.disable_progress_bars()
@@ -65,13 +85,14 @@ def _generate(args: Call) -> None:
     device = resolve_device(args.device)
     with blame(args, args.source):
         outline = empty_model(checkpoint_folder(path, DESCRIPTION_FILES)).to(resolve_dtype(args.dtype, device))
+        shard(outline, ranks)
     with blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), outline.config.mask_token_id, outline.config.vocab_size)
     tokens = len(prompt.input_ids)
     check_memory(outline, args, fitted_lengths(tokens, device)[1] if args.advise else tokens)
     started = time.perf_counter()
     with blame(args, args.source):
-        model = load_model(path, device=args.device, dtype=args.dtype)
+        model = load_model(path, device=args.device, dtype=args.dtype, tensor_parallel=ranks.group)
     load_seconds = time.perf_counter() - started
     trained = model.config.max_length
     if not args.quiet:
@@ -89,7 +110,7 @@ def _generate(args: Call) -> None:
         "trained_length": trained,
         "beyond_trained_length": tokens > trained,
         "load_seconds": load_seconds,
-        "environment": environment(model.device, model.dtype),
+        "environment": {**environment(model.device, model.dtype), "processes": ranks.count},
         "arguments": {**args.flags, "model_path": path},
     }
     record = made if args.advise else msgspec.to_builtins(Record(**made))
@@ -157,8 +178,9 @@ def _heading(args: Call, tokens: int, model: DiffusionLM) -> str:
     kinds = {"raw": ", raw", "system": " after a system turn", "chat": ", the last turn of a chat"}
     kind = "".join(text for name, text in kinds.items() if args.flags[name])
     source = "demo checkpoint" if args.demo else args.model_path or family.model_path
+    others = f" and {model.ranks.count - 1} more" if model.ranks.count > 1 else ""
     return (
-        f"{family.title} ({source}) on {model.device}, {str(model.dtype).removeprefix('torch.')}; "
+        f"{family.title} ({source}) on {model.device}{others}, {str(model.dtype).removeprefix('torch.')}; "
         f"prompt {args.prompt or 'of your own'}{kind}: {tokens} tokens; "
         f"{sampler.gen_length} new tokens in {sampler.steps} steps"
     )

@@ -12,12 +12,13 @@ from ..console.endings import TooLittleMemory
 from ..models.common import DiffusionLM
 from ..models.loading import GIB, free_bytes, resolve_device, weight_bytes
 from ..prompts import LENGTHS, PRESETS
+from ..ranks import Ranks
 from ..sampling import Settings
 from .arguments import Call
 
-# rows as wide as the model that a layer holds while its MLP runs, besides keys and values: its input, the sum of input
-# and attention, that sum normed, the attention, and the queries
-HELD_ROWS = 5
+# rows as wide as the model that a layer holds while its MLP runs, besides queries, keys and values: its input, the sum
+# of input and attention, that sum normed, and the attention
+HELD_ROWS = 4
 # rows as wide as the MLP: gate, up and their product; plain torch holds the gate's silu too
 MLP_ROWS = {"cuda": 3, "cpu": 4, "mps": 4}
 # bytes that the sampler makes of a logit: float32, and its softmax
@@ -34,14 +35,15 @@ def peak_bytes(
     Measured peaks are near.
 
     Args:
-        model: in its dtype; may be on the meta device.
+        model: in its dtype; may be on the meta device. Of one that several processes share, what each of them takes.
         config: SparseD's settings, None for full attention.
         device: where the run will be.
         prompt_tokens: with the chat template.
     """
-    sizes, length, itemsize = model.config.sizes, prompt_tokens + sampler.gen_length, model.dtype.itemsize
+    sizes, length, itemsize = model.sizes, prompt_tokens + sampler.gen_length, model.dtype.itemsize
     batch = sampler.sequences
-    row = HELD_ROWS * sizes.width + 2 * sizes.kv_width + MLP_ROWS[device.type] * sizes.mlp_width
+    heads_width = sizes.heads * model.config.head_dim
+    row = HELD_ROWS * sizes.width + heads_width + 2 * sizes.kv_width + MLP_ROWS[device.type] * sizes.mlp_width
     # a window size's CUDA graph keeps its logits: a block's and the answer's, or with prefix one a block
     graphs = {"none": 0, "dual": 2, "prefix": sampler.blocks or 1}[sampler.cache] if device.type == "cuda" else 0
     logits = sampler.most_rows * sizes.vocabulary * ((1 + graphs) * itemsize + SAMPLED)
@@ -62,10 +64,17 @@ def available_bytes(device: torch.device, *, spread: bool) -> int:
     return sum(free_bytes(index) for index in (range(torch.cuda.device_count()) if spread else [device.index]))
 
 
+def free_for_all(ranks: Ranks, device: torch.device, *, spread: bool) -> int:
+    """Bytes that every one of the processes which share a model has free."""
+    free = available_bytes(device, spread=spread)
+    return min(ranks.gathered(free if device.type == "cuda" else free // ranks.count))
+
+
 def check_memory(model: DiffusionLM, args: Call, prompt_tokens: int) -> None:
     """Raise TooLittleMemory, which names the largest preset that fits, if the run needs more than is free."""
     device = resolve_device(args.device)
-    free = available_bytes(device, spread=args.device == "auto")
+    ranks = model.ranks
+    free = free_for_all(ranks, device, spread=args.device == "auto")
     peak = partial(peak_bytes, model, config=None if args.origin else args.config, device=device)
     needed = peak(args.sampler, prompt_tokens=prompt_tokens)
     if needed <= free:
@@ -78,7 +87,8 @@ def check_memory(model: DiffusionLM, args: Call, prompt_tokens: int) -> None:
     without = replace(args.sampler, cache="none", refresh=None)
     if args.sampler.cached and peak(without, prompt_tokens=prompt_tokens) <= free:
         way += "; without --cache it fits"
+    each = f" in each of {ranks.count} processes" if ranks.count > 1 else ""
     raise TooLittleMemory(
         f"{prompt_tokens} prompt tokens and {args.sampler.gen_length} new ones would take about {needed / GIB:.1f} "
-        f"GiB, {weight_bytes(model) / GIB:.1f} GiB of it weights; {device} has {free / GIB:.1f} GiB free; {way}"
+        f"GiB{each}, {weight_bytes(model) / GIB:.1f} GiB of it weights; {device} has {free / GIB:.1f} GiB free; {way}"
     )

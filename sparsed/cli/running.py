@@ -120,11 +120,11 @@ def run_mode(job: Job, mode: Mode) -> RunRecord:
 def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
     """Generate once from the call's seed; seconds are of forwards and sampling only, without compilation."""
     args, device = job.args, job.model.device
-    sampler, choices = sampler_of(job, mode), SelectedBlocks()
+    sampler, choices = sampler_of(job, mode), SelectedBlocks(job.model.ranks)
     config, rule = args.config if mode == "sparsed" else None, watched(choices)
     how = {"backend": args.backend, "rule": rule, "schedule": schedule_of(sampler, config, rule)}
     attention = attention_of(job.model, config, sampler.steps, sampler.gen_length, **how)
-    # all if the model is on one, for it may be spread; elsewhere nothing counts what PyTorch holds
+    # all if the model is on one, for it may be spread, or each have a part; elsewhere nothing counts what PyTorch holds
     gpus = range(torch.cuda.device_count() if device.type == "cuda" else 0)
     with attention as run, _progress(job, mode, label) as show:
         clock = StepClock(device, run, show)
@@ -138,6 +138,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
         forwards = forwards_of(clock.phases, clock.step_seconds, [step.computed for step in clock.steps], committed)
         length = answer_length(token_ids, stop_ids(job.model.config, job.tokenizer), job.model.config.mask_token_id)
         text = decode(job.tokenizer, token_ids[:length]).strip()
+        peak = sum(map(torch.cuda.max_memory_allocated, gpus))
         return RunRecord(
             mode=mode,
             token_ids=token_ids,
@@ -156,7 +157,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             text=text,
             expected=job.expected,
             answer_found=None if job.expected is None else answer_found(text, job.expected),
-            peak_memory_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
+            peak_memory_bytes=sum(job.model.ranks.gathered(peak)) if gpus else None,
             backend=None if run is None else run.backend,
             backend_reason=None if run is None else run.backend_reason,
             cached_kernels=cached_kernels(job, sampler, clock.steps),

@@ -209,12 +209,12 @@ def test_the_length_from_which_on_it_pays(slope, square, length):
 )
 def test_the_command_describes_the_same_call(family, words):
     args = arguments.parse(family, [*shlex.split(words), "--advise", "--quiet"])
-    command = shlex.split(advice.command_of(args, origin=False))
+    command = shlex.split(advice.command_of(args, 1, origin=False))
     again = arguments.parse(family, command[command.index(args.parser.prog) + 1 :])
     assert {**again.flags, "advise": True, "quiet": True} == args.flags
     assert replace(again, flags=args.flags, parser=args.parser, advise=True, quiet=True) == args
     assert not again.advise and not again.quiet
-    dense = shlex.split(advice.command_of(args, origin=True))
+    dense = shlex.split(advice.command_of(args, 1, origin=True))
     assert "--origin" in dense and not {"--skip", "--backend"} & set(dense)
 
 

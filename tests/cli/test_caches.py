@@ -214,9 +214,9 @@ def test_a_cache_is_timed_only_where_its_forwards_fit_too(family, checkpoints, m
     job = SimpleNamespace(model=model, args=SimpleNamespace(sampler=sampler, device="cpu"))
     taken = memory.peak_bytes(model, replace(sampler, cache="dual"), None, model.device, 1000)
     free = [taken - weight_bytes(model), model.kv_cache(1, 1064).bytes]
-    monkeypatch.setattr(ways, "available_bytes", lambda device, *, spread: free[0])
+    monkeypatch.setattr(memory, "available_bytes", lambda device, *, spread: free[0])
     assert ways.no_cache(job, 1000) is None
-    monkeypatch.setattr(ways, "available_bytes", lambda device, *, spread: free[1])
+    monkeypatch.setattr(memory, "available_bytes", lambda device, *, spread: free[1])
     assert "GiB are free" in ways.no_cache(job, 1000)
 
 

@@ -1,0 +1,155 @@
+"""The scripts as `torchrun` starts them: what several processes print and write, and how they end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sparsed.cli import main_dream, main_llada
+from tests.helpers.tiny_folders import tiny_folder
+
+ROOT = Path(__file__).parents[2]
+MAIN = {"dream": main_dream, "llada": main_llada}
+QUESTION = "Where does the old lighthouse keeper, who never learned to swim, keep the spare key of the boat house?"
+SHORT = ["--seq_len", "32", "--steps", "8", "--block_size", "16", "--device", "cpu", "--prompt_text", QUESTION]
+HEADS = {"dream": {}, "llada": {"n_heads": 4, "n_kv_heads": 4}}
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: tiny_folder(root / family, family, **HEADS[family]) for family in MAIN}
+
+
+def new_store():
+    """Where processes find each other, as `torchrun` keeps it for one command."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def results(count, code, *words):
+    """(exit code, stdout, stderr) of so many processes that run the code, told of each other as `torchrun` tells them,
+    but without its own words."""
+    store = new_store()
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TORCHELASTIC_USE_AGENT_STORE": True}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    processes = []
+    for rank in range(count):
+        environment = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(subprocess.Popen(command, env=os.environ | environment, **how))
+    said = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+CALLS = """
+import json, os, sys
+from sparsed.cli import main_dream, main_llada
+for (family, words), port in zip(json.loads(sys.argv[1]), sys.argv[2:], strict=True):
+    os.environ["MASTER_PORT"] = port
+    assert {"dream": main_dream, "llada": main_llada}[family](words) == 0
+"""
+FLAGS = {
+    "compare": ["--compare", "--report", "page.html"],
+    "cached": ["--cache", "dual", "--dense_answer", "--show"],
+    "threshold": ["--threshold", "0.3", "--origin", "--temperature", "0.5"],
+    "advise": ["--advise"],
+}
+
+
+def test_two_processes_print_and_write_what_one_does(checkpoints, tmp_path, capsys):
+    calls = {"one": [], "two": []}
+    for many, folder in ((many, tmp_path / many) for many in calls):
+        folder.mkdir()
+        for name, flags in FLAGS.items():
+            for family in MAIN if name == "compare" else ["llada"]:
+                words = ["--model_path", str(checkpoints[family]), *SHORT]
+                words += [str(folder / flag) if flag == "page.html" else flag for flag in flags]
+                calls[many].append((family, [*words, "--json", str(folder / f"{name}-{family}.json")]))
+    for family, words in calls["one"]:
+        assert MAIN[family](words) == 0
+    wanted = capsys.readouterr().out
+    stores = [new_store() for _ in calls["two"]]
+    first, second = results(2, CALLS, json.dumps(calls["two"]), *(store.port for store in stores))
+    assert (first[0], *second) == (0, 0, "", ""), first[2]
+    advice = "one step on"
+    assert first[1].partition(advice)[0] == wanted.partition(advice)[0] and advice in wanted
+    assert "on cpu and 1 more" in first[2] and first[2].count("page") == 0
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == sorted(
+        file.name for file in (tmp_path / "one").iterdir()
+    )
+    for file in (tmp_path / "one").glob("*.json"):
+        check_same(*(json.loads((tmp_path / many / file.name).read_text()) for many in ("two", "one")))
+
+
+def check_same(found, wanted):
+    assert (found["environment"]["processes"], wanted["environment"]["processes"]) == (2, 1)
+    for one, other in zip(found.get("runs", []), wanted.get("runs", []), strict=True):
+        for name in ("token_ids", "text", "pattern", "backend", "backend_reason"):
+            assert one[name] == other[name], name
+        assert one["density"] == pytest.approx(other["density"])
+        for layer, expected in zip(one["layers"] or [], other["layers"] or [], strict=True):
+            assert layer == pytest.approx(expected, abs=1e-4)
+        for step, expected in zip(one["history"], other["history"], strict=True):
+            assert [commit[:2] for commit in step] == [commit[:2] for commit in expected]
+    if "advice" in found:
+        launched = found["advice"]["command"].partition(" --")
+        assert launched[0] == "torchrun" and launched[2].startswith("nproc_per_node 2 ")
+
+
+FAILING = """
+import os, sys, torch
+from sparsed import cli
+def without_memory(*_, **__):
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("Tried to allocate 3.00 GiB")
+    torch.distributed.barrier()  # in which the first process would wait for ever
+cli.main.load_model = without_memory
+sys.argv[0] = "llada_generation.py"
+sys.exit(cli.main_llada(sys.argv[1:]))
+"""
+
+
+def test_all_end_as_the_one_that_fails(checkpoints):
+    began = time.monotonic()
+    first, second = results(2, FAILING, "--model_path", checkpoints["llada"], *SHORT)
+    assert (first[:2], second) == ((3, ""), (3, "", ""))
+    line = "llada_generation.py: error: out of memory (tried to allocate 3.00 GiB); try a shorter --prompt"
+    assert first[2].startswith(line) and first[2].count("\n") == 1
+    assert time.monotonic() - began < 60
+
+
+def test_processes_that_do_not_divide_the_heads_end_with_one_line(checkpoints):
+    code = "import sys; from sparsed_commands import llada; sys.exit(llada())"
+    first, *others = results(3, code, "--model_path", checkpoints["llada"], *SHORT)
+    assert first[:2] == (2, "") and others == [(2, "", "")] * 2
+    assert first[2].count("\n") == 1 and first[2].endswith("these numbers of processes do: 1, 2, 4\n")
+    assert "error: argument --model_path: 3 processes do not divide 4 attention heads" in first[2]
+
+
+def test_ctrl_c_on_one_process_ends_all_within_five_seconds(checkpoints):
+    options = ["--standalone", "--nproc_per_node", "2", ROOT / "llada_generation.py"]
+    words = ["--model_path", checkpoints["llada"], *SHORT, "--seq_len", "4096", "--steps", "4096"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment) as launcher:
+        while not launcher.stderr.readline().startswith("LLaDA"):
+            assert launcher.poll() is None
+        workers = psutil.Process(launcher.pid).children()
+        assert len(workers) == 2
+        last = max(workers, key=lambda worker: int(worker.environ()["RANK"]))
+        last.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert not alive and time.monotonic() - began < 5
+        launcher.communicate(timeout=60)
+        assert launcher.returncode != 0
