@@ -48,8 +48,9 @@ class Answerer:
         settings = self.settings[gen_length]
         ids = torch.tensor([sample.input_ids for sample in samples], device=self.model.device)
         layers: list[tuple[Tensor, Tensor]] = []  # density, and recall [B], of each layer's pattern
+        mean = self.model.ranks.mean
         rule = watched(
-            lambda scores, pattern: layers.append((pattern.density, recall(scores, pattern))),
+            lambda scores, pattern: layers.append((mean(pattern.density), mean(recall(scores, pattern)))),
             METHODS[variant.method].rule or SPARSED,
         )
         forwards = 0

@@ -20,6 +20,7 @@ from ..sampling.unmasking import SettingError
 from ..saving_flags import add_saving
 from .methods import METHODS, Variant, variants
 from .tasks import TASKS
+from .team import DATA, TENSOR
 
 SHORTEST, LONGEST = 256, 128 * 1024  # tokens of a prompt
 COMPARED = "origin,sparsed,window,streaming"
@@ -68,6 +69,7 @@ class Arguments:
     block_length: int
     batch_size: int
     backend: str
+    parallel: str
     quiet: bool
     saving: dict[str, Any]
     variants: list[Variant]
@@ -150,9 +152,11 @@ def add_model(parser: Parser) -> None:
 
 
 def add_running(parser: Parser) -> Any:
-    """Add the kernel and the quiet; the group, for more."""
+    """Add the kernel, what processes share, and the quiet; the group, for more."""
     group = parser.add_argument_group("running")
     group.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
+    about = "what several processes share: the samples, or the model, by heads (default: %(default)s)"
+    group.add_argument("--parallel", choices=(DATA, TENSOR), default=DATA, help=about)
     group.add_argument("--quiet", action="store_true", help="no progress")
     return group
 

@@ -1,11 +1,15 @@
 """`python -m sparsed.evaluation`: from the flags to the table."""
 
+from collections.abc import Container
+
 from ..backends import BackendError
 from ..chat import ChatTemplateError
 from ..console.endings import blame, guarded
+from ..console.workers import as_one
 from ..models import load_tokenizer
 from ..models.identity import files_digest
 from ..models.loading import model_family
+from ..ranks import Ranks
 from . import plots
 from .answering import Answerer
 from .arguments import Arguments, parse
@@ -14,18 +18,22 @@ from .planning import Batch, plan, samplers
 from .results import identified, summarize, table
 from .running import Progress, claimed, report, resumed, source, team_and_model, warn_of_length
 from .tasks import Sample
-from .team import leave_group
 
 ADVICE = "try a smaller --batch_size, shorter --lengths, --dtype bfloat16, or a device with more memory"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate with these words (None: the process's own); returns the exit code."""
-    return guarded(lambda: evaluate(parse(argv)), "python -m sparsed.evaluation", advice=ADVICE, ending=argv is None)
+
+    def command(ranks: Ranks) -> int:
+        program = "python -m sparsed.evaluation"
+        return guarded(lambda: evaluate(parse(argv), ranks), program, advice=ADVICE, ending=argv is None)
+
+    return as_one(command)
 
 
-def evaluate(args: Arguments) -> None:
-    """Everything between the checked flags and the table."""
+def evaluate(args: Arguments, ranks: Ranks) -> None:
+    """Everything between the checked flags and the table, by all processes together."""
     option, path = source(args)
     with blame(args, option):
         family = model_family(path)  # what is not supported is said before its tokenizer is missed
@@ -33,17 +41,17 @@ def evaluate(args: Arguments) -> None:
     with blame(args, option, (ChatTemplateError,)):
         batches = plan(args, tokenizer)
     settings = samplers(args, family, batches)
-    team, model = team_and_model(args)
-    told = team.index == 0 and not args.quiet
+    team, model = team_and_model(args, ranks)
+    told = team.leads and not args.quiet
     if told:
         warn_of_length(model, "prompts", max([*args.lengths, 0]))
     folder = claimed(args, team, model, _settings(args), identified)
-    _run(args, Answerer(model, tokenizer, settings, args.backend), folder, batches[team.index :: team.count], told)
+    finished = resumed(args, team, folder, told)
+    _run(args, Answerer(model, tokenizer, settings, args.backend), folder, team.own(batches), finished, told)
     team.wait()
-    if team.index == 0:
+    if team.leads:
         samples = (names for batch in batches for names in zip(*map(batch.keys, args.variants), strict=True))
         report(args, folder, [name for names in samples for name in names], summarize, table, plots.draw)
-    leave_group()
 
 
 def _settings(args: Arguments) -> Record:
@@ -59,9 +67,15 @@ def _settings(args: Arguments) -> Record:
     }
 
 
-def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batch], told: bool) -> None:
-    """Answer what the folder lacks of these batches; every finished batch is a few lines in it."""
-    finished = resumed(args, folder, told)
+def _run(
+    args: Arguments,
+    answerer: Answerer,
+    folder: Folder,
+    batches: list[Batch],
+    finished: Container[tuple],
+    told: bool,
+) -> None:
+    """Answer what is not finished of these batches; every finished batch is a few lines in the folder."""
     todo = [(batch, variant) for batch in batches for variant in args.variants if batch.missing(variant, finished)]
     made, samples = None, list[Sample]()
     steps = sum(answerer.settings[batch.gen_length].steps for batch, _ in todo)

@@ -30,11 +30,12 @@ class Folder:
 
     Args:
         identify: what a line is known by; if it is none of ours, None, or an error as of a value that is not there.
+        process: this one's number; None if it writes nothing.
     """
 
     path: Path
     identify: Callable[[Record], tuple | None]
-    process: int = 0
+    process: int | None = 0
 
     def claim(self, settings: Record, call: Record) -> None:
         """Make the folder this run's, or go on with the run that it holds.
@@ -77,11 +78,14 @@ class Folder:
 
     def append(self, records: Iterable[Record]) -> None:
         """Add finished samples to this process's own file."""
-        with open(self._part(self.process), "ab") as file:
-            file.write(_lines(records).encode())
+        if self.process is not None:
+            with open(self._part(self.process), "ab") as file:
+                file.write(_lines(records).encode())
 
     def mend(self) -> None:
         """End a line that a crash has cut off, so that the next sample starts a new line."""
+        if self.process is None:
+            return
         file = self._part(self.process)
         if file.is_file() and (text := file.read_bytes()) and not text.endswith(b"\n"):
             with open(file, "ab") as end:

@@ -16,12 +16,15 @@ from ..console.endings import Parsed, blame
 from ..console.environment import environment
 from ..console.files import write_json, write_text
 from ..console.streams import Stdout, tell
+from ..console.workers import own_device
 from ..models import load_model
 from ..models.common import DiffusionLM
 from ..models.description import DESCRIPTION_FILES
 from ..models.files import checkpoint_folder
 from ..models.identity import files_digest, weights_digest
+from ..models.parallel import whole_parameters
 from ..prompts import demo_path
+from ..ranks import Ranks
 from .folder import RUN, SUMMARY, TABLE, Folder, OtherRun, Record, about
 from .team import Team
 
@@ -40,6 +43,8 @@ class Call(Parsed, Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def parallel(self) -> str: ...
+    @property
     def out(self) -> Path: ...
     @property
     def quiet(self) -> bool: ...
@@ -50,13 +55,14 @@ def source(args: Call) -> tuple[str, str]:
     return ("--demo", str(demo_path(args.demo))) if args.demo else ("--model_path", str(args.model_path))
 
 
-def team_and_model(args: Call) -> tuple[Team, DiffusionLM]:
-    """The processes that share the work, and this one's model; wrong flags end with exit code 2."""
+def team_and_model(args: Call, ranks: Ranks) -> tuple[Team, DiffusionLM]:
+    """How the processes share the work, and this one's model, or its part of it; wrong flags end with exit code 2."""
     option, path = source(args)
+    team = Team(ranks, args.parallel)
     with blame(args, "--device"):
-        team = Team.of(args.device)
+        device = own_device(args.device, ranks)
     with blame(args, option):
-        return team, load_model(path, device=team.device or args.device, dtype=args.dtype)
+        return team, load_model(path, device=device, dtype=args.dtype, tensor_parallel=team.model.group)
 
 
 def warn_of_length(model: DiffusionLM, what: str, longest: int) -> None:
@@ -81,12 +87,12 @@ def claimed(
         more: what else is worth knowing of this call.
     """
     _, path = source(args)
-    folder = Folder(args.out, identify, team.index)
+    folder = Folder(args.out, identify, team.process)
     files = checkpoint_folder(path, DESCRIPTION_FILES)
     checkpoint = {
         "model": args.demo or path,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "weights": weights_digest(model),
+        "weights": weights_digest(whole_parameters(model)),
         "config_and_tokenizer": files_digest(files / name for name in DESCRIPTION_FILES),
     }
     call = {
@@ -100,10 +106,10 @@ def claimed(
     return folder
 
 
-def resumed(args: Call, folder: Folder, told: bool) -> dict[tuple, Record]:
+def resumed(args: Call, team: Team, folder: Folder, told: bool) -> dict[tuple, Record]:
     """The lines that the folder has, once it is ready for more."""
     with blame(args, "--out", (OSError,)):
-        finished = folder.finished()
+        finished: dict[tuple, Record] = team.agreed(folder.finished())
         folder.mend()
     if told:
         if finished:

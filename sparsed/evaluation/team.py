@@ -1,48 +1,67 @@
-"""The processes that share the work, each with a device and a model of its own."""
+"""How the processes that a launcher started share the work: each its own samples, or all of them every sample."""
 
-import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from typing import Any
 
 import torch
+
+from ..ranks import ALONE, Ranks
+
+# --parallel: what is shared, the samples, or the model by heads
+DATA, TENSOR = "data", "tensor"
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that `accelerate launch` started, or this one alone.
+    """The processes of one call.
 
     Args:
-        index, count: this process's place, and how many there are.
-        device: this process's own, if there are several.
-        wait: returns when all processes have called it.
-        first: a context that the first process leaves before the others enter it.
+        ranks: all of them.
+        parallel: DATA or TENSOR.
     """
 
-    index: int = 0
-    count: int = 1
-    device: str | None = None
-    wait: Callable[[], None] = lambda: None
-    first: Callable[[], AbstractContextManager] = nullcontext
+    ranks: Ranks = ALONE
+    parallel: str = DATA
 
-    @staticmethod
-    def of(device: str) -> "Team":
-        """This process's team.
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that tells and sums up."""
+        return self.ranks.index == 0
 
-        Raises:
-            ValueError: one GPU was named for several processes.
-        """
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return Team()
-        if device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"must be auto, cuda or cpu with several processes, got {device!r}")
-        from accelerate import PartialState  # takes seconds where much is installed
+    @property
+    def model(self) -> Ranks:
+        """The processes that share this one's model."""
+        return self.ranks if self.parallel == TENSOR else ALONE
 
-        # the first to finish waits for the last
-        state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
-        own = str(state.device)
-        return Team(state.process_index, state.num_processes, own, state.wait_for_everyone, state.main_process_first)
+    @property
+    def process(self) -> int | None:
+        """By which number this process writes its samples; None if it leaves that to another one."""
+        if self.parallel == TENSOR:
+            return 0 if self.leads else None
+        return self.ranks.index
+
+    def own(self, work: list[Any]) -> list[Any]:
+        """What this process does of the work."""
+        return work if self.parallel == TENSOR else work[self.ranks.index :: self.ranks.count]
+
+    def agreed(self, found: Any) -> Any:
+        """What processes that share a model go by, of what each has found: what the first one has."""
+        return self.model.gathered(found)[0]
+
+    def wait(self) -> None:
+        """Until all processes have called it."""
+        self.ranks.gathered(None)
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """A context that the first process leaves before the others enter it."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
 
 
 def leave_group() -> None:

@@ -44,6 +44,7 @@ class Arguments:
     seq_len: int
     out: Path
     backend: str
+    parallel: str
     quiet: bool
     configs: list[SparseDConfig]
     variants: list[Variant]

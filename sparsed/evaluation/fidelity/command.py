@@ -7,13 +7,14 @@ from ...backends import BackendError
 from ...chat import ChatTemplateError
 from ...console.endings import blame, guarded
 from ...console.streams import tell
+from ...console.workers import as_one
 from ...models import load_tokenizer
 from ...models.identity import files_digest
 from ...models.loading import model_family
+from ...ranks import Ranks
 from ..folder import MEASURE, Folder, Record
 from ..methods import Variant
 from ..running import Progress, claimed, report, resumed, source, team_and_model, warn_of_length
-from ..team import leave_group
 from . import plots
 from .arguments import Arguments, parse, sparse_at
 from .documents import Document, check_ids, read_documents
@@ -27,8 +28,12 @@ ADVICE = "try shorter --lengths, --dtype bfloat16, or a device with more memory"
 
 def main(argv: list[str] | None = None) -> int:
     """Measure with these words (None: the process's own); returns the exit code."""
-    program = "python -m sparsed.evaluation.fidelity"
-    return guarded(lambda: measure(parse(argv)), program, advice=ADVICE, ending=argv is None)
+
+    def command(ranks: Ranks) -> int:
+        program = "python -m sparsed.evaluation.fidelity"
+        return guarded(lambda: measure(parse(argv), ranks), program, advice=ADVICE, ending=argv is None)
+
+    return as_one(command)
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class Piece:
         return key({"id": self.window.id, "mask_rate": rate, **variant.names})
 
 
-def measure(args: Arguments) -> None:
-    """Everything between the checked flags and the table."""
+def measure(args: Arguments, ranks: Ranks) -> None:
+    """Everything between the checked flags and the table, by all processes together."""
     option, path = source(args)
     with blame(args, option):
         model_family(path)  # what is not supported is said before its tokenizer is missed
@@ -62,10 +67,10 @@ def measure(args: Arguments) -> None:
         documents = read_documents(args.texts, tokenizer)
     chosen, counts = choose(args, documents)
     pieces = [piece for length, found in chosen.items() for piece in plan(args, found, length)]
-    team, model = team_and_model(args)
+    team, model = team_and_model(args, ranks)
     with blame(args, "--texts"):
         check_ids(documents, model.config.vocab_size)
-    told = team.index == 0 and not args.quiet
+    told = team.leads and not args.quiet
     if told:
         warn_of_length(model, "documents", max(args.lengths))
         for length, count in counts.items():
@@ -77,11 +82,11 @@ def measure(args: Arguments) -> None:
         "texts": files_digest(args.texts),
     }
     folder = claimed(args, team, model, settings, identified, {"documents": counts})
-    _run(args, Meter(model, args.backend), folder, pieces[team.index :: team.count], told)
+    finished = resumed(args, team, folder, told)
+    _run(args, Meter(model, args.backend), folder, team.own(pieces), finished, told)
     team.wait()
-    if team.index == 0:
+    if team.leads:
         report(args, folder, [name for piece in pieces for name in piece.keys], summarize, table, plots.draw)
-    leave_group()
 
 
 def choose(args: Arguments, documents: list[Document]) -> tuple[dict[int, list[Document]], Record]:
@@ -119,9 +124,10 @@ def plan(args: Arguments, documents: list[Document], length: int) -> list[Piece]
     return pieces
 
 
-def _run(args: Arguments, meter: Meter, folder: Folder, pieces: list[Piece], told: bool) -> None:
-    """Measure what the folder lacks; every finished window is a few lines in it."""
-    finished = resumed(args, folder, told)
+def _run(
+    args: Arguments, meter: Meter, folder: Folder, pieces: list[Piece], finished: Container[tuple], told: bool
+) -> None:
+    """Measure what is not finished; every finished window is a few lines in the folder."""
     todo = [(piece.window, missing) for piece in pieces if (missing := piece.missing(finished))]
     with Progress(sum(forwards(missing) for _, missing in todo), hidden=not told, unit="forward") as bar:
         for number, (window, missing) in enumerate(todo, 1):
