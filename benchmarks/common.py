@@ -57,6 +57,17 @@ def require_gpu(parser: Parser) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def reset_peak(device: torch.device) -> None:
+    """Forget the largest memory so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The largest memory since, in bytes; 0 where PyTorch counts none."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def new_record(parser: Parser, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """How, when, where and with which versions the record is made."""
     machine = environment(device, dtype)

@@ -39,7 +39,18 @@ from sparsed.schedule import FULL, SELECTING, SPARSE, ByStep
 from sparsed.selection import SPARSED
 
 from . import fast_dllm
-from .common import LENGTHS, brief, build_parser, markdown, new_record, parse_arguments, require_gpu, save
+from .common import (
+    LENGTHS,
+    brief,
+    build_parser,
+    markdown,
+    new_record,
+    parse_arguments,
+    peak_memory,
+    require_gpu,
+    reset_peak,
+    save,
+)
 from .dense_answer import checked_dense_answer
 from .kernels import DTYPE, Gate, Heads, attention_gate, random_heads
 from .latency import WrongKernel, checked_kernel
@@ -102,7 +113,7 @@ def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards:
     torch.manual_seed(0)  # the same prompt for every way; ids below the mask token's, which it must not hold
     prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
     gc.collect()
-    torch.cuda.reset_peak_memory_stats()
+    reset_peak(model.device)
     schedule = schedule_of(settings, way.config, SPARSED) if forwards is None else ByStep(forwards, 1)
     found: list[tuple[str, int, float]] = []
     with attention_of(model, way.config, settings.steps, NEW_TOKENS, schedule=schedule) as sparse:
@@ -122,7 +133,7 @@ def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards:
             generate(model, prompt, settings, on_step=tick)
         names = ("density", "backend", "backend_reason") if sparse is not None else ()
         kernel = {name: getattr(sparse, name) for name in names}
-        return Run(found, compiled, torch.cuda.max_memory_allocated(), kernel)
+        return Run(found, compiled, peak_memory(model.device), kernel)
 
 
 def check(way: Way, model: DiffusionLM, length: int) -> dict[str, Any]:

@@ -26,8 +26,8 @@ COUNTS = {"dream": (2,), "llada": (2, 4)}
 LENGTH, NEW = 90, 24
 
 
-def tiny(family):
-    return FAMILIES[family][2](**CHANGES[family]).requires_grad_(False)
+def tiny(family, device="cpu"):
+    return FAMILIES[family][2](**CHANGES[family]).requires_grad_(False).to(device)
 
 
 def attention_of(model):
@@ -89,7 +89,8 @@ def generated(model, name, seed=1):
     options = cases_of(model.family)[name] | {"gen_length": NEW, "steps": 6}
     if model.family == "llada":
         options = {"block_length": 24} | options
-    ids = torch.randint(0, 90, (2, LENGTH), generator=torch.Generator().manual_seed(7))
+    device = model.device
+    ids = torch.randint(0, 90, (2, LENGTH), generator=torch.Generator().manual_seed(7)).to(device)
     if options.pop("padded", False):
         mask = torch.ones_like(ids)
         mask[0, :21] = 0
@@ -97,17 +98,17 @@ def generated(model, name, seed=1):
     ranks, patterns, choices = model.ranks, [], SelectedBlocks(model.ranks)
 
     def see(scores, pattern):
-        patterns.append(ranks.joined(pattern.as_mask(), 1))
+        patterns.append(ranks.joined(pattern.as_mask(), 1).cpu())
         choices(scores, pattern)
 
-    options["generator"] = torch.Generator().manual_seed(seed)
+    options["generator"] = torch.Generator(device).manual_seed(seed)
     config, density = options.get("config"), None
     if config is None:
         tokens = GENERATE[model.family](model, ids, **options)
     else:
         tokens = GENERATE[model.family](model, ids, rule=watched(see), **options)
         density = torch.stack([share for share, _ in choices._shares]).mean().item()
-    return {"tokens": tokens, "density": density, "patterns": patterns, "record": choices.pattern()}
+    return {"tokens": tokens.cpu(), "density": density, "patterns": patterns, "record": choices.pattern()}
 
 
 def shared(ranks, family, counts):
@@ -235,3 +236,30 @@ def test_one_process_has_the_whole_model():
     shard(model, ALONE)
     assert before == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     assert model.sizes == model.config.sizes and ALONE.gathered(5) == [5]
+
+
+def on_gpu(ranks, family):
+    """The cases by NCCL, and how often a step was replayed as a CUDA graph."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    model, replays = tiny(family, device), []
+    shard(model, ranks)
+    lay_projections_together(model)
+    replay = torch.cuda.CUDAGraph.replay
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+        cases = {name: generated(model, name) for name in cases_of(family)}
+    return {"cases": cases, "replays": len(replays), "logits": model(torch.arange(60, device=device).view(2, 30)).cpu()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_gpus_do_what_one_does(family):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    wanted = on_gpu(ALONE, family)
+    together = on_ranks(2, on_gpu, family, backend="cpu:gloo,cuda:nccl")
+    assert wanted["replays"] and {found["replays"] for found in together} == {wanted["replays"]}
+    for found in together:
+        torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=1e-4)
+        for name, one in wanted["cases"].items():
+            check_same(found["cases"][name], one, name)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sparsed.cli import main_dream, main_llada
+from tests.helpers.processes import new_store, results
 from tests.helpers.tiny_folders import tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -28,27 +29,6 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     return {family: tiny_folder(root / family, family, **HEADS[family]) for family in MAIN}
-
-
-def new_store():
-    """Where processes find each other, as `torchrun` keeps it for one command."""
-    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-
-def results(count, code, *words):
-    """(exit code, stdout, stderr) of so many processes that run the code, told of each other as `torchrun` tells them,
-    but without its own words."""
-    store = new_store()
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TORCHELASTIC_USE_AGENT_STORE": True}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
-    command = [sys.executable, "-c", code, *map(str, words)]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    processes = []
-    for rank in range(count):
-        environment = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(subprocess.Popen(command, env=os.environ | environment, **how))
-    said = [process.communicate(timeout=120) for process in processes]
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
 CALLS = """
@@ -153,3 +133,17 @@ def test_ctrl_c_on_one_process_ends_all_within_five_seconds(checkpoints):
         assert not alive and time.monotonic() - began < 5
         launcher.communicate(timeout=60)
         assert launcher.returncode != 0
+
+
+@pytest.mark.gpu
+def test_two_gpus_run_a_script(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    code = "import sys; from sparsed_commands import llada; sys.exit(llada())"
+    words = ["--demo", "--dtype", "float32", "--prompt", "4k", "--seq_len", "32", "--steps", "16", "--cache", "dual"]
+    words += ["--block_length", "8", "--block_size", "64", "--compare", "--json"]
+    first, second = results(2, code, *words, tmp_path / "two.json")
+    assert (first[0], *second) == (0, 0, "", ""), first[2]
+    assert "on cuda:0 and 1 more" in first[2]
+    assert main_llada([*words, str(tmp_path / "one.json")]) == 0
+    check_same(*(json.loads((tmp_path / f"{many}.json").read_text()) for many in ("two", "one")))
