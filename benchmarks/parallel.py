@@ -207,13 +207,7 @@ def compared(argv: list[str] | None, ranks: Ranks) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    def command(ranks: Ranks) -> int:
-        try:
-            return compared(argv, ranks)
-        except SystemExit as stop:  # argparse's way to end
-            return int(stop.code or 0)
-
-    return as_one(command)
+    return as_one(lambda ranks: compared(argv, ranks))
 
 
 if __name__ == "__main__":

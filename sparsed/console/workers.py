@@ -52,13 +52,14 @@ def as_one(command: Callable[[Ranks], int]) -> int:
     watch = Watch(ranks)
     with _silent(ranks.index > 0) as said:
         try:
-            code, words = command(ranks), said.getvalue().splitlines()[-1:]
+            code = command(ranks)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
         except Exception:
-            code, words = 1, traceback.format_exc().splitlines()
-            if ranks.index == 0:
-                tell("\n".join(words))
+            code = 1
+            traceback.print_exc()
         if code:
-            watch.fail(code, "\n".join(words))
+            watch.fail(code, said.getvalue())
         ranks.gathered(None)  # until all are done, one of them may fail
     watch.stop()
     dist.destroy_process_group()
@@ -98,10 +99,16 @@ class Watch:
         self._thread.start()
 
     def fail(self, code: int, words: str) -> None:
-        """End all processes with this exit code, if none has failed before; does not return."""
+        """End all processes with this exit code, if none has failed before; does not return.
+
+        Args:
+            words: what this process would have said so far.
+        """
         self._failed.set()
         with contextlib.suppress(RuntimeError):  # where the store is gone, the others end by themselves
-            self._store.compare_set(FAILURE, "", json.dumps((code, words)))
+            # a traceback, or the last line
+            last = words if code == 1 else "".join(words.splitlines()[-1:])
+            self._store.compare_set(FAILURE, "", json.dumps((code, last)))
             self._thread.join()
         settle()
         os._exit(code)

@@ -38,11 +38,10 @@ for (family, words), port in zip(json.loads(sys.argv[1]), sys.argv[2:], strict=T
     os.environ["MASTER_PORT"] = port
     assert {"dream": main_dream, "llada": main_llada}[family](words) == 0
 """
-FLAGS = {
-    "compare": ["--compare", "--report", "page.html"],
-    "cached": ["--cache", "dual", "--dense_answer", "--show"],
-    "threshold": ["--threshold", "0.3", "--origin", "--temperature", "0.5"],
-    "advise": ["--advise"],
+RUNS = {
+    "compare": ("dream", ["--compare", "--report", "page.html"]),
+    "cached": ("llada", ["--cache", "dual", "--threshold", "0.3", "--dense_answer", "--temperature", "0.5", "--show"]),
+    "advise": ("llada", ["--advise"]),
 }
 
 
@@ -50,11 +49,10 @@ def test_two_processes_print_and_write_what_one_does(checkpoints, tmp_path, caps
     calls = {"one": [], "two": []}
     for many, folder in ((many, tmp_path / many) for many in calls):
         folder.mkdir()
-        for name, flags in FLAGS.items():
-            for family in MAIN if name == "compare" else ["llada"]:
-                words = ["--model_path", str(checkpoints[family]), *SHORT]
-                words += [str(folder / flag) if flag == "page.html" else flag for flag in flags]
-                calls[many].append((family, [*words, "--json", str(folder / f"{name}-{family}.json")]))
+        for name, (family, flags) in RUNS.items():
+            words = ["--model_path", str(checkpoints[family]), *SHORT, "--json", str(folder / f"{name}.json")]
+            words += [str(folder / flag) if flag == "page.html" else flag for flag in flags]
+            calls[many].append((family, words))
     for family, words in calls["one"]:
         assert MAIN[family](words) == 0
     wanted = capsys.readouterr().out
