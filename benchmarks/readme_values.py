@@ -14,6 +14,7 @@ from sparsed import SparseDConfig
 from .common import markdown
 from .phases import derive
 from .plot import overview
+from .readme_generation import generation_figures, generation_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -96,6 +97,7 @@ def tables() -> dict[str, str]:
         "dense-answer-accuracy": _dense_answer_accuracy(),
         "demo-steps": _demo_steps(),
         "latency": overview(_latency()),
+        "generation": generation_table(_generation(), TITLES),
     }
 
 
@@ -109,6 +111,7 @@ def figures() -> dict[str, str]:
         **_agreement_figures(),
         **_flex_figures(),
         **_cache_figures(),
+        **generation_figures(_generation()),
         **{f"show.{family}": f"{100 * benchmark(f'show-{family}-cpu')['cost']:.1f}" for family in TITLES},
     }
 
@@ -298,6 +301,10 @@ def _latency() -> list[Record]:
         record | {"rows": [row | derive(row["runs"], SparseDConfig(**record["config"])) for row in record["rows"]]}
         for record in records
     ]
+
+
+def _generation() -> list[Record]:
+    return [benchmark(path.stem) for path in sorted(RESULTS.glob("generation-*.json"))]
 
 
 def seconds(value: float) -> str:
