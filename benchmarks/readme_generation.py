@@ -1,4 +1,4 @@
-"""The README's table of whole generations, and the figures in the sentences around it, from their records."""
+"""The pages' tables of whole generations, and the figures in the sentences around them, from their records."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ COLUMNS = {
     f"{FEWER} steps: {DUAL}": (DUAL, FEWER),
     "with SparseD ": (SPARSE, FEWER),
 }
+SHORT = ("SparseD", DUAL, "with SparseD", "all rows once")  # of the columns, in the README
 
 
 def rows_of(records: list[Record]) -> dict[tuple[str, str], Record]:
@@ -36,15 +37,26 @@ def generation_table(records: list[Record], titles: dict[str, str]) -> str:
     return markdown(["model", "prompt", FULL, *COLUMNS, "cached step", "memory"], lines)
 
 
+def generation_table_short(records: list[Record], titles: dict[str, str]) -> str:
+    """Markdown: the same in equal steps, at three lengths."""
+    lines = []
+    for (family, length), ways in rows_of(records).items():
+        if length in ("4k", "32k", "64k"):
+            gains = [f"{ways[COLUMNS[name][0]]['steps'][EQUAL]['speedup']:.3g}x" for name in SHORT]
+            lines.append([titles[family], length, f"{ways[FULL]['steps'][EQUAL]['seconds']:.0f} s", *gains])
+    return markdown(["model", "prompt", FULL, *SHORT], lines)
+
+
 def generation_figures(records: list[Record]) -> dict[str, str]:
     """By name: seconds and gains at 64k, and how much faster than Fast-dLLM's code where it ran."""
     found = {}
+    kinds = {"full": FULL, "sparse": COLUMNS["SparseD"][0], "dual": DUAL, "both": SPARSE, "once": ONCE}
     for (family, length), ways in rows_of(records).items():
         name = f"generation.{family}.{length}"
-        for kind, way in (("full", FULL), ("dual", DUAL), ("both", SPARSE), ("once", ONCE)):
+        for kind, way in kinds.items():
             entry = ways[way]["steps"][EQUAL]
             found[f"{name}.{kind}"] = f"{entry['seconds']:.{0 if entry['seconds'] >= 100 else 1}f}"
-            found[f"{name}.{kind}.gain"] = f"{entry['speedup']:.0f}"
+            found[f"{name}.{kind}.gain"] = f"{entry['speedup']:.{0 if entry['speedup'] >= 10 else 1}f}"
         theirs = ways.get("Fast-dLLM's code, dual cache", {}).get("steps")
         if theirs:
             found[f"{name}.fast-dllm"] = f"{theirs[EQUAL]['ours_faster']:.1f}"

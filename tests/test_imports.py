@@ -102,7 +102,7 @@ def test_scripts_import_the_commands_alone_and_those_cli_alone(script):
         assert {name for name in imported if name.startswith("sparsed")} == {wanted}
 
 
-@pytest.mark.parametrize("folder", ["assets", "benchmarks", "demo"])
+@pytest.mark.parametrize("folder", ["docs/make", "benchmarks", "demo"])
 def test_only_the_benchmark_of_the_scripts_own_drawing_imports_them(folder):
     users = [path.name for path in (ROOT / folder).glob("*.py") if "sparsed.cli" in path.read_text(encoding="utf-8")]
     assert users == (["show.py"] if folder == "benchmarks" else [])
