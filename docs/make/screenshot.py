@@ -19,7 +19,7 @@ from sparsed.prompts import demo_path
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "assets" / "page.png"
-# two blocks of 32 are one too few for this answer: its last part goes wrong, see the README's results
+# two blocks of 32 are one too few for this answer: its last part goes wrong, see docs/results.md
 TASK, TOKENS = "niah_multivalue", 4096
 RUN = "llada_generation.py --demo --compare --seq_len 64 --steps 64 --block_size 32"
 STEP = "58"  # of 64: most of the answer is there

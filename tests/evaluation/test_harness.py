@@ -476,6 +476,14 @@ def test_both_tasks_with_the_demo(run_here, tmp_path):
     check_demo("llada", tmp_path / "out")
 
 
+def test_the_example_runs_a_task_each_way(offline, tasks, folders, capsys):
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(tasks))
+    example = importlib.import_module("examples.lm_eval_tasks")
+    example.main(str(folders["llada"]), "local_answers", task_manager=manager, limit=1, bootstrap_iters=0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": {" in line]
+    assert [line.partition(":")[0] for line in lines] == list(example.WAYS)
+
+
 # reading the harness' own thousands of tasks would take each process 15 seconds
 WITHOUT_ITS_TASKS = """
 from functools import partialmethod
