@@ -12,7 +12,8 @@ from .scoring import mean_of, paired_difference, proportion
 
 # what tells one way to run from another; None where it means nothing to the method or was not asked for
 NUMBERS = ("select", "skip", "block_size")
-VARIANT = ("method", *NUMBERS, "dense_answer")
+VARIANT = ("method", *NUMBERS, *OFF, "dense_answer")
+FULL_ATTENTION = {**dict.fromkeys(VARIANT), "method": "origin"}
 # the columns of what an answer took, by their names in a row: the samples of a batch share its forwards and its time
 WORK = {"forwards": "forwards of a batch", "seconds": "seconds a sample"}
 # what the summary reads of a line, and of which kinds it may be
@@ -106,7 +107,7 @@ def _accuracy(tasks: list[list[Record]], known: dict[tuple, float]) -> Record:
     return {
         "n": len(records),
         **_named("accuracy", mean_of([proportion([record["score"] for record in task]) for task in tasks])),
-        **_difference("difference", tasks, known, dict.fromkeys(VARIANT) | {"method": "origin"}),
+        **_difference("difference", tasks, known, FULL_ATTENTION),
         **_difference("gain", tasks, known, {"dense_answer": None}),
         **{name: float(np.mean([record[name] for record in records])) for name in ("density", "seconds")},
         "forwards": _forwards(records),
@@ -183,9 +184,13 @@ def _length_table(length: int | None, summary: Record) -> str:
 
 def title_of(row: Record) -> str:
     """The method's name, with its settings."""
-    numbers = [f"{name} {row[name]:g}" for name in NUMBERS if row[name] is not None]
     dense = ["dense answer rows"] if row.get("dense_answer") else []
-    return ", ".join([METHODS[row["method"]].title, *dense, *numbers])
+    cache = [f"{row['cache']} cache"] if row.get("cache") else []
+    numbers, saved = (
+        [f"{name} {row[name]:g}" for name in names if row.get(name) is not None]
+        for names in (NUMBERS, ("refresh", "threshold", "factor"))
+    )
+    return ", ".join([METHODS[row["method"]].title, *dense, *numbers, *cache, *saved])
 
 
 def _figure(row: Record, name: str) -> str:

@@ -18,7 +18,7 @@ from . import plots
 from .arguments import Arguments, parse, sparse_at
 from .documents import Document, check_ids, read_documents
 from .gate import Gate
-from .measuring import FULL, Asked, Meter, forwards, key
+from .measuring import FULL, Asked, Meter, key
 from .results import identified, summarize, table
 from .windows import Window, planted, repeated, text_window
 
@@ -73,11 +73,12 @@ def measure(args: Arguments) -> None:
     settings = {
         MEASURE: "fidelity",
         "seq_len": args.seq_len,
+        "block_length": args.block_length,
         "backend": args.backend,
         "texts": files_digest(args.texts),
     }
     folder = claimed(args, team, model, settings, identified, {"documents": counts})
-    _run(args, Meter(model, args.backend), folder, pieces[team.index :: team.count], told)
+    _run(args, Meter(model, args.backend, args.block_length), folder, pieces[team.index :: team.count], told)
     team.wait()
     if team.index == 0:
         report(args, folder, [name for piece in pieces for name in piece.keys], summarize, table, plots.draw)
@@ -104,7 +105,7 @@ def plan(args: Arguments, documents: list[Document], length: int) -> list[Piece]
     """
     gate = Gate.of(args.configs, length, args.seq_len)
     asked = {
-        variant: [rate for rate in args.mask_rates if sparse_at(variant, rate)]
+        variant: [rate for rate in args.mask_rates if sparse_at(variant, args.masked(rate))]
         for variant in dict.fromkeys((*args.variants, *([gate.window] if gate else [])))
     }
     middle = sorted(args.mask_rates)[len(args.mask_rates) // 2]
@@ -114,16 +115,22 @@ def plan(args: Arguments, documents: list[Document], length: int) -> list[Piece]
         pieces.append(Piece(window, asked))
         if gate is not None:
             far = planted(window, gate.far), repeated(document, length, args.seq_len, gate.far)
-            judged = [found for found in far if found is not None and len(found.measured(middle))]
+            blocks = args.block_length or args.seq_len
+            judged = [found for found in far if found is not None and _measures(found, blocks, middle)]
             pieces += [Piece(found, {FULL: [middle], gate.window: [middle]}) for found in judged]
     return pieces
+
+
+def _measures(window: Window, block_length: int, rate: float) -> bool:
+    """Whether a token counts at this mask rate."""
+    return any(len(block.measured(rate)) for block in window.in_blocks(block_length))
 
 
 def _run(args: Arguments, meter: Meter, folder: Folder, pieces: list[Piece], told: bool) -> None:
     """Measure what the folder lacks; every finished window is a few lines in it."""
     finished = resumed(args, folder, told)
     todo = [(piece.window, missing) for piece in pieces if (missing := piece.missing(finished))]
-    with Progress(sum(forwards(missing) for _, missing in todo), hidden=not told, unit="forward") as bar:
+    with Progress(sum(meter.forwards(*one) for one in todo), hidden=not told, unit="forward") as bar:
         for number, (window, missing) in enumerate(todo, 1):
             bar.set_description(f"{len(window.tokens)} {window.kind} {number}/{len(todo)}", refresh=False)
             with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
