@@ -9,7 +9,7 @@ from ..models.loading import model_family
 from . import plots
 from .answering import Answerer
 from .arguments import Arguments, parse
-from .folder import DEFAULTS, Folder, Record
+from .folder import Folder, Record
 from .planning import Batch, plan, samplers
 from .results import identified, summarize, table
 from .running import Progress, claimed, report, resumed, source, team_and_model, warn_of_length
@@ -52,8 +52,8 @@ def _settings(args: Arguments) -> Record:
         "seq_len": args.seq_len,
         "steps": args.steps,
         "block_length": args.block_length,
-        # what is not on is absent, as in earlier folders
-        **{name: value for name, value in args.saving.items() if value not in (None, DEFAULTS[name])},
+        # absent if not on, as in earlier folders
+        **({"early_stop": True} if args.early_stop else {}),
         "backend": args.backend,
         "tasks_file": files_digest([args.tasks_file]) if args.tasks_file else None,
     }
@@ -64,7 +64,7 @@ def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batc
     finished = resumed(args, folder, told)
     todo = [(batch, variant) for batch in batches for variant in args.variants if batch.missing(variant, finished)]
     made, samples = None, list[Sample]()
-    steps = sum(answerer.settings[batch.gen_length].steps for batch, _ in todo)
+    steps = sum(_steps(args, batch) for batch, _ in todo)
     with Progress(steps, hidden=not told) as bar:
         for number, (batch, variant) in enumerate(todo, 1):
             if batch is not made:
@@ -73,9 +73,14 @@ def _run(args: Arguments, answerer: Answerer, folder: Folder, batches: list[Batc
             bar.set_description(f"{samples[0].task} {variant.method} {number}/{len(todo)}", refresh=False)
             missing = batch.missing(variant, finished)
             asked = [sample for sample in samples if sample.id in missing]
-            end = bar.n + answerer.settings[batch.gen_length].steps
+            end = bar.n + _steps(args, batch)
             with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
                 lines = answerer.answer(asked, variant, batch.gen_length, bar.step)
             bar.reach(end)
             with blame(args, "--out", (OSError,)):
                 folder.append(lines)
+
+
+def _steps(args: Arguments, batch: Batch) -> int:
+    """Steps of an answer, at most."""
+    return args.steps or batch.gen_length
