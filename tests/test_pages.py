@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks import readme, readme_values
 from benchmarks.readme_values import TITLES, answered, evaluation, fidelity, speeds
+from docs.make import composition
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in readme.PAGES}
@@ -88,6 +90,13 @@ def test_a_dead_link_is_found():
 def test_every_page_is_linked_from_the_readme():
     linked = set(LINK.findall(TEXTS[ROOT / "README.md"]))
     assert {f"docs/{page.name}" for page in TEXTS if page.parent == ROOT / "docs"} <= linked
+
+
+def test_the_picture_of_the_composition_is_the_script_s():
+    text = composition.FILE.read_text(encoding="utf-8")
+    assert text == composition.picture(), "run python -m docs.make.composition"
+    names = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
+    assert names == {"svg", "title", "style", "text", "rect", "path"}
 
 
 def test_the_lines_of_troubleshooting_are_the_package_s():
