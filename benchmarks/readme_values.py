@@ -323,7 +323,7 @@ def _demo_steps() -> str:
 
 
 def _latency() -> list[Record]:
-    """The records of latency, with whole runs worked out anew from their steps."""
+    """The records of latency, with whole runs worked out from their steps."""
     records = [benchmark(path.stem) for path in sorted(RESULTS.glob("latency-*.json"))]
     return [
         record | {"rows": [row | derive(row["runs"], SparseDConfig(**record["config"])) for row in record["rows"]]}
