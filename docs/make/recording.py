@@ -58,7 +58,7 @@ def views(run: RunRecord) -> list[View]:
 
 
 def animation(shown: list[list[Line]], seconds: list[float]) -> str:
-    """An SVG text that shows each frame for its seconds, again and again; with prefers-reduced-motion, only the last frame.
+    """An SVG that shows each frame for its seconds, in a loop; with prefers-reduced-motion, only the last one.
 
     The frames stand one below the other, and the strip jumps up behind a window of one frame's height.
     """
