@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsed_commands import dream
+from sparsed.commands import dream
 
 if __name__ == "__main__":
     sys.exit(dream())

@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsed_commands import llada
+from sparsed.commands import llada
 
 if __name__ == "__main__":
     sys.exit(llada())

@@ -1,4 +1,4 @@
-"""What selecting the blocks later changes on a demo checkpoint: the first step's choice beside the last full step's.
+"""What selecting the blocks later changes on a demo checkpoint: the first step's choice and the last full step's.
 
     python -m benchmarks.agreement --family llada --out FILE.json
 
@@ -92,7 +92,7 @@ def measure(model: DiffusionLM, tokenizer: Any, count: int) -> dict[str, Any]:
             found = watch(model, torch.tensor([sample.input_ids], device=model.device))
             samples.append({"id": sample.id, **compare(found)})
         print(f"{task}: done", flush=True)
-    density = found[LATE][0][1].density.item()  # of any: it depends on the length alone
+    density = found[LATE][0][1].density.item()  # of any: it depends only on the length
     means = {name: fmean(np.ravel([sample[name] for sample in samples])) for name in samples[0] if name != "id"}
     return {"later_steps": LATER, "density": density, "means": means, "samples": samples}
 

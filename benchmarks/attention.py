@@ -1,4 +1,4 @@
-"""One attention layer alone at the published head shapes: full attention, and every sparse kernel over a pattern.
+"""One attention layer by itself at the published head shapes: full attention, and every sparse kernel over a pattern.
 
     python -m benchmarks.attention --family llada --lengths 4k,16k,64k --backends flash,triton,flex --out FILE.json
 

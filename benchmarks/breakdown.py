@@ -4,8 +4,8 @@
 
 Random weights at the published shape, batch 1, 128 new tokens, bfloat16, greedy, default SparseD. After a first
 generation that compiles, four steps run under PyTorch's profiler: full, choosing, sparse, sparse; the last one counts.
-Kernels are told apart by their names; the record holds every kernel's own seconds. The profiler slows the host down, so
-a step's wall time here is none to quote.
+Kernels are distinguished by their names; the record holds every kernel's own seconds. The profiler slows the host
+down, so do not quote a step's wall time from here.
 """
 
 import argparse

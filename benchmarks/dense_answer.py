@@ -1,4 +1,4 @@
-"""What dense answer rows cost and gain on one GPU, beside full attention and the paper's SparseD.
+"""What dense answer rows cost and gain on one GPU, against full attention and the paper's SparseD.
 
     python -m benchmarks.dense_answer --family llada --lengths 16k,64k,128k --select 0.3,0.15,0.1 --skip 0.2,0.05 \\
         --random_weights --out FILE.json
@@ -33,7 +33,7 @@ from .latency import Generation, Schedule, Settings, WrongKernel, checked_kernel
 from .phases import WHOLE, bound, whole_run
 from .shapes import SHAPES, ModelConfig, attention_shape
 
-STEPS, LONG_STEPS, LONG = 3, 2, 64 * 1024  # steps of a kind in a generation, and beyond so many prompt tokens
+STEPS, LONG_STEPS, LONG = 3, 2, 64 * 1024  # steps of a kind in a generation, and beyond this many prompt tokens
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Setting:
     skips: tuple[float, ...] = ()
 
     def generate(self, model: Module, tokens: int, steps: int) -> Generation:
-        """After so many prompt tokens: in so many full steps, or in one that selects and so many sparse ones."""
+        """After `tokens` prompt tokens: in full steps only, or in one that selects and then sparse ones."""
         torch.manual_seed(0)  # the same prompt for every setting; ids below the mask token's, which it must not hold
         prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
         schedule = Schedule(steps) if self.config is None else Schedule(1, steps)

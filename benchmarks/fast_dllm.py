@@ -1,6 +1,6 @@
-"""Fast-dLLM's own code beside ours: its process, and what it measured in the terms of our own record.
+"""Fast-dLLM's own code, for comparison: its process, and what it measured in the terms of our own record.
 
-DIR is a checkout of its public repository with the packages that it needs in DIR/site, apart from torch;
+DIR is a checkout of its public repository with the packages that it needs, except torch, in DIR/site;
 benchmarks/README.md has the commands that make one.
 """
 

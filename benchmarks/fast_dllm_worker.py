@@ -4,7 +4,7 @@
 
 A process of its own, with that code's dependencies: nothing of this project is imported. Its models and its samplers
 with the dual cache run unmodified, and a step is timed from the entry of one forward to that of the next. Where the
-logits of all rows do not fit, the head is given the generated region's rows alone, which the answer says. Prints a JSON
+logits of all rows do not fit, the head gets only the generated region's rows, and the answer says so. Prints a JSON
 line with versions, then one for each length.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# what the published config.json of LLaDA-8B says beside its sizes
+# what the published config.json of LLaDA-8B says besides its sizes
 LLADA_CONFIG = {
     "activation_type": "silu",
     "block_type": "llama",
@@ -108,7 +108,7 @@ def generate(model: torch.nn.Module, job: dict[str, Any], prompt: torch.Tensor, 
 
 @contextlib.contextmanager
 def restricted_head(model: torch.nn.Module, job: dict[str, Any], length: int) -> Iterator[None]:
-    """Inside, the head is given the last rows of a forward alone, and its sampler is told of no other row's token."""
+    """Inside, the head gets only the last rows of a forward, and its sampler is told of no other row's token."""
     rows = job["new_tokens"] + 1
     if job["family"] == "dream":
         head, module, name = model.lm_head, importlib.import_module("model.generation_utils_block"), "sample_tokens"
@@ -152,7 +152,7 @@ def measure(model: torch.nn.Module, job: dict[str, Any], prompt: torch.Tensor) -
 
 
 def answer(model: torch.nn.Module, job: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """What `measure` gives after a prompt of so many tokens, with a restricted head if need be; or why nothing."""
+    """What `measure` gives after a prompt of that many tokens, with a restricted head if need be; or why nothing."""
     prompt = torch.randint(0, job["shape"]["mask_token_id"], (1, tokens), device=job["device"])
     whole, restricted = contextlib.nullcontext(), restricted_head(model, job, tokens + job["new_tokens"])
     for context, is_restricted in ((whole, False), (restricted, True)):

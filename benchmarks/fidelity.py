@@ -3,7 +3,7 @@
     python -m benchmarks.fidelity --model_path FOLDER --tokens FILE.bin.xz --new_tokens 128,256 --out FILE.json
 
 FOLDER is a Dream or LLaDA checkpoint, FILE.bin.xz (or .bin) uint16 ids in its vocabulary, of documents that end with
-id 0. A window is so many tokens of one document, the last of them the generated region. A part of the region is
+id 0. A window is a run of tokens of one document, the last of them the generated region. A part of the region is
 unmasked in a random order: blocks are selected while all of it is masked, or once the share --skip of it is there, and
 each setting's attention over them is then measured with half of it masked. Nothing is sampled, so no setting's errors
 add up. The blocks are selected by the package's own rules and read by its own kernels, in float32.
@@ -134,7 +134,7 @@ class Selector:
         length = self.shape[2]
         grid = BlockGrid(length, length - new_tokens, setting.block_size, None, setting.dense_answer)
         rule = METHODS[setting.method].rule
-        q = scores[0].new_empty(self.shape)  # rules read its shape and device alone
+        q = scores[0].new_empty(self.shape)  # rules read only its shape and device
         patterns = [rule.select(q, lambda layer=layer: layer, grid, setting.select) for layer in scores]
         if setting.part is not None:
             return [masked(part_mask(pattern.as_mask(), grid, setting.part)) for pattern in patterns]

@@ -109,7 +109,7 @@ class Enough(Exception):
 
 @torch.no_grad()
 def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards: int | None = None) -> Run:
-    """Generate after a prompt of so many tokens; with `forwards`, only so many, the first of which selects."""
+    """Generate after a prompt of `tokens` tokens; with `forwards`, stop after that many, the first of which selects."""
     torch.manual_seed(0)  # the same prompt for every way; ids below the mask token's, which it must not hold
     prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
     gc.collect()
@@ -173,7 +173,7 @@ def times_of(runs: list[Run]) -> Times:
 
 
 def told(runs: list[Run]) -> dict[str, Any]:
-    """What the record says of runs beside their seconds."""
+    """What the record says of runs besides their seconds."""
     return {
         "compile_seconds": [one.compile_seconds for one in runs],
         "peak_memory_bytes": max(one.peak_memory_bytes for one in runs),

@@ -3,8 +3,8 @@
     python -m benchmarks.latency --family llada --lengths 4k,16k,64k --random_weights --reference DIR --out FILE.json
 
 Batch 1, 128 new tokens, bfloat16, greedy. The two modes generate in turn through the project's samplers, in as many
-steps as --budget allows; both ran before at that length, and what that first use took more is reported apart. A whole
-run of 128 steps that took too long to be run is put together from the medians of the phases, and one of 1,024 is
+steps as --budget allows; both ran before at that length, and the extra time of that first use is reported separately. A
+whole run of 128 steps that took too long to be run is put together from the medians of the phases, and one of 1,024 is
 plainly extrapolated from them. Before its steps are timed, the attention kernel of a mode is held against float64 on
 random heads of that length. With --reference the released code then runs in a process of its own: see
 benchmarks/reference.py for what DIR holds. The record is written after every length; a table comes last.
@@ -300,7 +300,7 @@ def _add_reference(args: argparse.Namespace, settings: Settings, record: dict[st
 
 
 def update(record: dict[str, Any], path: Path, config: SparseDConfig) -> None:
-    """Derive whole runs anew, and save."""
+    """Derive whole runs again, and save."""
     for row in record["rows"]:
         row |= derive(row["runs"], config)
     save(path, record)

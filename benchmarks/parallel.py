@@ -38,6 +38,7 @@ WARM = LENGTHS["4k"]  # prompt tokens from which on the kernels are those of lon
 SHORT = 1024  # tokens of the prompt whose logits are compared
 LONGEST_CACHED, LONGEST = "128k", "512k"
 ONE, ALL = "one", "all"
+PROGRAM = "python -m benchmarks.parallel"
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,8 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     return parser, parse_arguments(parser, argv)
 
 
-def compared(argv: list[str] | None, ranks: Ranks) -> int:
-    """The whole call of one of the processes; returns the exit code."""
+def compare(argv: list[str] | None, ranks: Ranks) -> None:
+    """The whole call of one of the processes."""
     parser, args = parse(argv)
     device = require_gpu(parser)
     if ranks.count == 1:
@@ -203,11 +204,11 @@ def compared(argv: list[str] | None, ranks: Ranks) -> int:
     record = new_record(parser, args, device, DTYPE) | {"weights": "random", "processes": ranks.count, "rows": []}
     record |= {"new_tokens": NEW_TOKENS, "block_length": BLOCK_LENGTH, "warm_up": {}}
     (longest if args.longest else against_one)(Bench(args, ranks, record), model)
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return as_one(lambda ranks: compared(argv, ranks))
+    advice = "name shorter --lengths, or start more processes"
+    return as_one(lambda ranks: compare(argv, ranks), PROGRAM, advice=advice, ending=argv is None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From the times of a few steps to those of a whole run: a step's time depends on its phase alone."""
+"""From the times of a few steps to those of a whole run: a step's time depends only on its phase."""
 
 import statistics
 from dataclasses import dataclass, field

@@ -1,9 +1,9 @@
-"""The README's tables and figures, filled in from the committed records.
+"""The tables and figures of README.md and docs/, filled in from the committed records.
 
     python -m benchmarks.readme
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a number in a sentence is followed by `<!--=NAME-->`,
-which no page shows. What each NAME is, `readme_values` says; this writes the values into README.md.
+which no page shows. What each NAME is, `readme_values` says; this writes the values into the pages.
 """
 
 import re
@@ -14,7 +14,8 @@ from sparsed.console.parser import Parser
 
 from .readme_values import figures, tables
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"[+-]?\d+(?:[.,]\d+)*(<!--=(\S+)-->)")
 MARK = re.compile(r"<!-- table: (\S+) -->|<!--=(\S+)-->")
@@ -44,11 +45,12 @@ def filled(text: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m benchmarks.readme", description=__doc__)
     parser.parse_args(argv)
-    try:
-        text = filled(README.read_text(encoding="utf-8"))
-    except ValueError as error:
-        parser.error(f"{README}: {error}")
-    write_text(README, text)
+    for page in PAGES:
+        try:
+            text = filled(page.read_text(encoding="utf-8"))
+        except ValueError as error:
+            parser.error(f"{page}: {error}")
+        write_text(page, text)
 
 
 if __name__ == "__main__":

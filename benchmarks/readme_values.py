@@ -1,4 +1,4 @@
-"""What the README's tables and figures are: each from the committed records, under the name that its mark has."""
+"""What the tables and figures of README.md and docs/ are: from the committed records, by their marks' names."""
 
 import json
 import statistics
@@ -14,6 +14,7 @@ from sparsed import SparseDConfig
 from .common import markdown
 from .phases import derive
 from .plot import overview
+from .readme_generation import generation_figures, generation_table, generation_table_short
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -41,6 +42,15 @@ FIDELITY = {  # the README's line: the record's title
     "StreamingLLM, 0.3": "StreamingLLM, select 0.3, block_size 128",
     "StreamingLLM with dense answer rows, 0.3": "StreamingLLM, dense answer rows, select 0.3, block_size 128",
 }
+WINDOW, STREAMING = "sliding window, select {}, block_size {}", "StreamingLLM, select {}, block_size {}"
+QUALITY = (  # the README's line, method, share of blocks, dense answer rows
+    ("full attention", "origin", None, False),
+    ("SparseD, the paper's, select 0.3", "sparsed", 0.3, False),
+    ("SparseD, dense answer rows, select 0.3", "sparsed", 0.3, True),
+    ("SparseD, dense answer rows, select 0.2", "sparsed", 0.2, True),
+    ("sliding window, as dense as select 0.3", "window", 0.3, False),
+    ("StreamingLLM, as dense as select 0.3", "streaming", 0.3, False),
+)
 FAST, PAPERS = "dense answer rows, select 0.15", "the paper's, select 0.3"
 # folder, length, new tokens, blocks, the shares that are shown
 ANSWERED = (
@@ -96,6 +106,9 @@ def tables() -> dict[str, str]:
         "dense-answer-accuracy": _dense_answer_accuracy(),
         "demo-steps": _demo_steps(),
         "latency": overview(_latency()),
+        "generation": generation_table(_generation(), TITLES),
+        "generation-short": generation_table_short(_generation(), TITLES),
+        "quality-short": _quality(),
     }
 
 
@@ -109,6 +122,8 @@ def figures() -> dict[str, str]:
         **_agreement_figures(),
         **_flex_figures(),
         **_cache_figures(),
+        **generation_figures(_generation()),
+        **_released_figures(),
         **{f"show.{family}": f"{100 * benchmark(f'show-{family}-cpu')['cost']:.1f}" for family in TITLES},
     }
 
@@ -126,6 +141,21 @@ def _distance(found: Record) -> list[str]:
     return ["{:.3f} ({:.3f} to {:.3f})".format(*found["kl"]), f"{100 * found['same_token'][0]:.1f}"]
 
 
+def _quality() -> str:
+    """Accuracy of the demo models and distance on the real one, of some ways to attend."""
+    lines = []
+    for title, method, select, dense in QUALITY:
+        cells = []
+        for family in TITLES:
+            found = answered(family, "dense", 4096, method)
+            row = found[128 if select else None, select, 0.2 if method == "sparsed" else None, dense]
+            cells.append(f"{row['accuracy']:.1f}")
+        name = {"sparsed": DENSE if dense else PAPER, "window": WINDOW, "streaming": STREAMING}.get(method)
+        cells += ["-", "-"] if name is None else _distance(fidelity(128)[name.format(select, 128)])
+        lines.append([title, *cells])
+    return markdown(["", *(f"{title}, %" for title in TITLES.values()), "distance", "same token, %"], lines)
+
+
 def _fidelity_figures() -> dict[str, str]:
     short, long = ({title: row["kl"][0] for title, row in fidelity(n).items()} for n in (128, 256))
     paper, dense = PAPER.format(0.3, 128), DENSE.format(0.3, 128)
@@ -138,6 +168,7 @@ def _fidelity_figures() -> dict[str, str]:
         "fidelity.nearer-later": f"{short[paper + LATER] / short[dense + LATER]:.0f}",
         "fidelity.windows": f"{short[window] / short[dense]:.0f}",
         "fidelity.paper": f"{short[paper]:.3f}",
+        "fidelity.dense": f"{short[dense]:.3f}",
         **{f"fidelity.{name}": f"{short[part.format(what)]:.3f}" for name, what in parts.items()},
         **{f"fidelity.{name}-256": f"{long[part.format(what)]:.3f}" for name, what in parts.items()},
     }
@@ -292,12 +323,28 @@ def _demo_steps() -> str:
 
 
 def _latency() -> list[Record]:
-    """The records of latency, with whole runs worked out anew from their steps."""
+    """The records of latency, with whole runs worked out from their steps."""
     records = [benchmark(path.stem) for path in sorted(RESULTS.glob("latency-*.json"))]
     return [
         record | {"rows": [row | derive(row["runs"], SparseDConfig(**record["config"])) for row in record["rows"]]}
         for record in records
     ]
+
+
+def _released_figures() -> dict[str, str]:
+    """How many times faster than the released code's two ways 128 steps with SparseD are at 64k."""
+    found = {}
+    for record in _latency():
+        for row in record["rows"]:
+            gains = row["speedup"]["128"]
+            if row["length"] == "64k" and "released_sparsed" in gains:
+                for name in ("released_origin", "released_sparsed"):
+                    found[f"latency.{record['family']}.{name}"] = f"{gains[name]:.2f}"
+    return found
+
+
+def _generation() -> list[Record]:
+    return [benchmark(path.stem) for path in sorted(RESULTS.glob("generation-*.json"))]
 
 
 def seconds(value: float) -> str:

@@ -1,6 +1,6 @@
-"""The released code beside ours: its process, and what it measured in the terms of our own record.
+"""The released code, for comparison: its process, and what it measured in the terms of our own record.
 
-DIR is a checkout of the released repository with its dependencies in DIR/site, apart from torch; benchmarks/README.md
+DIR is a checkout of the released repository with its dependencies except torch in DIR/site; benchmarks/README.md
 has the commands that make one.
 """
 
@@ -23,7 +23,7 @@ from .phases import phases, split
 from .shapes import published_config
 
 FAMILIES = ("dream", "llada")
-# up to so many prompt tokens: steps of a SparseD generation, and how many such generations; the last one counts
+# up to this many prompt tokens: steps of a SparseD generation, and how many such generations; the last one counts
 PLANS = ((8192, 20, 2), (16384, 10, 2), (sys.maxsize, 6, 1))
 WARM, ORIGIN_STEPS = 1, 3  # full-attention steps: the first is a warm-up
 LONE = "the only generation at this length: the compile time that torch counted is taken out of its steps"
@@ -109,7 +109,7 @@ def _environment(folder: Path, code: Path) -> dict[str, str]:
 
 
 def _converted(answer: dict[str, Any]) -> dict[str, Any]:
-    """A line of the worker with its runs as ours are: phases, first use apart."""
+    """A line of the worker with its runs as ours are: phases, and the first use by itself."""
     if "runs" not in answer:
         return answer
     runs = {f"released_{mode}": _run(run, mode) for mode, run in answer["runs"].items()}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-# what the published config.json of LLaDA-8B says beside its sizes
+# what the published config.json of LLaDA-8B says besides its sizes
 LLADA_CONFIG = {
     "activation_type": "silu",
     "block_type": "llama",
@@ -135,7 +135,7 @@ def measure(model: torch.nn.Module, job: dict[str, Any], prompt: torch.Tensor, p
 
 
 def _forget_masks(model: torch.nn.Module) -> None:
-    """Free the block masks of the generation before, and start to count memory anew."""
+    """Free the block masks of the generation before, and restart the memory count."""
     for module in model.modules():
         if hasattr(module, "block_mask"):
             module.block_mask = module.fine_mask = None

@@ -1,10 +1,10 @@
-"""The choice of the blocks alone at the published head shapes: the block scores of one layer, and the top-k on them.
+"""Selecting the blocks, by itself, at the published head shapes: the block scores of one layer, and the top-k on them.
 
     python -m benchmarks.selection --family llada --lengths 4k,16k,64k --out FILE.json
 
 Batch 1, 128 new tokens, bfloat16, random q, k, v. The scores start from the log-sum-exp that full attention gives along
 with its output, as in a run. Scores are first held against float64 on some query blocks, and the kept blocks against
-the scores; then all is timed beside full attention.
+the scores; then everything is timed, and full attention with it.
 """
 
 import argparse

@@ -90,7 +90,7 @@ class BlockGrid:
 
 
 def head_chunks(heads: int, elements: int) -> list[slice]:
-    """Slices of `heads` heads, each of so many that `elements` a head stay few enough to be ranked at once."""
+    """Slices of `heads` heads, each small enough that `elements` per head can be ranked at once."""
     size = max(1, RANKED // elements)
     return [slice(start, start + size) for start in range(0, heads, size)]
 

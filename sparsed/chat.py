@@ -71,7 +71,7 @@ def turns_of(text: str) -> tuple[list[Turn], str]:
 def encode_chat(tokenizer: Any, text: str, earlier: Sequence[Turn] = ()) -> list[int]:
     """Ids of a user message in the tokenizer's chat template, ready for the answer; plain ids without a template.
 
-    Control tokens come from the template alone: one that was typed in a turn, such as '<|mask|>', is ordinary text.
+    Control tokens come only from the template: one that was typed in a turn, such as '<|mask|>', is ordinary text.
 
     Args:
         earlier: the turns before the message, such as a system turn.
@@ -228,7 +228,7 @@ def _computes_powers(template: str) -> bool:
 
 
 def _in_time(render: Callable[[], str]) -> str:
-    """What a template renders, in a thread of its own, which is left alone where it takes too long."""
+    """What a template renders, in a thread of its own, which is abandoned if it takes too long."""
     done: list[str | Exception] = []
 
     def work() -> None:

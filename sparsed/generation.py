@@ -55,7 +55,7 @@ class Generations:
         self.now, self.before = self._new(shape), None
 
     def restart(self) -> None:
-        """The same anew; from elsewhere, whatever comes is a new one."""
+        """The same generation from its start; from elsewhere, whatever comes is a new one."""
         self.now, self.before = Generation(self.nothing_kept(), self.now.shape, self.now.keeps_all), None
 
     def follow(self, tokens: Tensor, attention_mask: Any) -> None:

@@ -1,6 +1,6 @@
 """`python -m sparsed.pictures`: what SparseD rests on, drawn from a run of a demo checkpoint on the CPU.
 
-heads.png shows the block scores of one layer's heads beside the blocks that each keeps, steps.png how alike the blocks
+heads.png shows the block scores of one layer's heads and the blocks that each keeps, steps.png how alike the blocks
 are that a head would keep in different denoising steps.
 """
 

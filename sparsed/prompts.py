@@ -52,7 +52,7 @@ class Fact:
 
 
 def data_dir() -> Path:
-    """The folder of the texts: `prompts/` beside the package in a checkout, else the installed package's own copy."""
+    """The folder of the texts: `prompts/` next to the package in a checkout, else the installed package's own copy."""
     return _bundled("prompts", "words.json")
 
 
@@ -150,7 +150,7 @@ def answer_key(kind: dict[str, Any]) -> str:
 class Document:
     """Facts among filler, grown sentence by sentence, and one question about a fact in the middle.
 
-    The asked person's last name belongs to nobody else, one other fact is about the same person, many others are of the
+    The asked person's last name belongs to no one else, one other fact is about the same person, many others are of the
     same kind, and the asked values stand together nowhere else.
     """
 
@@ -217,7 +217,7 @@ def fit(
     """How many sentences, and which ending, make a user message EXACTLY `length` tokens long with the chat template.
 
     Args:
-        text: the message with so many sentences and with `ending` after the last one, which ends in a full stop; the
+        text: the message with that many sentences and with `ending` after the last one, which ends in a full stop; the
             same for the same arguments.
         shortest: the smallest number of sentences.
         what: what the message is, for the errors.

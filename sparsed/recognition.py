@@ -17,7 +17,7 @@ class Recognised:
     what lies before them is masked, it is a prompt that guidance hides, and stays too.
 
     Args:
-        tokens: [B, T] ids, or [B, T, W] embeddings, which are told apart by their sums.
+        tokens: [B, T] ids, or [B, T, W] embeddings, which are distinguished by their sums.
         attention_mask: whatever the model was given under that name.
         gen_length: at most T.
         mask_id: of the mask token; None if it is not known.

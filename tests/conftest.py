@@ -26,8 +26,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_collection_finish():
-    """What is imported and collected by now stays: `gc.collect`, which takes long over it, need not look at it."""
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What is imported by now stays: `gc.collect`, which takes long over it, need not look at it."""
     gc.collect()
     gc.freeze()
 

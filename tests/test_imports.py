@@ -1,9 +1,13 @@
 """The layering of the package, read from its syntax trees: who imports whom, who prints, what is never called."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import sparsed
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sparsed").rglob("*.py"))
@@ -39,6 +43,7 @@ ALLOWED = {
     "evaluation": {"console", "sampling", "run", "watching", "backends", "models", "chat", "prompts", "selection"}
     | {"blocks", "saving_flags", "ranks"},
     "__init__": {"sampling", "patch", "selection", "models"},
+    "commands": {"cli"},
 }
 LEAVES = {"config", "models", "chat", "prompts"}  # not even config
 
@@ -75,7 +80,7 @@ def test_imports_point_one_way(path):
             assert imported in allowed, f"line {node.lineno}: {layer} must not import {imported}"
     for function in ast.walk(tree):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            lazy = [node.lineno for node in ast.walk(function) if imported_layers(path, node)]
+            lazy = layer != "commands" and [node.lineno for node in ast.walk(function) if imported_layers(path, node)]
             assert not lazy, f"line {lazy[0]}: imports of the package stand at the top of the file"
 
 
@@ -91,19 +96,28 @@ def test_calls_that_the_package_does_not_make(path):
 
 
 @pytest.mark.parametrize("script", ["dream_generation.py", "llada_generation.py"])
-def test_scripts_import_the_commands_alone_and_those_cli_alone(script):
-    for file, wanted in ((script, "sparsed_commands"), ("sparsed_commands.py", "sparsed.cli")):
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        imported = {
-            node.module if isinstance(node, ast.ImportFrom) else alias.name
-            for node in ast.walk(tree)
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-            for alias in node.names
-        }
-        assert {name for name in imported if name.startswith("sparsed")} == {wanted}
+def test_scripts_import_the_commands_only(script):
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    imported = {
+        node.module if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert {name for name in imported if name.startswith("sparsed")} == {"sparsed.commands"}
 
 
-@pytest.mark.parametrize("folder", ["assets", "benchmarks", "demo"])
+def test_what_the_package_offers_is_imported_when_it_is_used():
+    code = "import sys, sparsed; assert 'torch' not in sys.modules; sparsed.sparsify; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert set(sparsed.HOMES) == set(sparsed.__all__) <= set(dir(sparsed))
+    for name in sparsed.__all__:
+        assert getattr(sparsed, name).__module__.startswith(f"sparsed.{sparsed.HOMES[name]}")
+    with pytest.raises(AttributeError, match="has no attribute 'sparsity'"):
+        getattr(sparsed, "sparsity")  # noqa: B009
+
+
+@pytest.mark.parametrize("folder", ["docs/make", "benchmarks", "demo"])
 def test_only_the_benchmark_of_the_scripts_own_drawing_imports_them(folder):
     users = [path.name for path in (ROOT / folder).glob("*.py") if "sparsed.cli" in path.read_text(encoding="utf-8")]
     assert users == (["show.py"] if folder == "benchmarks" else [])

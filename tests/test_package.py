@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = (
     "sparsed",
-    "sparsed_commands.py",
     "prompts",
     "demo",
     "pyproject.toml",
@@ -71,7 +70,7 @@ def test_the_wheel_holds_the_package_the_prompts_and_the_demos(wheel):
         files = {f"sparsed/data/{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
         assert files and files <= names
     assert {f"sparsed/data/demo/{family}/model.safetensors" for family in ("dream", "llada")} <= names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"sparsed", "sparsed_commands.py"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"sparsed"}
 
 
 @pytest.mark.parametrize("family", ["dream", "llada"])

@@ -108,8 +108,8 @@ def test_without_matplotlib_one_line_names_the_command(tmp_path, monkeypatch, ca
     assert out == "" and err.count("\n") == 1 and 'pip install ".[plots]"' in err
 
 
-def test_the_readme_shows_them_and_says_how_they_are_made():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "python -m sparsed.pictures --out assets" in readme
+def test_the_pages_show_them_and_say_how_they_are_made():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert "python -m sparsed.pictures --out assets" in page
     for name in pictures.FILES:
-        assert f"(assets/{name})" in readme and (ROOT / "assets" / name).is_file()
+        assert f"(../assets/{name})" in page and (ROOT / "assets" / name).is_file()

@@ -7,7 +7,7 @@ from ..blocks import Pattern
 from ..kernels import flash_block_sparse, flash_fault
 from .backend import Backend, Problem, SparseAttention, from_block_start
 
-# below so many tokens, its host code, slow to load and to start, costs more than it gains
+# below this many tokens its host code, slow to load and to start, costs more than it gains
 FLASH_FROM = 4096
 
 

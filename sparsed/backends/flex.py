@@ -67,7 +67,7 @@ def _compiled() -> Callable[..., Tensor]:
     """FlexAttention over a pattern's lists, compiled when it is first used.
 
     The tensors' sizes are dynamic, so that what the self-check compiles serves every length. The block size and the
-    tiles must not be: torch's cache of compiled graphs tells no block sizes apart that are dynamic, and the kernel of
+    tiles must not be: torch's cache of compiled graphs does not distinguish dynamic block sizes, and the kernel of
     another one is wrong. Hence `specialize_int` in `_tracing`, and a mask made inside, whose lengths are sizes of
     tensors.
     """

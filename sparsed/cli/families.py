@@ -48,7 +48,7 @@ def _add_dream(group) -> None:
     add_value(group, "--top_p", together, 0.95, type=number_in(0, 1, above=True), metavar="P")
     add_value(group, "--top_k", "sample from the K likeliest tokens; 0 switches it off", 50, type=whole(0), metavar="K")
     blocks = (
-        "write the answer block after block of so many tokens; divides --seq_len, and the number of blocks divides "
+        "write the answer in blocks of N tokens; divides --seq_len, and the number of blocks divides "
         f"--steps (default: the whole answer at once; with --cache, --threshold or --factor {BLOCK_LENGTH})"
     )
     group.add_argument("--block_length", type=whole(1), metavar="N", help=blocks)

@@ -108,7 +108,7 @@ def _add_generation(group, family: Family) -> None:
 
 def _add_sparsed(group) -> None:
     kept = (
-        "share of the key blocks that every query block keeps, above 0 to 1, taken apart for the prompt and for the "
+        "share of the key blocks that every query block keeps, in (0, 1], applied separately to the prompt and the "
         "generated region"
     )
     first = (

@@ -13,7 +13,7 @@ import torch
 
 from ..backends import BackendError
 from ..chat import ChatTemplateError, TurnsError
-from ..console.endings import blame, guarded
+from ..console.endings import blame
 from ..console.environment import environment
 from ..console.files import check_apart, write_json, write_text
 from ..console.streams import Stdout, tell
@@ -52,13 +52,10 @@ def _main(family: Family, argv: list[str] | None) -> int:
     advice = "try a shorter --prompt or --seq_len, --dtype bfloat16, or a device with more memory"
     program = os.path.basename(sys.argv[0])
 
-    def command(ranks: Ranks) -> int:
-        def work() -> None:
-            _generate(_of_rank(parse(family, argv), ranks), ranks)
+    def work(ranks: Ranks) -> None:
+        _generate(_of_rank(parse(family, argv), ranks), ranks)
 
-        return guarded(work, program, advice=advice, ending=argv is None)
-
-    return as_one(command)
+    return as_one(work, program, advice=advice, ending=argv is None)
 
 
 def _of_rank(args: Call, ranks: Ranks) -> Call:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from math import ceil
 
 import psutil
 import torch
@@ -9,16 +10,19 @@ import torch
 from ..blocks import BlockGrid
 from ..config import SparseDConfig, ceil_share
 from ..console.endings import TooLittleMemory
-from ..models.common import DiffusionLM
+from ..models.common import CHUNK, DiffusionLM, Sizes
 from ..models.loading import GIB, free_bytes, resolve_device, weight_bytes
 from ..prompts import LENGTHS, PRESETS
 from ..ranks import Ranks
 from ..sampling import Settings
 from .arguments import Call
 
-# rows as wide as the model that a layer holds while its MLP runs, besides queries, keys and values: its input, the sum
-# of input and attention, that sum normed, and the attention
-HELD_ROWS = 4
+# rows as wide as all queries that a layer holds in its attention, besides its input, keys and values: the queries, and
+# the queries rotated or the attention
+QUERY_ROWS = 2
+# rows as wide as the model that it holds in its MLP: its input and the attention; and of the tokens that the MLP
+# computes at once, their sum and that sum normed
+MLP_HELD_ROWS, MLP_CHUNK_ROWS = 2, 2
 # rows as wide as the MLP: gate, up and their product; plain torch holds the gate's silu too
 MLP_ROWS = {"cuda": 3, "cpu": 4, "mps": 4}
 # bytes that the sampler makes of a logit: float32, and its softmax
@@ -35,18 +39,18 @@ def peak_bytes(
     Measured peaks are near.
 
     Args:
-        model: in its dtype; may be on the meta device. Of one that several processes share, what each of them takes.
+        model: in its dtype; may be on the meta device. Of one that processes share, it is what each of them takes.
         config: SparseD's settings, None for full attention.
         device: where the run will be.
         prompt_tokens: with the chat template.
     """
     sizes, length, itemsize = model.sizes, prompt_tokens + sampler.gen_length, model.dtype.itemsize
     batch = sampler.sequences
-    heads_width = sizes.heads * model.config.head_dim
-    row = HELD_ROWS * sizes.width + heads_width + 2 * sizes.kv_width + MLP_ROWS[device.type] * sizes.mlp_width
+    logits = batch * sampler.most_rows * sizes.vocabulary
+    layer = itemsize * _layer(sizes, model.config.head_dim, batch * length, MLP_ROWS[device.type])
+    head = itemsize * batch * length * sizes.width + logits * (itemsize + SAMPLED)
     # a window size's CUDA graph keeps its logits: a block's and the answer's, or with prefix one a block
     graphs = {"none": 0, "dual": 2, "prefix": sampler.blocks or 1}[sampler.cache] if device.type == "cuda" else 0
-    logits = sampler.most_rows * sizes.vocabulary * ((1 + graphs) * itemsize + SAMPLED)
     kept = 0
     if config is not None:
         grid = BlockGrid(length, prompt_tokens, config.block_size)
@@ -54,7 +58,16 @@ def peak_bytes(
             each = sum(ceil_share(config.select, part.stop - part.start) for part in grid.parts)
             kept = sizes.heads * grid.n_blocks * (sizes.layers * each * INDEX + grid.n_blocks * SCORE)
     cached = 2 * sizes.layers * length * sizes.kv_width * itemsize if sampler.cached else 0
-    return weight_bytes(model) + batch * (length * row * itemsize + logits + kept + cached)
+    return weight_bytes(model) + max(layer, head) + graphs * logits * itemsize + batch * (kept + cached)
+
+
+def _layer(sizes: Sizes, head_dim: int, tokens: int, mlp_rows: int) -> int:
+    """Numbers that a layer holds of so many tokens, of all batch rows, at its peak: in its attention or in its MLP."""
+    attention = tokens * (sizes.width + QUERY_ROWS * sizes.heads * head_dim + 2 * sizes.kv_width)
+    at_once = ceil(tokens / ceil(tokens / CHUNK))
+    computed = tokens - at_once  # by the chunks before the last
+    inner = at_once * (MLP_CHUNK_ROWS * sizes.width + mlp_rows * sizes.mlp_width)
+    return max(attention, (MLP_HELD_ROWS * tokens + computed) * sizes.width + inner)
 
 
 def available_bytes(device: torch.device, *, spread: bool) -> int:

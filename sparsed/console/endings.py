@@ -81,7 +81,7 @@ def blame(args: Parsed, option: str, errors: tuple[type[Exception], ...] = (Valu
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
-    """Let a signal that ends the process wait, lest half a drawing leaves the terminal in its colours."""
+    """Let a signal that ends the process wait, so that half a drawing does not leave the terminal in its colours."""
     waiting: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     deadly = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]

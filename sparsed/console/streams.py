@@ -60,7 +60,7 @@ class Stdout:
 
 
 def settle() -> None:
-    """Drop what the streams could not take, lest Python fails when it writes it once more at exit."""
+    """Drop what the streams could not take, or Python fails when it writes it again at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

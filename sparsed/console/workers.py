@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..ranks import ALONE, Ranks
+from .endings import guarded
 from .streams import one_line, settle, tell
 
 # in the launcher's store: the first failure of a process, and how many have learned of it
@@ -24,16 +25,21 @@ FAILURE, LEARNED = "sparsed/failure", "sparsed/learned"
 PAUSE, OWN_WORDS, FAREWELL = 0.1, 1.0, 2.5
 
 
-def as_one(command: Callable[[Ranks], int]) -> int:
-    """Run a command, alone or as one of the WORLD_SIZE processes of `torchrun` or `accelerate launch`.
+def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: bool) -> int:
+    """`guarded` work of a command, alone or in the WORLD_SIZE processes of `torchrun` or `accelerate launch`.
 
     Of several processes each has its LOCAL_RANK-th GPU as the current one, where there are enough, and all but the
     first print nothing. If one of them fails, then all end with its exit code within a few seconds, wherever they are,
     and the first one prints its line.
 
     Args:
-        command: called with all processes that run it; returns the exit code.
+        work: called with the processes that run it.
+        program, advice, ending: as for `guarded`.
     """
+
+    def command(ranks: Ranks) -> int:
+        return guarded(lambda: work(ranks), program, advice=advice, ending=ending)
+
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         return command(ALONE)
@@ -53,8 +59,6 @@ def as_one(command: Callable[[Ranks], int]) -> int:
     with _silent(ranks.index > 0) as said:
         try:
             code = command(ranks)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
         except Exception:
             code = 1
             traceback.print_exc()

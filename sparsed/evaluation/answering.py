@@ -1,6 +1,7 @@
 """From samples to lines of results: the sampler answers, the answers are scored."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..models.common import DiffusionLM
 from ..run import synchronize
 from ..sampling import Settings
 from ..sampling.common import OnStep, Step
+from ..sampling.saving import Saving
 from ..selection import SPARSED
 from ..watching import recall, watched
 from .folder import Record
@@ -26,13 +28,13 @@ class Answerer:
     """What answers all samples of a run.
 
     Args:
-        settings: the sampler's, by the number of new tokens.
+        settings: the sampler's, by the number of new tokens and what saves rows and steps.
         backend: the kernel of the sparse steps.
     """
 
     model: DiffusionLM
     tokenizer: Any
-    settings: dict[int, Settings]
+    settings: dict[tuple[int, Saving], Settings]
     backend: str
 
     def answer(self, samples: list[Sample], variant: Variant, gen_length: int, on_step: OnStep) -> list[Record]:
@@ -45,7 +47,7 @@ class Answerer:
             BackendError: the named backend cannot run.
             FloatingPointError: the model's logits were not finite.
         """
-        settings = self.settings[gen_length]
+        settings = self.settings[gen_length, variant.saving]
         ids = torch.tensor([sample.input_ids for sample in samples], device=self.model.device)
         layers: list[tuple[Tensor, Tensor]] = []  # density, and recall [B], of each layer's pattern
         mean = self.model.ranks.mean
@@ -53,11 +55,10 @@ class Answerer:
             lambda scores, pattern: layers.append((mean(pattern.density), mean(recall(scores, pattern)))),
             METHODS[variant.method].rule or SPARSED,
         )
-        forwards = 0
+        phases: Counter[str] = Counter()
 
         def count(step: Step) -> None:
-            nonlocal forwards
-            forwards += step.ran
+            phases[step.phase] += step.ran
             on_step(step)
 
         synchronize(self.model.device)
@@ -85,7 +86,8 @@ class Answerer:
                     "prompt_tokens": len(sample.input_ids),
                     "new_tokens": gen_length,
                     "steps": settings.steps,
-                    "forwards": forwards,
+                    "forwards": phases.total(),
+                    "phases": {phase: n for phase, n in phases.items() if n},
                     "density": density,
                     "recall": [shares[row].item() for _, shares in layers] or None,
                     "seconds": seconds,

@@ -15,10 +15,9 @@ from ..config import SparseDConfig
 from ..console.parser import Parser
 from ..console.readers import config_field, device, list_of, non_empty, path, shown, some_of, whole
 from ..models.loading import DTYPES
-from ..sampling.saving import OFF, Saving
 from ..sampling.unmasking import SettingError
-from ..saving_flags import add_saving
 from .methods import METHODS, Variant, variants
+from .savings import add_bounds, add_caches, savings_of
 from .tasks import TASKS
 from .team import DATA, TENSOR
 
@@ -49,8 +48,7 @@ class Arguments:
     """What the flags of the same names ask for.
 
     Args:
-        saving: what saves rows and steps, as a sampler's settings take it.
-        variants: the methods, each with every combination of SparseD's settings.
+        variants: the methods, each with every combination of SparseD's settings, caches and thresholds.
         parser: for what turns out wrong later.
     """
 
@@ -71,7 +69,7 @@ class Arguments:
     backend: str
     parallel: str
     quiet: bool
-    saving: dict[str, Any]
+    early_stop: bool
     variants: list[Variant]
     parser: Parser
 
@@ -87,11 +85,10 @@ def parse(argv: list[str] | None) -> Arguments:
     if given["tasks"] is None:
         given["tasks"] = [] if given["tasks_file"] else list(TASKS)
     check_folder(parser, given["out"])
-    found = variants(given.pop("methods"), configs(given))
-    saving = {name: given.pop(name) for name in OFF}
     with blame_setting(parser):
-        Saving(**saving).check_saving()
-    return Arguments(**given, saving=saving, variants=found, parser=parser)
+        savings = savings_of(given)
+    found = variants(given.pop("methods"), configs(given), savings)
+    return Arguments(**given, variants=found, parser=parser)
 
 
 def check_folder(parser: Parser, out: Path) -> None:
@@ -130,12 +127,13 @@ def build_parser() -> Parser:
     add_model(parser)
     _add_measured(parser.add_argument_group("what to measure"))
     add_sparsed(parser)
-    group = parser.add_argument_group("generation, greedy")
+    group = parser.add_argument_group("generation, greedy (caches and thresholds: some values, in all combinations)")
     group.add_argument("--seq_len", type=whole(1), metavar="N", help="new tokens (default: as RULER has it, by task)")
     group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: as many as new tokens)")
     blocks = "of LLaDA; of Dream with a cache, threshold or factor (default: %(default)s)"
     group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help=blocks)
-    add_saving(group)
+    add_caches(group)
+    add_bounds(group)
     group = add_running(parser)
     group.add_argument("--batch_size", type=whole(1), default=1, metavar="N", help="samples at once (default: 1)")
     return parser

@@ -4,7 +4,7 @@ from collections.abc import Container
 
 from ..backends import BackendError
 from ..chat import ChatTemplateError
-from ..console.endings import blame, guarded
+from ..console.endings import blame
 from ..console.workers import as_one
 from ..models import load_tokenizer
 from ..models.identity import files_digest
@@ -13,7 +13,7 @@ from ..ranks import Ranks
 from . import plots
 from .answering import Answerer
 from .arguments import Arguments, parse
-from .folder import DEFAULTS, Folder, Record
+from .folder import Folder, Record
 from .planning import Batch, plan, samplers
 from .results import identified, summarize, table
 from .running import Progress, claimed, report, resumed, source, team_and_model, warn_of_length
@@ -24,12 +24,8 @@ ADVICE = "try a smaller --batch_size, shorter --lengths, --dtype bfloat16, or a 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate with these words (None: the process's own); returns the exit code."""
-
-    def command(ranks: Ranks) -> int:
-        program = "python -m sparsed.evaluation"
-        return guarded(lambda: evaluate(parse(argv), ranks), program, advice=ADVICE, ending=argv is None)
-
-    return as_one(command)
+    program = "python -m sparsed.evaluation"
+    return as_one(lambda ranks: evaluate(parse(argv), ranks), program, advice=ADVICE, ending=argv is None)
 
 
 def evaluate(args: Arguments, ranks: Ranks) -> None:
@@ -60,8 +56,8 @@ def _settings(args: Arguments) -> Record:
         "seq_len": args.seq_len,
         "steps": args.steps,
         "block_length": args.block_length,
-        # what is not on is absent, as in earlier folders
-        **{name: value for name, value in args.saving.items() if value not in (None, DEFAULTS[name])},
+        # absent if not on, as in earlier folders
+        **({"early_stop": True} if args.early_stop else {}),
         "backend": args.backend,
         "tasks_file": files_digest([args.tasks_file]) if args.tasks_file else None,
     }
@@ -78,7 +74,7 @@ def _run(
     """Answer what is not finished of these batches; every finished batch is a few lines in the folder."""
     todo = [(batch, variant) for batch in batches for variant in args.variants if batch.missing(variant, finished)]
     made, samples = None, list[Sample]()
-    steps = sum(answerer.settings[batch.gen_length].steps for batch, _ in todo)
+    steps = sum(_steps(args, batch) for batch, _ in todo)
     with Progress(steps, hidden=not told) as bar:
         for number, (batch, variant) in enumerate(todo, 1):
             if batch is not made:
@@ -87,9 +83,14 @@ def _run(
             bar.set_description(f"{samples[0].task} {variant.method} {number}/{len(todo)}", refresh=False)
             missing = batch.missing(variant, finished)
             asked = [sample for sample in samples if sample.id in missing]
-            end = bar.n + answerer.settings[batch.gen_length].steps
+            end = bar.n + _steps(args, batch)
             with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):
                 lines = answerer.answer(asked, variant, batch.gen_length, bar.step)
             bar.reach(end)
             with blame(args, "--out", (OSError,)):
                 folder.append(lines)
+
+
+def _steps(args: Arguments, batch: Batch) -> int:
+    """Steps of an answer, at most."""
+    return args.steps or batch.gen_length

@@ -4,8 +4,9 @@ The baselines and ablations are those of the paper's tables (arXiv 2509.24014), 
 a query block keeps as many key blocks under each of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..blocks import BlockGrid, Pattern
 from ..config import SparseDConfig
+from ..sampling.saving import Saving
 from ..selection import SPARSED, Rule, top_k
 
 
@@ -81,14 +83,21 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with its settings, None for full attention."""
+    """A method with its settings.
+
+    Args:
+        config: SparseD's, None for full attention.
+        saving: what saves rows and steps, where this differs between the variants of a run.
+    """
 
     method: str
     config: SparseDConfig | None
+    saving: Saving = Saving()
 
     @property
     def names(self) -> dict[str, Any]:
-        """How lines of results name it: None for a setting that means nothing to the method, or was not asked for."""
+        """How lines of results name it: None for a setting that means nothing to the method, or was not asked for;
+        nothing of a saving that is off."""
         config, skips = self.config, METHODS[self.method].skips
         return {
             "method": self.method,
@@ -96,9 +105,19 @@ class Variant:
             "skip": config.skip if config and skips else None,
             "block_size": config and config.block_size,
             "dense_answer": (config and config.dense_answer) or None,
+            **self.saving.given,
         }
 
 
-def variants(methods: list[str], configs: list[SparseDConfig]) -> list[Variant]:
+def needs_scores(variant: Variant) -> bool:
+    """Whether a forward with full attention selects the variant's blocks."""
+    rule = METHODS[variant.method].rule
+    return rule is not None and rule.needs_scores
+
+
+def variants(
+    methods: list[str], configs: list[SparseDConfig], savings: Sequence[Saving] = (Saving(),)
+) -> list[Variant]:
     """Every method with all the settings that mean something to it, each once, the methods in their order."""
-    return list(dict.fromkeys(Variant(name, METHODS[name].config(config)) for name in methods for config in configs))
+    settings = product(methods, configs, savings)
+    return list(dict.fromkeys(Variant(name, METHODS[name].config(config), saving) for name, config, saving in settings))

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..console.endings import blame
 from ..sampling import Settings, settings_for
+from ..sampling.saving import Saving
 from .arguments import Arguments, blame_setting
 from .methods import Variant
 from .results import key
@@ -75,13 +76,18 @@ def of_one_length(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
             yield batch
 
 
-def samplers(args: Arguments, family: str, batches: list[Batch]) -> dict[int, Settings]:
-    """How the family's sampler is set, by the number of new tokens."""
+def samplers(args: Arguments, family: str, batches: list[Batch]) -> dict[tuple[int, Saving], Settings]:
+    """How the family's sampler is set, by the number of new tokens and what saves rows and steps."""
     found = {}
-    for gen_length in dict.fromkeys(batch.gen_length for batch in batches):
-        steps = args.steps or gen_length
+    lengths, savings = (batch.gen_length for batch in batches), (variant.saving for variant in args.variants)
+    for gen_length, saving in product(dict.fromkeys(lengths), dict.fromkeys(savings)):
         with blame_setting(args.parser):
-            found[gen_length] = settings_for(
-                family, gen_length=gen_length, steps=steps, block_length=args.block_length, **args.saving
+            found[gen_length, saving] = settings_for(
+                family,
+                gen_length=gen_length,
+                steps=args.steps or gen_length,
+                block_length=args.block_length,
+                early_stop=args.early_stop,
+                **saving.given,
             )
     return found

@@ -5,16 +5,23 @@ from types import NoneType
 
 import numpy as np
 
-from ..sampling.saving import OFF
+from ..sampling.saving import CACHES
 from .folder import Record
 from .methods import METHODS
 from .scoring import mean_of, paired_difference, proportion
 
 # what tells one way to run from another; None where it means nothing to the method or was not asked for
 NUMBERS = ("select", "skip", "block_size")
-VARIANT = ("method", *NUMBERS, "dense_answer")
+SAVED = ("cache", "refresh", "threshold", "factor")
+VARIANT = ("method", *NUMBERS, *SAVED, "dense_answer")
+FULL_ATTENTION = {**dict.fromkeys(VARIANT), "method": "origin"}
 # the columns of what an answer took, by their names in a row: the samples of a batch share its forwards and its time
 WORK = {"forwards": "forwards of a batch", "seconds": "seconds a sample"}
+DIFFERENCES = {
+    "difference": "to full attention",
+    "gain": "to the same without dense answer rows",
+    "sparse": "to full attention with the same cache and threshold",
+}
 # what the summary reads of a line, and of which kinds it may be
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "task"), (str,)),
@@ -38,6 +45,9 @@ def _readable(record: Record) -> bool:
         and record["method"] in METHODS
         and record.get("dense_answer") in (None, True)
         and isinstance(record.get("forwards"), (int, NoneType))
+        and all(isinstance(count, int) for count in (record.get("phases") or {}).values())
+        and record.get("cache") in (None, *CACHES)
+        and all(isinstance(record.get(name), (int, float, NoneType)) for name in SAVED[1:])
     )
 
 
@@ -59,9 +69,10 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
 
     Returns:
         rows: one per cell: task, length, the variant, seeds, n, accuracy in percent with its Wilson interval (low and
-            high), its difference to full attention on the same samples, and its gain over the same variant without
-            dense answer rows (None where there is nothing to compare with), density, recall (mean over layers, None
-            without a pattern), recall_layers, seconds per sample, forwards of the batch that it was answered in.
+            high), its difference to full attention on the same samples, its gain over the same variant without dense
+            answer rows, and what it is better than full attention with the same cache and threshold (sparse; None where
+            there is nothing to compare with), density, recall (mean over layers, None without a pattern),
+            recall_layers, seconds per sample, forwards of the batch that it was answered in, and these by phase.
         averages: one per length and variant: the means over tasks of accuracy and difference, with 95 % intervals, and
             of density, seconds and forwards; the methods in the order of `METHODS`, whatever order they were run in.
     """
@@ -106,17 +117,33 @@ def _accuracy(tasks: list[list[Record]], known: dict[tuple, float]) -> Record:
     return {
         "n": len(records),
         **_named("accuracy", mean_of([proportion([record["score"] for record in task]) for task in tasks])),
-        **_difference("difference", tasks, known, dict.fromkeys(VARIANT) | {"method": "origin"}),
+        **_difference("difference", tasks, known, FULL_ATTENTION),
         **_difference("gain", tasks, known, {"dense_answer": None}),
+        **_difference("sparse", tasks, known, _full_alike(records[0])),
         **{name: float(np.mean([record[name] for record in records])) for name in ("density", "seconds")},
         "forwards": _forwards(records),
+        "phases": _phases(records),
     }
+
+
+def _full_alike(record: Record) -> Record:
+    """Full attention with the line's cache and threshold; the line itself if it has none."""
+    saved = _fields(record, *SAVED)
+    return FULL_ATTENTION | saved if any(value is not None for value in saved.values()) else {}
 
 
 def _forwards(records: list[Record]) -> float | None:
     """Of a batch, on average over its answers; None among lines of earlier versions, which do not say."""
     counts = [record["forwards"] for record in records if record.get("forwards") is not None]
     return float(np.mean(counts)) if len(counts) == len(records) else None
+
+
+def _phases(records: list[Record]) -> dict[str, float] | None:
+    """The same by phase."""
+    if any(record.get("phases") is None for record in records):
+        return None
+    names = dict.fromkeys(name for record in records for name in record["phases"])
+    return {name: float(np.mean([record["phases"].get(name, 0) for record in records])) for name in names}
 
 
 def _difference(name: str, tasks: list[list[Record]], known: dict[tuple, float], other: Record) -> Record:
@@ -146,18 +173,10 @@ def _columns(name: str) -> tuple[str, str, str]:
 
 
 def table(summary: Record) -> str:
-    """Markdown in the form of the paper's Table 1: one table per length, one line per method, one column per task;
-    above them what saved rows and steps of every method, as far as the summary's `settings` name it."""
+    """Markdown in the form of the paper's Table 1: one table per length, one line per variant, one column per task."""
     lengths = list(dict.fromkeys(row["length"] for row in summary["rows"]))
-    saved = _saving_line(summary.get("settings", {}), {row["method"] for row in summary["rows"]})
-    return "\n".join([*saved, *(_length_table(length, summary) for length in lengths)])
-
-
-def _saving_line(settings: Record, methods: set[str]) -> list[str]:
-    """The flags for caches and thresholds that were on, in a line; nothing if none was."""
-    given = {name: settings[name] for name in OFF if name in settings}
-    flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
-    return [f"With {flags}{', full attention as well' if 'origin' in methods else ''}.\n"] if given else []
+    above = ["With --early_stop.\n"] if summary.get("settings", {}).get("early_stop") else []
+    return "\n".join([*above, *(_length_table(length, summary) for length in lengths)])
 
 
 def _length_table(length: int | None, summary: Record) -> str:
@@ -166,9 +185,11 @@ def _length_table(length: int | None, summary: Record) -> str:
     counts = sorted({row["n"] for row in rows})
     samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     title = "prompts of your own" if length is None else f"{length:,} tokens"
-    differences = {"difference": "to full attention"}
-    if any(average.get("gain") is not None for average in averages):
-        differences["gain"] = "to the same without dense answer rows"
+    differences = {
+        name: title
+        for name, title in DIFFERENCES.items()
+        if name == "difference" or any(average.get(name) is not None for average in averages)
+    }
     work = WORK if all(average.get("forwards") is not None for average in averages) else {}
     columns = ["method", "density", *tasks, "average", *differences.values(), *work.values()]
     lines = [columns, ["---"] * len(columns)]
@@ -176,16 +197,26 @@ def _length_table(length: int | None, summary: Record) -> str:
         cells = {row["task"]: _figure(row, "accuracy") for row in rows if variant_of(row) == variant_of(average)}
         line = [title_of(average), f"{average['density']:.2f}", *(cells.get(task, "-") for task in tasks)]
         line += [_figure(average, "accuracy"), *(_figure(average, name) for name in differences)]
-        lines.append([*line, *(f"{average[name]:.3g}" for name in work)])
+        lines.append([*line, *(_work(average, name) for name in work)])
     text = f"### {title}\n\nAccuracy in %, 95 % intervals, {samples} samples a cell.\n\n"
     return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def _work(average: Record, name: str) -> str:
+    """What an answer took; forwards by phase as well, if some were no full ones."""
+    phases = average.get("phases") or {}
+    kinds = ", ".join(f"{count:.3g} {phase}" for phase, count in phases.items())
+    return f"{average[name]:.3g}" + (f" ({kinds})" if name == "forwards" and phases.keys() - {"full"} else "")
+
+
 def title_of(row: Record) -> str:
     """The method's name, with its settings."""
-    numbers = [f"{name} {row[name]:g}" for name in NUMBERS if row[name] is not None]
     dense = ["dense answer rows"] if row.get("dense_answer") else []
-    return ", ".join([METHODS[row["method"]].title, *dense, *numbers])
+    cache = [f"{row['cache']} cache"] if row.get("cache") else []
+    numbers, saved = (
+        [f"{name} {row[name]:g}" for name in names if row.get(name) is not None] for names in (NUMBERS, SAVED[1:])
+    )
+    return ", ".join([METHODS[row["method"]].title, *dense, *numbers, *cache, *saved])
 
 
 def _figure(row: Record, name: str) -> str:

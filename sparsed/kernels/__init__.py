@@ -1,4 +1,4 @@
-"""Compute kernels, each beside its plain-torch twin."""
+"""Compute kernels, each with its plain-torch twin."""
 
 from .accuracy import error_and_bound
 from .availability import block_sparse_attention, highest_places_triton, triton_fault, usable

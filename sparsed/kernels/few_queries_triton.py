@@ -19,10 +19,10 @@ MOST_SPLITS, SHORTEST = 32, 256
 
 @on_device_of
 def few_queries_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None = None) -> Tensor:
-    """Bidirectional attention, scale 1/sqrt(D), for so few queries that they alone would not fill the GPU.
+    """Bidirectional attention, scale 1/sqrt(D), for so few queries that they would not fill the GPU by themselves.
 
     Query heads that share a key head are taken together, so that its keys are read once. What is launched depends on
-    shapes alone: a CUDA graph of it serves whatever the tensors hold.
+    shapes only: a CUDA graph of it serves whatever the tensors hold.
 
     Args:
         q: [B, Hq, n, D].
@@ -65,7 +65,7 @@ def few_queries_attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | N
         parts, weights, out, *out.stride()[:3], heads, n_query, splits,
         D=head_dim,
         D_TILE=d_tile,
-        SPLITS=MOST_SPLITS,  # whatever the length, so that none compiles anew
+        SPLITS=MOST_SPLITS,  # whatever the length, so that none compiles again
         num_warps=2,
     )  # fmt: skip
     return out
@@ -86,13 +86,13 @@ def _chunk(length: int, programs: int, keys: int, held: int, device: torch.devic
     """Keys of a split, in whole tiles: with the splits, of `programs` programs each, that leave least of the GPU idle.
 
     Args:
-        held: bytes of shared memory of a program, by which several run beside each other.
+        held: bytes of shared memory of a program, which limits how many run at once.
     """
     slots = 16  # interpreted, as on a small GPU
     if device.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks this one
-        beside = max(1, properties.shared_memory_per_multiprocessor // (held + RESERVE))
-        slots = properties.multi_processor_count * beside
+        at_once = max(1, properties.shared_memory_per_multiprocessor // (held + RESERVE))
+        slots = properties.multi_processor_count * at_once
 
     def filled(splits: int) -> float:
         launched = programs * splits

@@ -55,7 +55,7 @@ def _package() -> tuple[Any, Any]:
 def _keep_compiled() -> None:
     """Have the package keep its compiled kernels on disk, in a folder of the user's own.
 
-    Unasked it keeps none, and asked alone, it keeps them where other users could put files of theirs.
+    By default it keeps none. If only asked to, it keeps them where other users could put files of theirs.
     """
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsed" / "flash"

@@ -132,7 +132,7 @@ def _flash_agrees(device: torch.device, dtype: torch.dtype, heads: int, kv_heads
 def _split_agrees(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, padded: bool, tile: int
 ) -> bool:
-    """Whether the kernel for few queries gives what float64 gives, in tiles of so many rows.
+    """Whether the kernel for few queries gives what float64 gives, in tiles of that many rows.
 
     Args:
         padded: whether the first keys are padding.

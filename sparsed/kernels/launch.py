@@ -10,14 +10,14 @@ from torch import Tensor
 
 # query rows of a tile of the kernel for few queries, at most
 FEW_ROWS = 64
-# shared memory, in bytes, that a Triton kernel may need beside its tiles
+# shared memory, in bytes, that a Triton kernel may need besides its tiles
 RESERVE = 2048
 # of a GPU of consumer make; an H100 has 227 KiB
 CONSUMER_SHARED_MEMORY = 99 * 1024
 
 
 def few_rows_tile(rows: int) -> int:
-    """Query rows of a tile of the kernel for few queries, of so many in all."""
+    """Query rows of a tile of the kernel for few queries, given their number."""
     return min(FEW_ROWS, max(16, 1 << (rows - 1).bit_length()))
 
 
@@ -38,7 +38,7 @@ def on_device_of(function: Callable) -> Callable:
 
 
 def fits(tile_bytes: int, device: torch.device) -> bool:
-    """Whether tiles of so many bytes fit the shared memory of one program on the device."""
+    """Whether tiles of that many bytes fit the shared memory of one program on the device."""
     available = CONSUMER_SHARED_MEMORY
     if device.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks this one

@@ -12,7 +12,7 @@ ROWS, CHUNK = 8, 256
 
 @on_device_of
 def highest_places_triton(scores: Tensor, parts: tuple[slice, ...], keep: tuple[int, ...], places: Tensor) -> None:
-    """`selection.highest_places` as a Triton kernel; other lengths and budgets compile nothing anew."""
+    """`selection.highest_places` as a Triton kernel; other lengths and budgets compile nothing."""
     heads, queries, keys = scores.shape
     assert places.is_contiguous() and parts[-1].stop == keys
     rows, border = heads * queries, parts[0].stop

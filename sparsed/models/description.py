@@ -23,7 +23,7 @@ REFUSED = (
     (
         ("vision_config", "mm_vision_tower", "vision_tower"),
         "it reads images too",
-        "load a Dream or LLaDA for text alone",
+        "load a text-only Dream or LLaDA",
     ),
 )
 

@@ -124,7 +124,7 @@ class DreamLayer(nn.Module):
         self.mlp = DreamMLP(config)
 
     def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
-        """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys alone."""
+        """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys only."""
         attended = self.self_attn(self.input_layernorm(x), given, layer, first)
         return in_chunks(self._add_mlp, x[:, first:], attended)
 

@@ -43,7 +43,7 @@ def listing(path: str | os.PathLike) -> list[str]:
         return sorted(file.name for file in folder.iterdir())
     try:
         return sorted(name for name in list_repo_files(str(path)) if "/" not in name)
-    except Exception:  # as in _download; the list is for advice alone
+    except Exception:  # as in _download; the list is only for advice
         return []
 
 

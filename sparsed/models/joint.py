@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# beyond so many rows each product fills the GPU by itself
+# above this many rows each product fills the GPU by itself
 JOINT_ROWS = 512
 
 
@@ -45,7 +45,7 @@ def joint_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] 
     """What each layer makes of x [..., n, width], from one product; None where they must be called one by one.
 
     They must if their weights do not lie together, if a layer or its weight is another one than torch's own, as an
-    adapter's or a quantised one is, or if somebody has hooked into it; and a compiler does better by itself.
+    adapter's or a quantised one is, or if it has hooks; and a compiler does better by itself.
     """
     if x.shape[-2] > JOINT_ROWS or torch.compiler.is_compiling() or any_global_hook():
         return None
@@ -61,7 +61,7 @@ def joint_product(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...] 
 
 
 def any_global_hook() -> bool:
-    """Whether somebody watches the calls of all modules."""
+    """Whether hooks watch the calls of all modules."""
     return bool(torch.nn.modules.module._has_any_global_hook())
 
 

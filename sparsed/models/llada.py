@@ -132,7 +132,7 @@ class LLaDABlock(nn.Module):
         return attend(q, k, v, key_valid)
 
     def forward(self, x: Tensor, given: ForwardContext, layer: int, first: int) -> Tensor:
-        """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys alone."""
+        """One layer: x [B, n, width] -> [B, n - first, width], the tokens before `first` serving as keys only."""
         attended = self.attn_out(given.attended(self, layer, self.attn_norm(x), first))
         return in_chunks(self._add_mlp, x[:, first:], attended)
 

@@ -123,7 +123,7 @@ def _named_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _added_tokens(folder: Path, config: dict[str, Any], names: dict[str, str]) -> dict[int, AddedToken]:
-    """Id -> token, from added_tokens.json (ids alone) and added_tokens_decoder (ids and flags, which wins)."""
+    """Id -> token, from added_tokens.json (ids only) and added_tokens_decoder (ids and flags, which wins)."""
     added = {}
     try:
         for text, index in optional_json(folder / "added_tokens.json").items():

@@ -51,7 +51,7 @@ def page(record: Any) -> str:
 
 
 def _view(runs: list[RunRecord], record: Record) -> dict[str, Any]:
-    """All that the template shows beside the record itself."""
+    """Everything the template shows that is not in the record itself."""
     first, last = runs[0], runs[-1]
     compared = len(runs) == 2
     has_history = all(run.history for run in runs)

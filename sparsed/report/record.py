@@ -48,7 +48,7 @@ class Forward(Struct, frozen=True):
 
 class Work(Struct, frozen=True):
     """How many forwards of each phase a run took, and how many tokens they committed; those that an early stop filled
-    in count apart, and in no rate."""
+    counted separately, and in no rate."""
 
     forwards: dict[Phase, Whole]
     tokens: Whole
@@ -203,7 +203,7 @@ def prefix(ran: list[bool], n_full: int, selects: bool) -> list[Phase]:
 def forwards_of(
     phases: list[Phase], seconds: list[float], rows: list[int], history: list[list[Commit]]
 ) -> list[Forward]:
-    """The forwards of steps that computed so many rows; without a history, nobody knows what was committed."""
+    """The forwards of steps that computed so many rows; without a history, what was committed is not known."""
     done = list(accumulate(map(len, history)))
     committed: list[float | None] = [count / done[-1] for count in done] or [None] * len(phases)
     return [

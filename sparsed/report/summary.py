@@ -59,7 +59,7 @@ def selection_seconds(forwards: Sequence[Forward]) -> float | None:
 
 
 def prefix_fields(forwards: Sequence[Forward]) -> dict[str, Any]:
-    """What a record says beside `forwards` if they are a prefix of full ones, the last selecting, then sparse ones."""
+    """What a record also says if its `forwards` are a prefix of full ones, the last selecting, then sparse ones."""
     kinds = attention(forwards)
     n_full, seconds = len(kinds) - kinds.count(Phase.SPARSE), [forward.seconds for forward in forwards]
     if kinds != prefix([True] * len(kinds), n_full, Phase.SELECTING in kinds):
@@ -214,7 +214,7 @@ def verdict(comparison: dict[str, Any], expected: str | None, found: list[bool |
     """Sentences without full stops that say how two answers differ: as texts, against the expected one, in tokens.
 
     Args:
-        expected: the answer that the prompt asks for, None where nobody knows it.
+        expected: the answer that the prompt asks for, None if it is not known.
         found: whether full attention's answer holds it, and SparseD's.
     """
     lines = ["the same answer" if comparison["same_answer"] else "the answers differ"]

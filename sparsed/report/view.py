@@ -57,7 +57,7 @@ def drawn(view: View, console: Console) -> Text:
 
     lines = Text.assemble(*_answer(view)).wrap(console, console.width)
     marked = [number for number, line in enumerate(lines) if any(NEW in str(span.style) for span in line.spans)]
-    first, last = window(marked, len(lines), max(1, console.height - 2))  # beside the heading and the legend
+    first, last = window(marked, len(lines), max(1, console.height - 2))  # the heading and the legend take two
     part = f"lines {first + 1} to {last} of {len(lines)}  " if last - first < len(lines) else ""
     coloured = console.color_system is not None and not console.no_color
     ends = [Text.assemble(*parts) for parts in (_heading(view), _legend(part, coloured))]

@@ -13,7 +13,7 @@ from ..run import SparseRun
 from ..schedule import FULL, SELECTING, SPARSE
 from .replay import Forward, Replays
 
-# up to so many tokens, batch rows together, a GPU waits for the host to launch kernels; beyond, a graph gains nothing
+# up to this many tokens, of all batch rows, a GPU waits for the host to launch kernels; beyond, a graph gains nothing
 REPLAYED_TOKENS = 2048
 
 
@@ -21,14 +21,14 @@ class StepRunner:
     """Logits of some rows, step after step, of sequences of one shape.
 
     Steps of few tokens are replayed, those of a phase from one graph; the step that selects blocks always runs as it
-    is, and so do the forwards of all rows beside a cache, of which there are few.
+    is, and so do the few forwards of all rows with a cache.
 
     Args:
         model: a DiffusionLM.
         run: of the `sparsify` that the model is inside of, told the sequence; None outside.
         mask: attention mask of the ids, bool [B, T], or None.
         first_row: no logits are wanted of the tokens before it.
-        most_rows: of so many rows at most a step wants logits; a step that wants more runs as it is.
+        most_rows: rows of which a step wants logits, at most; a step that wants more is not replayed.
         cache: filled by the forwards of all rows, read by those of a few.
     """
 
@@ -147,7 +147,7 @@ class StepRunner:
         return None if logits is None else logits[: len(rows)]
 
     def _drop_stale(self) -> None:
-        """Forget a graph that reads blocks which have been selected anew since."""
+        """Forget a graph that reads blocks selected before the present ones."""
         if self.run is not None and self.run.pattern_version != self.pattern_version:
             self.replays.forget(SPARSE)
             self.pattern_version = self.run.pattern_version

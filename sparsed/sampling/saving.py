@@ -70,6 +70,11 @@ class Saving:
         return replace(self, **OFF)
 
     @property
+    def given(self) -> dict[str, Any]:
+        """What is on, by name."""
+        return {name: getattr(self, name) for name, off in OFF.items() if getattr(self, name) != off}
+
+    @property
     def cached(self) -> bool:
         """Whether steps inside a block compute only some rows."""
         return self.cache != "none"

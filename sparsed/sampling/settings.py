@@ -280,7 +280,7 @@ def settings_for(family: str, *, gen_length: int, steps: int, block_length: int,
     if in_blocks(family, options):
         options["block_length"] = min(block_length, gen_length)
     elif options.get("early_stop") is True:
-        raise SettingError("early_stop", NEEDS_BLOCKS)  # for which a block length alone is not enough here
+        raise SettingError("early_stop", NEEDS_BLOCKS)  # a block length is not enough here
     return FAMILIES[family](gen_length, steps, **options)
 
 

@@ -181,7 +181,7 @@ def even_shares(canvas: Canvas, idle: list[bool], block_length: int, ends: Colle
 def while_masked(
     canvas: Canvas, steps: int, block_length: int, bound: Bound | None, ends: Collection[int]
 ) -> Iterator[Turn]:
-    """`even_shares` of blocks that end once nothing in them is masked, and whose masks alone are candidates.
+    """`even_shares` of blocks that end once nothing in them is masked, and only whose masks are candidates.
 
     Args:
         steps: at most, of which every block has as many.

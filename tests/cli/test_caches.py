@@ -25,7 +25,7 @@ MAIN = {"dream": main_dream, "llada": main_llada}
 QUESTION = "Where does the old lighthouse keeper, who never learned to swim, keep the spare key of the boat house?"
 SHIFT = {"dream": 1, "llada": 0}
 SETTINGS = {"dream": DreamSettings, "llada": LLaDASettings}
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 FORWARDS = Forwards(full=10.0, selecting=17.0, sparse=4.0, answer=2.0, cached=1.0)
 
 
@@ -195,16 +195,16 @@ def test_the_graphs_of_cached_steps_keep_their_logits_on_a_gpu(cache, graphs):
 
 
 @pytest.mark.parametrize(("family", "said"), [("llada", "34.5 GB (LLaDA)"), ("dream", "3.8 GB (Dream)")])
-def test_what_the_readme_says_that_a_cache_takes(family, said):
+def test_what_the_pages_say_that_a_cache_takes(family, said):
     """In bfloat16, of 65,536 tokens and 256 new ones."""
     model, sampler = meta_model(family).to(torch.bfloat16), SETTINGS[family](256, 256, block_length=32)
     cached, plain = (
         memory.peak_bytes(model, replace(sampler, cache=cache), None, torch.device("cpu"), 65536)
         for cache in ("dual", "none")
     )
-    assert f"{(cached - plain) / 1e9:.1f} GB" == said.rpartition(" ")[0] and said in " ".join(
-        README.read_text(encoding="utf-8").split()
-    )
+    assert f"{(cached - plain) / 1e9:.1f} GB" == said.rpartition(" ")[0]
+    for name in ("README.md", "docs/decoding.md"):
+        assert said in " ".join((ROOT / name).read_text(encoding="utf-8").split())
 
 
 @pytest.mark.parametrize("family", MAIN)

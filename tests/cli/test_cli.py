@@ -399,12 +399,13 @@ def test_help_is_complete(family, capsys):
 
 
 @pytest.mark.parametrize("family", [DREAM, LLADA], ids=lambda family: family.name)
-def test_the_readme_and_the_help_show_calls_that_work(family):
-    texts = [(ROOT / "README.md").read_text(), flags.EPILOG.format(script=family.script)]
-    for text in texts:
+def test_the_pages_and_the_help_show_calls_that_work(family):
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    for text, fewest in ((pages[0], 3), (flags.EPILOG.format(script=family.script), 3), ("\n".join(pages[1:]), 0)):
         calls = re.findall(rf"python {family.script}( .*)?", text)
-        assert len(calls) >= 3
+        assert len(calls) >= fewest
         for words in calls:
             arguments.parse(family, shlex.split(words, comments=True))  # SystemExit if a flag is wrong
+    table = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for action in arguments.build_parser(family)._actions:
-        assert all(f"`{flag}" in texts[0] for flag in action.option_strings if flag not in ("-h", "--help"))
+        assert all(f"`{flag}" in table for flag in action.option_strings if flag not in ("-h", "--help"))

@@ -205,7 +205,7 @@ def test_the_benchmark_runs_both_in_turn_on_a_terminal(monkeypatch):
 
 def test_the_recording_shows_the_run(tmp_path):
     """One frame before the first step and one after each, in an SVG that fetches nothing and runs nothing."""
-    recording = pytest.importorskip("assets.recording")
+    recording = pytest.importorskip("docs.make.recording")
     run = made_up_run("sparsed")
     shown = recording.frames(msgspec.convert(run, RunRecord))
     assert len(shown) == 17

@@ -119,10 +119,12 @@ def test_a_signal_waits_for_the_end_of_a_drawing(tmp_path):
 @pytest.mark.parametrize(("sent", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_during_the_imports_as_a_shell_sees_it(sent, code, tmp_path):
     """A package that signals its own process stands in for PyTorch's seconds."""
-    for name in ("llada_generation.py", "sparsed_commands.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "sparsed").mkdir()
-    (tmp_path / "sparsed" / "__init__.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{sent})\n")
+    shutil.copy(ROOT / "llada_generation.py", tmp_path)
+    package = tmp_path / "sparsed"
+    (package / "cli").mkdir(parents=True)
+    shutil.copy(ROOT / "sparsed" / "commands.py", package)
+    (package / "__init__.py").touch()
+    (package / "cli" / "__init__.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{sent})\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     (tmp_path / "shell.sh").write_text('"$@" 2> stderr\necho $?\n')
     words = ["sh", "shell.sh", sys.executable, "llada_generation.py"]

@@ -107,7 +107,7 @@ def test_all_end_as_the_one_that_fails(checkpoints):
 
 
 def test_processes_that_do_not_divide_the_heads_end_with_one_line(checkpoints):
-    code = "import sys; from sparsed_commands import llada; sys.exit(llada())"
+    code = "import sys; from sparsed.commands import llada; sys.exit(llada())"
     first, *others = results(3, code, "--model_path", checkpoints["llada"], *SHORT)
     assert first[:2] == (2, "") and others == [(2, "", "")] * 2
     assert first[2].count("\n") == 1 and first[2].endswith("these numbers of processes do: 1, 2, 4\n")
@@ -137,7 +137,7 @@ def test_ctrl_c_on_one_process_ends_all_within_five_seconds(checkpoints):
 def test_two_gpus_run_a_script(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    code = "import sys; from sparsed_commands import llada; sys.exit(llada())"
+    code = "import sys; from sparsed.commands import llada; sys.exit(llada())"
     words = ["--demo", "--dtype", "float32", "--prompt", "4k", "--seq_len", "32", "--steps", "16", "--cache", "dual"]
     words += ["--block_length", "8", "--block_size", "64", "--compare", "--json"]
     first, second = results(2, code, *words, tmp_path / "two.json")

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from demo import train
 from demo.tokenizer import train_bpe, write_tokenizer
 from sparsed.config import SparseDConfig
 from sparsed.models import load_model, load_tokenizer
@@ -231,15 +231,14 @@ def test_the_tokenizer_files_follow_from_the_committed_word_lists(family, tmp_pa
 
 
 @pytest.mark.slow
-def test_training_runs_saves_and_goes_on(tmp_path):
-    tiny = ["--width", "32", "--layers", "6", "--tokens", "512", "--stages", "256", "512", "--workers", "0"]
-    command = [sys.executable, "-m", "demo.train", "--family", "dream", "--out", str(tmp_path), "--minutes", "0.03"]
+def test_training_runs_saves_and_goes_on(tmp_path, monkeypatch, capsys):
+    tiny = "--width 32 --layers 6 --tokens 512 --stages 256 512 --workers 0 --minutes 0.03 --device cpu --family dream"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), *tiny.split()])
     steps = []
     for _ in range(2):
-        done = subprocess.run(
-            [*command, *tiny, "--device", "cpu"], cwd=REPO, capture_output=True, text=True, check=True
-        )
-        assert "[dream]" in done.stdout and "left" in done.stdout
+        train.Trainer(train.arguments()).run()
+        out = capsys.readouterr().out
+        assert "[dream]" in out and "left" in out
         steps.append(json.loads((tmp_path / "training.json").read_text())["progress"]["step"])
     assert 0 < steps[0] < steps[1]
     model = load_model(tmp_path, device="cpu")

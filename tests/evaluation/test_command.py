@@ -27,6 +27,7 @@ from sparsed.prompts import demo_path
 ROOT = Path(__file__).parents[2]
 Folder = partial(folders.Folder, identify=identified)
 SMALL = ["--demo", "llada", "--lengths", "512", "--seq_len", "8", "--steps", "2", "--block_size", "32", "--quiet"]
+METHODS = ("origin", "sparsed")
 DREAM = ["dream" if word == "llada" else word for word in SMALL]
 CALL = [*SMALL, "--tasks", "qa_1,fwe", "--methods", "origin,sparsed", "--limit", "3"]
 
@@ -91,15 +92,41 @@ def test_the_table_has_a_line_for_each_variant_and_a_column_for_each_task():
     assert rows[3].endswith("| +0.0 (-34.6 to +34.6) |") and rows[2].endswith("| - |")
 
 
-def test_the_table_says_which_caches_and_thresholds_were_used():
-    lines = [line("s0", method, 1.0, length=length) for method in ("origin", "sparsed") for length in (512, 1024)]
-    saving = {"threshold": 0.9, "cache": "dual", "refresh": 0, "early_stop": True}
-    plain, settings = table(summarize(lines)), {"steps": 8, "block_length": 32, **saving}
-    above = "With --cache dual --refresh 0 --threshold 0.9 --early_stop, full attention as well.\n\n"
-    assert table({**summarize(lines), "settings": settings}) == above + plain, "once, whatever the lengths"
-    assert table({**summarize(lines), "settings": {"steps": 8}}) == plain
-    alone = table({**summarize(lines[2:]), "settings": {"factor": 1.0}})
-    assert alone.startswith("With --factor 1.0.\n\n### ")
+def test_an_early_stop_is_said_above_the_table():
+    summary = summarize([line("s0", method, 1.0, length=length) for method in METHODS for length in (512, 1024)])
+    stopped = table({**summary, "settings": {"steps": 8, "early_stop": True}})
+    assert stopped == "With --early_stop.\n\n" + table({**summary, "settings": {"steps": 8}}), "whatever the lengths"
+
+
+def test_caches_and_thresholds_are_ways_of_their_own():
+    """Each is held against full attention without any, and against full attention with the same."""
+    plain, dual = {}, {"cache": "dual", "refresh": 0, "threshold": 0.9}
+    right = {("origin", None): 20, ("sparsed", None): 19, ("origin", "dual"): 16, ("sparsed", "dual"): 13}
+    lines = [
+        line(f"s{n}", method, float(n < right[method, saved.get("cache")]), **saved)
+        for saved in (dual, plain)
+        for method in METHODS
+        for n in range(20)
+    ]
+    summary = summarize(lines)
+    found = {(row["method"], row["cache"]): row for row in summary["averages"]}
+    assert {name: round(row["difference"] or 0) for name, row in found.items()} == {
+        ("origin", None): 0,
+        ("sparsed", None): -5,
+        ("origin", "dual"): -20,
+        ("sparsed", "dual"): -35,
+    }
+    same = {name: row["sparse"] for name, row in found.items()}
+    assert same.pop(("sparsed", "dual")) == pytest.approx(-15) and set(same.values()) == {None}
+    titles = [text.split(" | ")[0] for text in table(summary).splitlines() if text.startswith("| ")][2:]
+    assert "| full attention, dual cache, refresh 0, threshold 0.9" in titles and "| full attention" in titles
+
+
+def test_forwards_are_told_by_phase_where_some_were_none_of_all_rows():
+    lines = [line("s0", "origin", 1.0, forwards=32, phases={"full": 32})]
+    lines += [line("s0", "origin", 1.0, cache="dual", forwards=n, phases={"full": 8, "cached": n - 8}) for n in (20,)]
+    rows = [row for row in table(summarize(lines)).splitlines() if row.startswith("| full")]
+    assert rows[0].endswith("| 32 | 1 |") and rows[1].endswith("| 20 (8 full, 12 cached) | 1 |")
 
 
 def test_the_table_says_that_forwards_are_a_batch_s_and_seconds_a_sample_s():
@@ -296,20 +323,40 @@ def test_sweeps_run_every_combination_once(tmp_path):
     assert found == expected
 
 
-def test_caches_are_part_of_a_configuration_and_forwards_are_counted(done, tmp_path, capsys):
-    """Of 8 steps in two blocks two compute all rows; where the folder says nothing, there was no cache."""
+def test_caches_and_thresholds_are_swept_and_forwards_are_counted(tmp_path, capsys):
+    """Of 8 steps in two blocks two compute all rows, or one; with threshold 0 a block takes one step."""
     call = [*SMALL, "--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--steps", "8", "--block_length", "4"]
     call += ["--out", str(tmp_path)]
-    assert command.main([*call, "--cache", "dual"]) == 0
-    (found,) = lines_of(tmp_path)
-    out = capsys.readouterr().out
-    assert found["forwards"] == 8 and "| forwards of a batch | seconds a sample |" in out
-    assert out.startswith("With --cache dual, full attention as well.\n\n### 512 tokens\n")
-    assert "cache" not in about(done / RUN)["settings"]
-    assert command.main([*call, "--cache", "dual", "--refresh", "1"]) == 0, "the default, given"
-    assert "refresh" not in about(tmp_path / RUN)["settings"]
-    assert command.main(call) == 2
-    assert "another configuration (cache 'dual', now 'none')" in capsys.readouterr().err
+    sweep = ["--cache", "none,dual", "--refresh", "1,0", "--threshold", "none,0"]
+    assert command.main([*call, *sweep]) == 0
+    found = {(r.get("cache"), r.get("refresh"), r.get("threshold")): r["phases"] for r in lines_of(tmp_path)}
+    assert found == {
+        (None, None, None): {"full": 8},
+        (None, None, 0.0): {"full": 2},
+        ("dual", None, None): {"full": 2, "cached": 6},
+        ("dual", None, 0.0): {"full": 2},
+        ("dual", 0, None): {"full": 1, "answer": 1, "cached": 6},
+        ("dual", 0, 0.0): {"full": 1, "answer": 1},
+    }
+    assert "| 8 (2 full, 6 cached) |" in capsys.readouterr().out
+    before = lines_of(tmp_path)
+    assert command.main([*call, *sweep, "--factor", "1"]) == 0, "more ways add to what is there"
+    assert [r for r in lines_of(tmp_path) if "factor" not in r] == before and len(lines_of(tmp_path)) == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "bounds"),
+    [
+        ([], [{}]),
+        (["--threshold", "0.9"], [{"threshold": 0.9}]),
+        (["--factor", "1,2"], [{"factor": 1.0}, {"factor": 2.0}]),
+        (["--threshold", "none,0.9", "--factor", "1"], [{}, {"threshold": 0.9}, {"factor": 1.0}]),
+    ],
+)
+def test_thresholds_and_factors_are_alternatives(tmp_path, words, bounds):
+    found = command.parse([*SMALL, "--methods", "origin", "--cache", "none,prefix", *words, "--out", str(tmp_path)])
+    expected = [cache | bound for cache in ({}, {"cache": "prefix"}) for bound in bounds]
+    assert [variant.saving.given for variant in found.variants] == expected
 
 
 @pytest.mark.parametrize(
@@ -459,7 +506,18 @@ def test_another_dtype_is_named_as_such(done, capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "foo"}, {"score": "x"}, {"score": 7.0}, {"recall": ["x"]}, {"length": "1k"}, {"skip": "x"}, {"id": 1}],
+    [
+        {"method": "foo"},
+        {"score": "x"},
+        {"score": 7.0},
+        {"recall": ["x"]},
+        {"length": "1k"},
+        {"skip": "x"},
+        {"id": 1},
+        {"cache": "both"},
+        {"threshold": "x"},
+        {"phases": {"full": "x"}},
+    ],
 )
 def test_a_damaged_line_does_not_count(tmp_path, changes):
     good = line("s0", "sparsed", 1.0)

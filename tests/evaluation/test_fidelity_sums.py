@@ -10,7 +10,7 @@ import torch
 from sparsed import SparseDConfig, load_model
 from sparsed.blocks import BlockGrid
 from sparsed.evaluation.fidelity.gate import judge, why_not
-from sparsed.evaluation.fidelity.measuring import FULL, Meter, forwards
+from sparsed.evaluation.fidelity.measuring import FULL, Meter
 from sparsed.evaluation.fidelity.results import identified, summarize, table
 from sparsed.evaluation.fidelity.windows import Window
 from sparsed.evaluation.methods import METHODS, Variant
@@ -102,7 +102,7 @@ def test_full_attention_is_near_itself_and_select_1_is_full_attention(model, tmp
     rows, _ = twin(model, settings_of(tmp_path / model.family), window, 1.0)
     nll = -sum(row[token] for row, token in zip(rows, window.tokens[-NEW:].tolist(), strict=True))
     assert lines[0]["nll"] == pytest.approx(nll, rel=1e-5)
-    assert len(called) == forwards(asked) == 5
+    assert len(called) == Meter(model).forwards(window, asked) == 5
 
 
 def test_only_counted_tokens_count(model):

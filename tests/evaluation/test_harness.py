@@ -476,12 +476,31 @@ def test_both_tasks_with_the_demo(run_here, tmp_path):
     check_demo("llada", tmp_path / "out")
 
 
+def test_the_example_runs_a_task_each_way(offline, tasks, folders, capsys):
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(tasks))
+    example = importlib.import_module("examples.lm_eval_tasks")
+    example.main(str(folders["llada"]), "local_answers", task_manager=manager, limit=1, bootstrap_iters=0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": {" in line]
+    assert [line.partition(":")[0] for line in lines] == list(example.WAYS)
+
+
+# reading the harness' own thousands of tasks would take each process 15 seconds
+WITHOUT_ITS_TASKS = """
+from functools import partialmethod
+from runpy import run_module
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = partialmethod(TaskManager.__init__, include_defaults=False)
+run_module("sparsed.evaluation.harness", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
 def test_the_harness_own_command_line_in_two_processes(tasks, tmp_path):
-    """The same as it is called, offline, among all of the harness' tasks."""
+    """The same as it is called, offline."""
     options = ",".join(f"{name}={value}" for name, value in demo_options("dream").items())
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "sparsed.evaluation.harness", "run", "--model", "sparsed", "--model_args", options]
+    (tmp_path / "called.py").write_text(WITHOUT_ITS_TASKS)
+    command = [*launch, str(tmp_path / "called.py"), "run", "--model", "sparsed", "--model_args", options]
     command += ["--include_path", str(tasks), *DEMO, str(tmp_path / "out")]
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     # more threads would only wait for each other

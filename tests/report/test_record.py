@@ -47,11 +47,10 @@ def test_the_record_s_phases_are_the_run_s():
     assert [Phase(phase) for phase in (FULL, SELECTING, SPARSE)] == [Phase.FULL, Phase.SELECTING, Phase.SPARSE]
 
 
-def test_the_readme_names_all_phases():
-    """Those of `forwards`, between brackets."""
-    text = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
-    named = text.partition("each denoising step: its `phase` (")[2].partition(")")[0]
-    assert all(phase.value in named for phase in Phase)
+def test_the_page_about_the_record_names_all_phases():
+    text = " ".join((Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8").split())
+    named = text.partition("A phase is ")[2].partition("no forward runs")[0]
+    assert all(f"`{phase.value}`" in named for phase in Phase)
 
 
 def test_the_step_clock_takes_compilation_out_of_its_step(monkeypatch):

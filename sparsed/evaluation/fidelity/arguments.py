@@ -1,13 +1,26 @@
 """The flags of `python -m sparsed.evaluation.fidelity`, and every check that needs no model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...config import SparseDConfig
 from ...console.parser import Parser
-from ...console.readers import list_of, number_in, path, whole
-from ..arguments import METHOD_LINES, add_methods, add_model, add_running, add_sparsed, check_folder, configs, length
-from ..methods import Variant, variants
+from ...console.readers import list_of, number_in, path, some_of, whole
+from ...sampling.saving import BLOCK_LENGTH, CACHES, Saving
+from ...sampling.unmasking import steps_a_block
+from ..arguments import (
+    METHOD_LINES,
+    add_methods,
+    add_model,
+    add_running,
+    add_sparsed,
+    blame_setting,
+    check_folder,
+    configs,
+    length,
+)
+from ..methods import Variant, needs_scores, variants
 
 EXAMPLES = """\
 methods:
@@ -29,7 +42,8 @@ class Arguments:
 
     Args:
         configs: every combination of SparseD's settings.
-        variants: the methods, each with all of them that mean something to it; full attention first.
+        variants: the methods, each with all of them that mean something to it, under every cache; full attention first.
+        block_length: None where the region is one block.
         parser: for what turns out wrong later.
     """
 
@@ -42,6 +56,7 @@ class Arguments:
     mask_rates: list[float]
     limit: int
     seq_len: int
+    block_length: int | None
     out: Path
     backend: str
     parallel: str
@@ -49,6 +64,10 @@ class Arguments:
     configs: list[SparseDConfig]
     variants: list[Variant]
     parser: Parser
+
+    def masked(self, rate: float) -> float:
+        """Share of the region that is masked, at least, where this share of a block is."""
+        return rate * (self.block_length or self.seq_len) / self.seq_len
 
 
 def parse(argv: list[str] | None) -> Arguments:
@@ -60,24 +79,45 @@ def parse(argv: list[str] | None) -> Arguments:
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     check_folder(parser, given["out"])
-    settings = configs(given)
-    found = variants(["origin", *given.pop("methods")], settings)
-    args = Arguments(**given, configs=settings, variants=found, parser=parser)
+    settings, saved = configs(given), savings(given)
+    methods = ["origin", *given.pop("methods")]
+    args = Arguments(**given, configs=settings, variants=[], parser=parser)
+    if any(saving.cached for saving in saved) and args.block_length is None:
+        args = replace(args, block_length=min(BLOCK_LENGTH, args.seq_len))
     if args.seq_len >= min(args.lengths):
         parser.error(f"argument --seq_len: {args.seq_len} new tokens leave nothing of {min(args.lengths)} before them")
-    lowest = min(args.mask_rates)
-    if not round(lowest * args.seq_len):
-        parser.error(f"argument --mask_rates: {lowest:g} of {args.seq_len} tokens is none")
+    block, lowest = args.block_length or args.seq_len, min(args.mask_rates)
+    with blame_setting(parser):
+        blocks = args.seq_len // steps_a_block(args.seq_len, args.seq_len, block)
+    if not round(lowest * block):
+        parser.error(f"argument --mask_rates: {lowest:g} of {block} tokens is none")
+    found = variants(methods, settings, saved)
+    args = replace(args, variants=[variant for variant in found if not idle(variant, blocks)])
     for variant in args.variants:
-        if not sparse_at(variant, lowest):
+        if not sparse_at(variant, args.masked(lowest)):
             skip = variant.names["skip"]
             parser.error(f"argument --skip: with {skip:g}, attention is full at all of --mask_rates")
     return args
 
 
+def savings(given: dict[str, Any]) -> list[Saving]:
+    """Every combination of a cache and how often it is filled, which are taken out of `given`."""
+    caches, refreshes = given.pop("cache"), given.pop("refresh")
+    found = [Saving(cache=cache, refresh=None if cache == "none" else n) for cache in caches for n in refreshes]
+    return list(dict.fromkeys(found))
+
+
+def idle(variant: Variant, blocks: int) -> bool:
+    """Whether none of the forwards that fill a variant's cache is sparse: it is full attention with that cache."""
+    if variant.config is None or not variant.saving.cached or not needs_scores(variant):
+        return False
+    fills = variant.saving.refreshes(blocks)
+    return variant.config.n_full(fills) == fills
+
+
 def sparse_at(variant: Variant, rate: float) -> bool:
     """Whether a run has left its full steps behind when this share of the region is masked."""
-    return (variant.names["skip"] or 0) + rate <= 1 + 1e-9
+    return variant.saving.cached or (variant.names["skip"] or 0) + rate <= 1 + 1e-9
 
 
 def build_parser() -> Parser:
@@ -104,7 +144,7 @@ def build_parser() -> Parser:
     )
     about = "tokens of a document that are read, the new ones included: 1k to 128k, or numbers (default: %(default)s)"
     group.add_argument("--lengths", type=list_of(length), default="4k", metavar="LENGTHS", help=about)
-    about = "shares of the new tokens that are masked (default: 0.75,0.5,0.25)"
+    about = "shares of the new tokens that are masked, of those of each block (default: 0.75,0.5,0.25)"
     rates = list_of(number_in(0, 1, above=True))
     group.add_argument("--mask_rates", type=rates, default=[0.75, 0.5, 0.25], metavar="VALUES", help=about)
     about = "documents of each length, at most (default: %(default)s)"
@@ -113,5 +153,17 @@ def build_parser() -> Parser:
     group.add_argument("--seq_len", type=whole(2), default=128, metavar="N", help=about)
     add_methods(group)
     add_sparsed(parser)
+    add_caches(parser)
     add_running(parser)
     return parser
+
+
+def add_caches(parser: Parser) -> None:
+    """Add the flags for caches, which take several values, and for the blocks that these are filled in."""
+    group = parser.add_argument_group("caches (some values with commas between: each of them, in all combinations)")
+    about = "as the scripts', as stale as in a run (default: none)"
+    group.add_argument("--cache", type=some_of(CACHES), default=["none"], metavar="NAMES", help=about)
+    about = "as the scripts'; SparseD is left out where no forward that fills a cache would be sparse (default: 1)"
+    group.add_argument("--refresh", type=list_of(whole(0)), default=[1], metavar="VALUES", help=about)
+    about = f"of the new tokens, one written after the other (default: with a cache {BLOCK_LENGTH}, else one of all)"
+    group.add_argument("--block_length", type=whole(1), metavar="N", help=about)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ...backends import BackendError
 from ...chat import ChatTemplateError
-from ...console.endings import blame, guarded
+from ...console.endings import blame
 from ...console.streams import tell
 from ...console.workers import as_one
 from ...models import load_tokenizer
@@ -19,7 +19,7 @@ from . import plots
 from .arguments import Arguments, parse, sparse_at
 from .documents import Document, check_ids, read_documents
 from .gate import Gate
-from .measuring import FULL, Asked, Meter, forwards, key
+from .measuring import FULL, Asked, Meter, key
 from .results import identified, summarize, table
 from .windows import Window, planted, repeated, text_window
 
@@ -28,12 +28,8 @@ ADVICE = "try shorter --lengths, --dtype bfloat16, or a device with more memory"
 
 def main(argv: list[str] | None = None) -> int:
     """Measure with these words (None: the process's own); returns the exit code."""
-
-    def command(ranks: Ranks) -> int:
-        program = "python -m sparsed.evaluation.fidelity"
-        return guarded(lambda: measure(parse(argv), ranks), program, advice=ADVICE, ending=argv is None)
-
-    return as_one(command)
+    program = "python -m sparsed.evaluation.fidelity"
+    return as_one(lambda ranks: measure(parse(argv), ranks), program, advice=ADVICE, ending=argv is None)
 
 
 @dataclass(frozen=True)
@@ -78,12 +74,13 @@ def measure(args: Arguments, ranks: Ranks) -> None:
     settings = {
         MEASURE: "fidelity",
         "seq_len": args.seq_len,
+        "block_length": args.block_length,
         "backend": args.backend,
         "texts": files_digest(args.texts),
     }
     folder = claimed(args, team, model, settings, identified, {"documents": counts})
     finished = resumed(args, team, folder, told)
-    _run(args, Meter(model, args.backend), folder, team.own(pieces), finished, told)
+    _run(args, Meter(model, args.backend, args.block_length), folder, team.own(pieces), finished, told)
     team.wait()
     if team.leads:
         report(args, folder, [name for piece in pieces for name in piece.keys], summarize, table, plots.draw)
@@ -109,7 +106,7 @@ def plan(args: Arguments, documents: list[Document], length: int) -> list[Piece]
     """
     gate = Gate.of(args.configs, length, args.seq_len)
     asked = {
-        variant: [rate for rate in args.mask_rates if sparse_at(variant, rate)]
+        variant: [rate for rate in args.mask_rates if sparse_at(variant, args.masked(rate))]
         for variant in dict.fromkeys((*args.variants, *([gate.window] if gate else [])))
     }
     middle = sorted(args.mask_rates)[len(args.mask_rates) // 2]
@@ -119,9 +116,15 @@ def plan(args: Arguments, documents: list[Document], length: int) -> list[Piece]
         pieces.append(Piece(window, asked))
         if gate is not None:
             far = planted(window, gate.far), repeated(document, length, args.seq_len, gate.far)
-            judged = [found for found in far if found is not None and len(found.measured(middle))]
+            blocks = args.block_length or args.seq_len
+            judged = [found for found in far if found is not None and _measures(found, blocks, middle)]
             pieces += [Piece(found, {FULL: [middle], gate.window: [middle]}) for found in judged]
     return pieces
+
+
+def _measures(window: Window, block_length: int, rate: float) -> bool:
+    """Whether a token counts at this mask rate."""
+    return any(len(block.measured(rate)) for block in window.in_blocks(block_length))
 
 
 def _run(
@@ -129,7 +132,7 @@ def _run(
 ) -> None:
     """Measure what is not finished; every finished window is a few lines in the folder."""
     todo = [(piece.window, missing) for piece in pieces if (missing := piece.missing(finished))]
-    with Progress(sum(forwards(missing) for _, missing in todo), hidden=not told, unit="forward") as bar:
+    with Progress(sum(meter.forwards(*one) for one in todo), hidden=not told, unit="forward") as bar:
         for number, (window, missing) in enumerate(todo, 1):
             bar.set_description(f"{len(window.tokens)} {window.kind} {number}/{len(todo)}", refresh=False)
             with blame(args, "--backend", (BackendError,)), blame(args, "--dtype", (FloatingPointError,)):

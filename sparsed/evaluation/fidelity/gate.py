@@ -81,7 +81,7 @@ def _judged(group: list[Record], lines: dict[tuple, Record]) -> Record:
     gained, found = ([_advantage(record, lines) for record in part] for part in (planted, repeated))
     anyway = [_advantage({**record, "id": _text_id(record)}, lines) for record in planted]
     return {
-        **{name: group[0][name] for name in ("mask_rate", "far", *VARIANT)},
+        **{name: group[0].get(name) for name in ("mask_rate", "far", *VARIANT)},
         "planted": _mean(planted, gained),
         "copy": _mean(planted, [gain - other for gain, other in zip(gained, anyway, strict=True)]),
         "repeated": _mean(repeated, found),

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..folder import Record
 from ..methods import METHODS
-from ..results import NUMBERS, VARIANT, groups, title_of
+from ..results import FULL_ATTENTION, NUMBERS, VARIANT, groups, title_of, variant_of
 from ..scoring import Interval, bootstrap
 from .gate import judge, report, why_not
 from .measuring import FULL, key
@@ -27,6 +27,7 @@ COLUMNS = {  # a row's name: the table's, the factor, the format
     "kl": ("KL to full attention", 1, ".4f"),
     "same": ("same top token, %", 100, ".1f"),
     "gain": ("KL to that without dense answer rows", 1, "+.4f"),
+    "sparse": ("NLL to full attention with that cache", 1, "+.3f"),
 }
 
 
@@ -52,8 +53,9 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
         lengths: length, its gates (see `judge`), and `cannot_tell`: why its rows say nothing of quality, or None.
         rows: one for each length, mask rate and variant: documents, n, nll in nats a token, its difference to full
             attention, accuracy and same (top token) as shares, kl to full attention in nats a token, its gain: how much
-            lower or higher it is than without dense answer rows (None if these were not measured), and density. All but
-            the counts and the density are [value, low, high].
+            lower or higher it is than without dense answer rows (None if these were not measured), sparse: the
+            difference of nll to full attention with the same cache (None likewise), and density. All but the counts
+            and the density are [value, low, high].
     """
     lines = {key(record): record for record in records}
     ordered = sorted(records, key=lambda record: (record["length"], -record["mask_rate"]))
@@ -68,21 +70,28 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
 def _row(cell: list[Record], lines: dict[tuple, Record]) -> Record:
     """One row, of a variant's lines for one length and mask rate, a document each."""
     first = cell[0]
-    full = [lines[key({**record, **FULL.names})] for record in cell]
-    without = [key({**record, "dense_answer": None}) for record in cell] if first["dense_answer"] else []
-    plain = [lines[name] for name in without if name in lines]
+    full = _others(cell, lines, FULL_ATTENTION)
+    plain = _others(cell, lines, {"dense_answer": None}) if first["dense_answer"] else None
+    cached = _others(cell, lines, FULL.names) if first.get("cache") and first["method"] != "origin" else None
     return {
-        **{name: first[name] for name in ("length", "mask_rate", *VARIANT)},
+        **{name: first.get(name) for name in ("length", "mask_rate", *VARIANT)},
         "documents": len(cell),
         "n": sum(record["n"] for record in cell),
         "nll": _mean("nll", cell),
-        "difference": None if first["method"] == "origin" else _mean("nll", cell, full),
+        "difference": None if variant_of(first) == variant_of(FULL_ATTENTION) else _mean("nll", cell, full),
         "accuracy": _mean("correct", cell),
         "kl": _mean("kl", cell),
         "same": _mean("same", cell),
-        "gain": _mean("kl", cell, plain) if len(plain) == len(cell) else None,
+        "gain": plain and _mean("kl", cell, plain),
+        "sparse": cached and _mean("nll", cell, cached),
         "density": sum(record["density"] for record in cell) / len(cell),
     }
+
+
+def _others(cell: list[Record], lines: dict[tuple, Record], other: Record) -> list[Record] | None:
+    """The lines of the same tokens under a variant that differs in this; None unless all are there."""
+    names = [key({**record, **other}) for record in cell]
+    return [lines[name] for name in names] if lines.keys() >= set(names) else None
 
 
 def _mean(name: str, cell: list[Record], others: list[Record] | None = None) -> Interval:

@@ -42,6 +42,21 @@ class Window:
     def id(self) -> str:
         return window_id(self.kind, len(self.tokens), self.far, self.document)
 
+    @property
+    def region(self) -> tuple[int, int]:
+        """Where the region begins, and the place behind it."""
+        return int(self.order.min()), int(self.order.max()) + 1
+
+    def in_blocks(self, length: int) -> list["Window"]:
+        """The same window once for each block of its region: the block alone is the region, those before it are there.
+
+        Args:
+            length: tokens of a block; divides the region's.
+        """
+        start, _ = self.region
+        blocks = (self.order - start) // length
+        return [replace(self, order=self.order[blocks == block]) for block in range(len(self.order) // length)]
+
     def masked(self, rate: float) -> Tensor:
         """The places [n] that are masked at this share of the region, ascending."""
         return self.order[len(self.order) - round(rate * len(self.order)) :].sort().values
@@ -52,9 +67,10 @@ class Window:
         return places if self.counted is None else places[self.counted[places]]
 
     def canvas(self, rate: float, mask_id: int) -> Tensor:
-        """The tokens [1, T] as a model sees them, with this share of the region masked."""
+        """The tokens [1, T] as a model sees them, with this share of the region masked, and all behind the region."""
         tokens = self.tokens.clone()
         tokens[self.masked(rate)] = mask_id
+        tokens[self.region[1] :] = mask_id
         return tokens[None]
 
 

@@ -1,33 +1,114 @@
-"""The README's marks hold what the committed records give, and what it says of dense answer rows follows from them."""
+"""README.md and docs/: their marks hold what the committed records give, their links and quotations lead somewhere."""
 
 import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks import readme, readme_values
 from benchmarks.readme_values import TITLES, answered, evaluation, fidelity, speeds
+from docs.make import composition
 
-TEXT = readme.README.read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in readme.PAGES}
+ALL = "\n".join(TEXTS.values())
 PAPER, DENSE = "SparseD, select {}, block_size {}", "SparseD, dense answer rows, select {}, block_size {}"
 LATER = ", selected at 0.2"
 
 
-def test_the_readme_is_filled_in_from_the_records():
-    assert readme.filled(TEXT) == TEXT, "run python -m benchmarks.readme"
+@pytest.fixture(params=TEXTS, ids=lambda page: page.name)
+def page(request):
+    return request.param
+
+
+def test_a_page_is_filled_in_from_the_records(page):
+    assert readme.filled(TEXTS[page]) == TEXTS[page], "run python -m benchmarks.readme"
 
 
 def test_every_table_is_shown_and_many_figures_are():
-    assert set(readme_values.tables()) <= set(readme.names(TEXT)) and len(readme.names(TEXT)) > 60
+    assert set(readme_values.tables()) <= set(readme.names(ALL)) and len(readme.names(ALL)) > 60
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS[ROOT / "README.md"].splitlines()) <= 160
 
 
 def test_numbers_and_tables_that_are_wrong_are_mended(monkeypatch, tmp_path):
     """Every figure and every cell of the tables that holds a digit."""
-    spoiled = readme.FIGURE.sub(lambda found: "0" + found[1], TEXT)
+    text = TEXTS[ROOT / "docs" / "results.md"]
+    spoiled = readme.FIGURE.sub(lambda found: "0" + found[1], text)
     spoiled = readme.TABLE.sub(lambda found: f"{found[1]}| nothing |\n{found[3]}", spoiled)
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    readme.README.write_text(spoiled, encoding="utf-8")
+    copy = tmp_path / "results.md"
+    monkeypatch.setattr(readme, "PAGES", (copy,))
+    copy.write_text(spoiled, encoding="utf-8")
     readme.main([])
-    assert readme.README.read_text(encoding="utf-8") == TEXT != spoiled
+    assert copy.read_text(encoding="utf-8") == text != spoiled
+
+
+# ------------------------------------------------------------------------------------------------------------ links
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(text):
+    """What a heading is linked to by, as GitHub has it."""
+    lines = re.sub(r"```.*?```", "", text, flags=re.DOTALL).splitlines()
+    titles = [line.lstrip("#").strip() for line in lines if re.match("#+ ", line)]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def dead_links(page, text):
+    """The links of a page that lead to no file, or no heading, of this repository; others are not followed."""
+    dead = []
+    for link in LINK.findall(text):
+        if re.match("[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        headings = anchors(target.read_text(encoding="utf-8")) if target.suffix == ".md" and target.is_file() else ()
+        if not target.exists() or (anchor and anchor not in headings):
+            dead.append(link)
+    return dead
+
+
+def test_links_lead_somewhere(page):
+    assert not dead_links(page, TEXTS[page])
+
+
+def test_the_other_pages_links_do_too():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "demo").rglob("README.md"), ROOT / "benchmarks" / "README.md"]
+    assert [(page, dead) for page in pages if (dead := dead_links(page, page.read_text(encoding="utf-8")))] == []
+
+
+def test_a_dead_link_is_found():
+    text = "[a](no.md) [b](README.md#no) [c](README.md) [d](https://example.org/no) [e](#citation) # Citation"
+    assert dead_links(ROOT / "README.md", text) == ["no.md", "README.md#no"]
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = set(LINK.findall(TEXTS[ROOT / "README.md"]))
+    assert {f"docs/{page.name}" for page in TEXTS if page.parent == ROOT / "docs"} <= linked
+
+
+def test_the_picture_of_the_composition_is_the_script_s():
+    text = composition.FILE.read_text(encoding="utf-8")
+    assert text == composition.picture(), "run python -m docs.make.composition"
+    names = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
+    assert names == {"svg", "title", "style", "text", "rect", "path"}
+
+
+def test_the_lines_of_troubleshooting_are_the_package_s():
+    """What stands between backticks in the first column, whatever the message puts between."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "sparsed").rglob("*.py"))
+    source = re.sub(r'"\s*f?"', "", source)  # strings that follow one another
+    rows = re.findall(r"^\| (`.*?) \| ", TEXTS[ROOT / "docs" / "troubleshooting.md"], flags=re.MULTILINE)
+    quoted = [words for row in rows for words in re.findall("`(.+?)`", row)]
+    assert len(quoted) > 15 and [words for words in quoted if words not in source] == []
+
+
+# ------------------------------------------------------------------------------------------------------------ marks
 
 
 @pytest.mark.parametrize(
@@ -40,23 +121,24 @@ def test_numbers_and_tables_that_are_wrong_are_mended(monkeypatch, tmp_path):
     ],
 )
 def test_a_wrong_mark_is_one_line(text, fault, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    readme.README.write_text(text)
+    copy = tmp_path / "page.md"
+    monkeypatch.setattr(readme, "PAGES", (copy,))
+    copy.write_text(text)
     with pytest.raises(SystemExit) as stop:
         readme.main([])
-    assert stop.value.code == 2 and fault in capsys.readouterr().err and readme.README.read_text() == text
+    assert stop.value.code == 2 and fault in capsys.readouterr().err and copy.read_text() == text
 
 
 def table(name):
-    """A table of the page as it is read: {first cell: the others}."""
-    lines = TEXT.split(f"<!-- table: {name} -->\n")[1].split("<!-- end -->")[0].splitlines()
+    """A table of the pages as it is read: {first cell: the others}."""
+    lines = ALL.split(f"<!-- table: {name} -->\n")[1].split("<!-- end -->")[0].splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return {first: others for first, *others in rows}
 
 
 def test_cells_are_the_record_s():
     """One row of some tables, from the record's own file."""
-    results = readme.README.parent / "benchmarks/results"
+    results = ROOT / "benchmarks/results"
     rows = json.loads((results / "fidelity-smollm2-h200.json").read_text())["rows"][1]["settings"]
     kl = next(row["kl"][0] for row in rows if row["title"] == DENSE.format(0.15, 128))
     assert float(table("fidelity")["dense answer rows, 0.15"][2].split()[0]) == pytest.approx(kl, abs=5e-4)
@@ -70,7 +152,7 @@ def test_cells_are_the_record_s():
     assert float(table("demo-steps")["Dream"][0].removesuffix(" s")) == pytest.approx(
         sorted(steps["full"])[7], abs=5e-3
     )
-    summary = json.loads((readme.README.parent / "demo/evaluation/dream-8k/summary.json").read_text())
+    summary = json.loads((ROOT / "demo/evaluation/dream-8k/summary.json").read_text())
     scores = [row["accuracy"] for row in summary["rows"] if row["method"] == "window"]
     assert table("demo-others")["Dream, 8,192 tokens"][2].startswith(f"{sum(scores) / len(scores):.1f}, ")
 

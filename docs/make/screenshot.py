@@ -1,7 +1,7 @@
 """Draw assets/page.png, the page about a real run of the LLaDA demo checkpoint.
 
 pip install -e ".[browser]"   # and a Chromium of the system's
-python -m assets.screenshot
+python -m docs.make.screenshot
 """
 
 import os
@@ -17,9 +17,9 @@ from sparsed.evaluation.tasks import TASKS, make_sample
 from sparsed.models import load_tokenizer
 from sparsed.prompts import demo_path
 
-ROOT = Path(__file__).parents[1]
-FILE = Path(__file__).with_name("page.png")
-# two blocks of 32 are one too few for this answer: its last part goes wrong, see the README's results
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "assets" / "page.png"
+# two blocks of 32 are one too few for this answer: its last part goes wrong, see docs/results.md
 TASK, TOKENS = "niah_multivalue", 4096
 RUN = "llada_generation.py --demo --compare --seq_len 64 --steps 64 --block_size 32"
 STEP = "58"  # of 64: most of the answer is there

@@ -1,4 +1,4 @@
-"""The two commands, outside of the package: importing it takes seconds, in which Ctrl-C may already come."""
+"""The two commands. What they import takes seconds, in which Ctrl-C may already come."""
 
 import signal
 
@@ -6,7 +6,7 @@ import signal
 def dream() -> int:
     """`sparsed-dream` and `dream_generation.py`; returns the exit code."""
     _end_on_ctrl_c()
-    from sparsed.cli import main_dream
+    from .cli import main_dream
 
     return main_dream()
 
@@ -14,7 +14,7 @@ def dream() -> int:
 def llada() -> int:
     """`sparsed-llada` and `llada_generation.py`; returns the exit code."""
     _end_on_ctrl_c()
-    from sparsed.cli import main_llada
+    from .cli import main_llada
 
     return main_llada()
 

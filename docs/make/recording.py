@@ -1,7 +1,7 @@
 """Make assets/denoising.svg: `--show` in motion, from a real run of the LLaDA demo checkpoint.
 
 pip install -e ".[show]"
-python -m assets.recording
+python -m docs.make.recording
 """
 
 import io
@@ -22,8 +22,8 @@ from sparsed.report.record import RunRecord, read
 from sparsed.report.summary import LABELS, attention
 from sparsed.report.view import Token, View, drawn
 
-ROOT = Path(__file__).parents[1]
-FILE = Path(__file__).with_name("denoising.svg")
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "assets" / "denoising.svg"
 RUN = "llada_generation.py --demo --show --prompt 4k --seq_len 32 --steps 32"
 FASTER, PAUSE = 3, 4.0  # how many times as fast as the run, and seconds of standstill at the end
 COLUMNS, LINES = 80, 4
@@ -58,7 +58,7 @@ def views(run: RunRecord) -> list[View]:
 
 
 def animation(shown: list[list[Line]], seconds: list[float]) -> str:
-    """An SVG text that shows each frame for its seconds, again and again; the last one alone to who wants no motion.
+    """An SVG that shows each frame for its seconds, in a loop; with prefers-reduced-motion, only the last one.
 
     The frames stand one below the other, and the strip jumps up behind a window of one frame's height.
     """

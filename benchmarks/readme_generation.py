@@ -1,0 +1,64 @@
+"""The pages' tables of whole generations, and the figures in the sentences around them, from their records."""
+
+from typing import Any
+
+from .common import LENGTHS, markdown
+
+Record = dict[str, Any]
+EQUAL, FEWER = "256", "72"
+FULL, DUAL, ONCE = "full attention", "dual cache", "dual cache, all rows once"
+SPARSE, PAPER = "dual cache, dense answer rows, select 0.15", "dual cache, the paper's SparseD"
+COLUMNS = {
+    "SparseD": ("SparseD, dense answer rows, select 0.15", EQUAL),
+    DUAL: (DUAL, EQUAL),
+    "with SparseD": (SPARSE, EQUAL),
+    "all rows once": (ONCE, EQUAL),
+    f"{FEWER} steps: {DUAL}": (DUAL, FEWER),
+    "with SparseD ": (SPARSE, FEWER),
+}
+SHORT = ("SparseD", DUAL, "with SparseD", "all rows once")  # of the columns, in the README
+
+
+def rows_of(records: list[Record]) -> dict[tuple[str, str], Record]:
+    """The ways of every record, by family and length, in the order of the table."""
+    found = {(record["family"], row["length"]): row["ways"] for record in records for row in record["rows"]}
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], LENGTHS[item[0][1]])))
+
+
+def generation_table(records: list[Record], titles: dict[str, str]) -> str:
+    """Markdown: a line for each family and length; seconds of full attention, and how many times faster the others."""
+    lines = []
+    for (family, length), ways in rows_of(records).items():
+        full, cached = ways[FULL]["steps"][EQUAL], ways[DUAL]["steps"][EQUAL]
+        gains = [f"{ways[name]['steps'][steps]['speedup']:.3g}x" for name, steps in COLUMNS.values()]
+        step = f"{1e3 * cached['forwards']['cached']['seconds']['median']:.3g} ms"
+        memory = f"{cached['peak_memory_bytes'] / 1e9:.0f} GB"
+        lines.append([titles[family], length, f"{full['seconds']:.0f} s", *gains, step, memory])
+    return markdown(["model", "prompt", FULL, *COLUMNS, "cached step", "memory"], lines)
+
+
+def generation_table_short(records: list[Record], titles: dict[str, str]) -> str:
+    """Markdown: the same in equal steps, at three lengths."""
+    lines = []
+    for (family, length), ways in rows_of(records).items():
+        if length in ("4k", "32k", "64k"):
+            gains = [f"{ways[COLUMNS[name][0]]['steps'][EQUAL]['speedup']:.3g}x" for name in SHORT]
+            lines.append([titles[family], length, f"{ways[FULL]['steps'][EQUAL]['seconds']:.0f} s", *gains])
+    return markdown(["model", "prompt", FULL, *SHORT], lines)
+
+
+def generation_figures(records: list[Record]) -> dict[str, str]:
+    """By name: seconds and gains at 64k, and how much faster than Fast-dLLM's code where it ran."""
+    found = {}
+    kinds = {"full": FULL, "sparse": COLUMNS["SparseD"][0], "dual": DUAL, "both": SPARSE, "once": ONCE}
+    for (family, length), ways in rows_of(records).items():
+        name = f"generation.{family}.{length}"
+        for kind, way in kinds.items():
+            entry = ways[way]["steps"][EQUAL]
+            found[f"{name}.{kind}"] = f"{entry['seconds']:.{0 if entry['seconds'] >= 100 else 1}f}"
+            found[f"{name}.{kind}.gain"] = f"{entry['speedup']:.{0 if entry['speedup'] >= 10 else 1}f}"
+        theirs = ways.get("Fast-dLLM's code, dual cache", {}).get("steps")
+        if theirs:
+            found[f"{name}.fast-dllm"] = f"{theirs[EQUAL]['ours_faster']:.1f}"
+            found[f"{name}.fast-dllm.seconds"] = f"{theirs[EQUAL]['seconds']:.1f}"
+    return found
