@@ -15,6 +15,7 @@ from sparsed.cli import advice, arguments, main_dream, main_llada, running
 from sparsed.cli.advice import StepTimes, advice_lines, advise, break_even, time_steps, whole_runs
 from sparsed.cli.families import DREAM, LLADA
 from sparsed.cli.running import Job
+from sparsed.ranks import ALONE
 from sparsed.schedule import FULL, SELECTING, SPARSE
 from tests.helpers.tiny_folders import tiny_folder
 
@@ -86,7 +87,7 @@ def test_the_prompt_is_fitted_too_unless_it_is_short(make_job, monkeypatch, toke
 def test_the_length_and_the_command_agree_whatever_was_timed(prompt_tokens, seconds):
     """Noisy times must not end in advice that contradicts itself."""
     args = arguments.parse(DREAM, ["--device", "cpu"])
-    job = Job(SimpleNamespace(device=torch.device("cpu")), None, [7] * prompt_tokens, args)
+    job = Job(SimpleNamespace(device=torch.device("cpu"), ranks=ALONE), None, [7] * prompt_tokens, args)
     timed = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
