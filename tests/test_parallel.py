@@ -56,26 +56,22 @@ def logits_of(model):
 
 PAPER = SparseDConfig(skip=0.25, select=0.4, block_size=16)
 DENSE_ANSWER = SparseDConfig(skip=0.25, select=0.3, block_size=16, dense_answer=True)
-# name -> options of the sampler; all but the first two in blocks
+# name -> options of the sampler
 CASES = {
     "full attention": {},
     "SparseD": {"config": PAPER},
-    "dense answer rows": {"config": DENSE_ANSWER, "block_length": 8},
-    "prefix": {"config": PAPER, "block_length": 8, "cache": "prefix"},
-    "dual": {"config": PAPER, "block_length": 8, "cache": "dual"},
-    "dual, padded": {"config": DENSE_ANSWER, "block_length": 8, "cache": "dual", "padded": True},
-    "threshold": {"config": PAPER, "block_length": 8, "threshold": 0.2},
-    "threshold and cache": {"block_length": 8, "threshold": 0.2, "cache": "dual", "padded": True},
-    "padded": {"config": PAPER, "padded": True},
-    "drawn": {"config": PAPER, "temperature": 0.7},
+    "dense answer rows, padded": {"config": DENSE_ANSWER, "padded": True},
+    "prefix, padded": {"config": DENSE_ANSWER, "block_length": 12, "cache": "prefix", "padded": True},
+    "dual": {"config": PAPER, "block_length": 12, "cache": "dual"},
+    "threshold": {"config": PAPER, "block_length": 12, "threshold": 0.2},
+    "threshold and cache, padded": {"block_length": 12, "threshold": 0.2, "cache": "dual", "padded": True},
 }
 GUIDED = {
-    "guidance": {"config": PAPER, "cfg_scale": 0.7, "padded": True},
-    "guidance and cache": {"config": PAPER, "cfg_scale": 0.7, "cache": "dual", "block_length": 8},
+    "guidance, padded": {"config": PAPER, "cfg_scale": 0.7, "padded": True},
+    "guidance and cache": {"config": PAPER, "cfg_scale": 0.7, "block_length": 12, "cache": "dual"},
 }
-
-
-SOME = ("SparseD", "dual, padded", "guidance and cache")
+SOME = ("dense answer rows, padded", "guidance and cache")
+DRAWN = {"config": PAPER, "temperature": 0.7}
 
 
 def cases_of(family, count=1):
@@ -84,9 +80,9 @@ def cases_of(family, count=1):
     return {name: cases[name] for name in cases if count <= 2 or name in SOME}
 
 
-def generated(model, name, seed=1):
-    """Tokens, and density, patterns and the record's layers and bits, of one of the cases."""
-    options = cases_of(model.family)[name] | {"gen_length": NEW, "steps": 6}
+def generated(model, options, seed=1):
+    """Tokens, and density, patterns and the record's bits, of one of the cases."""
+    options = options | {"gen_length": NEW, "steps": 4}
     if model.family == "llada":
         options = {"block_length": 24} | options
     device = model.device
@@ -130,9 +126,9 @@ def seen(ranks, family):
         "cache": model.kv_cache(2, 30).bytes,
         "whole": {name: parameter.clone() for name, parameter in whole_parameters(model)},
         "logits": logits_of(model),
-        "cases": {name: generated(model, name) for name in cases_of(family, ranks.count)},
+        "cases": {name: generated(model, case) for name, case in cases_of(family, ranks.count).items()},
         # a rank of its own mind, to the end of the steps
-        "other seeds": generated(model, "drawn", seed=1 + ranks.index)["tokens"],
+        "other seeds": generated(model, DRAWN, seed=1 + ranks.index)["tokens"],
         "backend": chosen_backend(model, ranks),
         "captured": captured(model, ranks),
     }
@@ -173,7 +169,8 @@ def captured(model, ranks):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_processes_together_do_what_one_does(family):
     alone = tiny(family)
-    logits, cases = logits_of(tiny(family)), {name: generated(alone, name) for name in cases_of(family)}
+    logits, drawn = logits_of(tiny(family)), generated(alone, DRAWN)["tokens"]
+    cases = {name: generated(alone, case) for name, case in cases_of(family).items()}
     with sparsify(alone, PAPER, steps=2, gen_length=NEW) as run:
         ids = torch.arange(LENGTH + NEW)[None] % 90
         alone(ids), alone(ids)
@@ -190,9 +187,9 @@ def test_processes_together_do_what_one_does(family):
             assert backend == "gather" and "broken: is broken here" in why and density == pytest.approx(run.density)
             assert found["captured"] == ([None, None, None], False)
         # the first rank's draws are everybody's
-        assert torch.equal(together[0]["other seeds"], cases["drawn"]["tokens"])
+        assert torch.equal(together[0]["other seeds"], drawn)
         assert all(torch.equal(found["other seeds"], together[0]["other seeds"]) for found in together)
-    assert not torch.equal(generated(alone, "drawn", seed=2)["tokens"], cases["drawn"]["tokens"])
+    assert not torch.equal(generated(alone, DRAWN, seed=2)["tokens"], drawn)
 
 
 def check_same(found, wanted, name):
@@ -247,7 +244,7 @@ def on_gpu(ranks, family):
     replay = torch.cuda.CUDAGraph.replay
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
-        cases = {name: generated(model, name) for name in cases_of(family)}
+        cases = {name: generated(model, case) for name, case in cases_of(family).items()}
     return {"cases": cases, "replays": len(replays), "logits": model(torch.arange(60, device=device).view(2, 30)).cpu()}
 
 

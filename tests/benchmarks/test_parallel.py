@@ -19,9 +19,9 @@ heads = {"n_heads": 4, "n_kv_heads": 4}
 shapes.SHAPES["llada"] |= heads | {"d_model": 64, "n_layers": 2, "mlp_hidden_size": 96, "vocab_size": 100}
 shapes.SHAPES["llada"] |= dict.fromkeys(("mask_token_id", "pad_token_id", "eos_token_id"), 99)
 for module in (generation, parallel):
-    module.NEW_TOKENS, module.BLOCK_LENGTH, module.PAPER = 16, 8, SparseDConfig(0.2, 0.3, 16)
+    module.NEW_TOKENS, module.BLOCK_LENGTH, module.PAPER = 8, 4, SparseDConfig(0.2, 0.3, 16)
 parallel.WHOLE = generation.Way("whole", parallel.PAPER, generation.CACHE)
-parallel.SHORT, parallel.WARM = 64, 64
+parallel.SHORT, parallel.WARM, parallel.FEW = 64, 64, 1
 parallel.LONGEST_CACHED, parallel.LONGEST = "short_context", "1k"
 parallel.require_gpu = lambda parser: torch.device("cpu")
 for number, port in enumerate(sys.argv[2:]):
