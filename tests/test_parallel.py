@@ -1,5 +1,6 @@
 """A model whose heads several processes share: together they compute, choose and write what one process does."""
 
+import os
 from contextlib import ExitStack
 
 import pytest
@@ -19,6 +20,8 @@ from sparsed.watching import watched
 from tests.helpers.checkpoints import FAMILIES
 from tests.helpers.processes import Place, on_ranks
 from tests.helpers.sampling_cases import GENERATE
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks")
 
 # heads that two and four processes divide, and how many processes share them in turn
 CHANGES = {"dream": {}, "llada": {"n_heads": 4, "n_kv_heads": 4}}
