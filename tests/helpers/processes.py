@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from sparsed.ranks import Ranks
 
-# what takes the processes seconds to import; they are forked from one that has it
+# what takes seconds to import
 IMPORTED = ["sparsed.cli", "sparsed.evaluation.command", "benchmarks.parallel"]
 
 
@@ -28,8 +28,11 @@ class Place(Ranks):
 
 
 def exit_codes(count: int, target: Callable[..., Any], *given: Any) -> list[int | None]:
-    """Those of so many fresh processes that do `target(rank, *given)`."""
-    starter = multiprocessing.get_context("forkserver")
+    """Those of so many fresh processes that do `target(rank, *given)`.
+
+    They are forked from one that has imported what they need, but not where there is a GPU, which an import may start.
+    """
+    starter = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     starter.set_forkserver_preload(IMPORTED)
     processes = [starter.Process(target=target, args=(rank, *given)) for rank in range(count)]
     for process in processes:
