@@ -24,7 +24,7 @@ from tests.helpers.sampling_cases import GENERATE
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks")
 
 # heads that two and four processes divide, and how many processes share them in turn
-CHANGES = {"dream": {}, "llada": {"n_heads": 4, "n_kv_heads": 4}}
+CHANGES = {"dream": {}, "llada": {"d_model": 128, "n_heads": 4, "n_kv_heads": 4}}
 COUNTS = {"dream": (2,), "llada": (2, 4)}
 LENGTH, NEW = 90, 24
 
@@ -260,6 +260,6 @@ def test_two_gpus_do_what_one_does(family):
     together = on_ranks(2, on_gpu, family, backend="cpu:gloo,cuda:nccl")
     assert wanted["replays"] and {found["replays"] for found in together} == {wanted["replays"]}
     for found in together:
-        torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=1e-3)
         for name, one in wanted["cases"].items():
             check_same(found["cases"][name], one, name)
