@@ -218,6 +218,14 @@ def check_part(found, alone, count):
         assert torch.equal(found["whole"][name], parameter), name
 
 
+def test_a_shared_model_computes_no_gradients():
+    model = tiny("llada")
+    shard(model, Place(count=2))
+    model.model.transformer["wte"].weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        model(torch.arange(9)[None])
+
+
 def is_replicated(name):
     return any(part in name for part in ("norm", "embed_tokens", "lm_head", "wte", "ln_f", "transformer.ff_out"))
 

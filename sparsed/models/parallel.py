@@ -36,7 +36,12 @@ class SummedLinear(nn.Module):
         self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ranks.add(F.linear(x, self.weight))
+        """[..., inputs] -> [..., out], the whole product; RuntimeError where a gradient is asked for, which the sum
+        would stop."""
+        product = F.linear(x, self.weight)
+        if product.requires_grad:
+            raise RuntimeError("a model that processes share computes no gradients: use torch.no_grad()")
+        return self.ranks.add(product)
 
 
 def shard(model: DiffusionLM, ranks: Ranks) -> None:
