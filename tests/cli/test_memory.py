@@ -12,7 +12,9 @@ from sparsed.cli import main as main_module
 from sparsed.cli import main_dream, main_llada, memory
 from sparsed.console import endings
 from sparsed.models.loading import GIB, weight_bytes
+from sparsed.models.parallel import shard
 from sparsed.sampling import settings_for
+from tests.helpers.processes import Place
 from tests.helpers.tiny_folders import tiny_folder
 
 MAIN = {"dream": main_dream, "llada": main_llada}
@@ -54,6 +56,17 @@ def test_what_small_blocks_and_guidance_add():
     assert kept == 32 * (2052 * 617 * 32 * 4 + 2052 * 2052 * 4)
     short, guided = peak(model, 4096), peak(model, 4096, cfg_scale=1.0)
     assert guided - weight_bytes(model) == 2 * (short - weight_bytes(model))
+
+
+def test_what_one_of_two_processes_takes():
+    """Half of the cache and of the kept blocks, and its own part of the weights."""
+    whole, half = (meta_model("llada").to(torch.bfloat16) for _ in range(2))
+    shard(half, Place(count=2))
+    weights, replicated = weight_bytes(whole), 2 * 126464 * 4096 * 2  # embedding and head; norms are next to nothing
+    assert weight_bytes(half) == pytest.approx((weights + replicated) / 2, rel=1e-3)
+    for more in ({"cache": "dual"}, {"config": SparseDConfig(block_size=32)}):
+        added = [peak(model, 65536, **more) - peak(model, 65536) for model in (whole, half)]
+        assert added[0] == 2 * added[1]
 
 
 @pytest.fixture(params=MAIN)
