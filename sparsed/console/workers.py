@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..ranks import ALONE, Ranks
-from .endings import guarded
+from .endings import EXIT_WRONG, guarded
 from .streams import one_line, settle, tell
 
 # in the launcher's store: the first failure of a process, and how many have learned of it
@@ -44,18 +44,11 @@ def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: 
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         return command(ALONE)
-    with_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= int(
-        os.environ.get("LOCAL_WORLD_SIZE", count)
-    )
-    if with_gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
-        # whoever waits for another one waits for as long as it works
-        dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=timedelta(days=30))
+        ranks = _together(count)
     except ValueError as error:
-        tell(one_line(f"error: WORLD_SIZE is {count}: {error}"))
-        return 2
-    ranks = Ranks(dist.group.WORLD)
+        tell(one_line(f"{program}: error: WORLD_SIZE is {count}: {error}"))
+        return EXIT_WRONG
     watch = Watch(ranks)
     with _silent(ranks.index > 0) as said:
         try:
@@ -69,6 +62,17 @@ def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: 
     watch.stop()
     dist.destroy_process_group()
     return 0
+
+
+def _together(count: int) -> Ranks:
+    """All processes, once each of them is there; ValueError if the launcher has not said where."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with_gpus = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if with_gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # whoever waits for another one waits for as long as it works
+    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=timedelta(days=30))
+    return Ranks(dist.group.WORLD)
 
 
 def own_device(device: str, ranks: Ranks) -> str:
@@ -110,10 +114,9 @@ class Watch:
             words: what this process would have said so far.
         """
         self._failed.set()
-        with contextlib.suppress(ValueError):  # of a thread that is not the main one
-            signal.signal(
-                signal.SIGTERM, signal.SIG_IGN
-            )  # by the launcher, once another process has ended; so has this
+        with contextlib.suppress(ValueError):  # in a thread that is not the main one
+            # the launcher's word once another process has ended, as this one is about to
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(RuntimeError):  # where the store is gone, the others end by themselves
             # a traceback, or the last line
             last = words if code == 1 else "".join(words.splitlines()[-1:])

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from sparsed.cli import main_dream, main_llada
-from tests.helpers.processes import new_store, outcomes
+from sparsed.console.workers import own_device
+from sparsed.ranks import ALONE
+from tests.helpers.processes import Place, new_store, outcomes
 from tests.helpers.tiny_folders import tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +114,28 @@ def test_processes_that_do_not_divide_the_heads_end_with_one_line(tmp_path):
     assert (first[:2], second) == ((2, ""), (2, "", ""))
     assert first[2].count("\n") == 1 and first[2].endswith("these numbers of processes do: 1\n")
     assert "error: argument --model_path: 2 processes do not divide 3 attention heads" in first[2]
+
+
+def test_processes_whose_launcher_says_no_address(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert main_llada(["--demo", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "error: WORLD_SIZE is 2: " in err and "RANK" in err
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local, device in enumerate(["cuda:0", "cuda:1"]):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert {own_device(given, Place(count=2)) for given in ("auto", "cuda")} == {device}
+        assert own_device("cpu", Place(count=2)) == "cpu" and own_device("cuda:1", ALONE) == "cuda:1"
+    with pytest.raises(ValueError, match="must be auto, cuda or cpu with several processes, got 'cuda:1'"):
+        own_device("cuda:1", Place(count=2))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="needs a GPU of its own, and this machine has 2"):
+        own_device("auto", Place(count=3))
 
 
 def test_ctrl_c_on_one_process_ends_all_within_five_seconds(checkpoints):
