@@ -25,6 +25,10 @@ SHORTEST, LONGEST = 256, 128 * 1024  # tokens of a prompt
 COMPARED = "origin,sparsed,window,streaming"
 METHOD_LINES = "\n".join(f"  {name:<14}{method.title}" for name, method in METHODS.items())
 DENSE_ANSWER = {"no": (False,), "yes": (True,), "both": (False, True)}
+GOES_ON = """\
+The same command goes on where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
+130 interrupted (Ctrl-C), 143 terminated.
+"""
 EXAMPLES = """\
 tasks (RULER's, over this package's own texts):
   {tasks}
@@ -38,9 +42,7 @@ examples:
   accelerate launch --num_processes 8 -m sparsed.evaluation --model_path GSAI-ML/LLaDA-1.5 --out runs/llada
   python -m sparsed.evaluation --demo dream --select 0.1,0.2,0.3,0.5 --block_size 32 --out runs/curve
 
-The same command goes on where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
-130 interrupted (Ctrl-C), 143 terminated.
-"""
+{goes_on}"""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def build_parser() -> Parser:
         description="Measure the accuracy of SparseD and of other ways to attend, side by side on the same tasks with "
         "long prompts. Every finished sample is a line of samples.jsonl in the folder --out; summary.json, table.md "
         "and plots are made of these lines.",
-        epilog=EXAMPLES.format(tasks=", ".join(TASKS), methods=METHOD_LINES),
+        epilog=EXAMPLES.format(tasks=", ".join(TASKS), methods=METHOD_LINES, goes_on=GOES_ON),
     )
     add_model(parser)
     _add_measured(parser.add_argument_group("what to measure"))

@@ -125,14 +125,16 @@ def _of_rate(rows: list[Record]) -> str:
     shown = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
     lines = [["method", "density", *(COLUMNS[name][0] for name in shown)]]
     lines.append(["---"] * len(lines[0]))
-    lines += [[title_of(row), f"{row['density']:.2f}", *(_figure(row, name) for name in shown)] for row in rows]
+    for row in rows:
+        figures = (figure(row[name], *COLUMNS[name][1:]) for name in shown)
+        lines.append([title_of(row), f"{row['density']:.2f}", *figures])
     title = f"#### {rows[0]['mask_rate']:.0%} masked: {rows[0]['n']} tokens of {rows[0]['documents']} documents"
     return f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _figure(row: Record, name: str) -> str:
-    if row[name] is None:
+def figure(interval: Interval | None, factor: float, form: str) -> str:
+    """A value with its interval, for a table."""
+    if interval is None:
         return "-"
-    _, factor, form = COLUMNS[name]
-    value, low, high = (f"{factor * part:{form}}" for part in row[name])
+    value, low, high = (f"{factor * part:{form}}" for part in interval)
     return f"{value} ({low} to {high})"
