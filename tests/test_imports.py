@@ -36,7 +36,7 @@ ALLOWED = {
     | {"blocks", "prompts", "saving_flags"},
     "pictures": {"console", "sampling", "patch", "watching", "blocks", "models", "prompts"},
     "evaluation": {"console", "sampling", "run", "watching", "backends", "models", "chat", "prompts", "selection"}
-    | {"blocks", "saving_flags"},
+    | {"blocks", "saving_flags", "pictures"},
     "__init__": {"sampling", "patch", "selection", "models"},
 }
 LEAVES = {"config", "models", "chat", "prompts"}  # not even config

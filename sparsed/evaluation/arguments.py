@@ -104,7 +104,7 @@ def check_folder(parser: Parser, out: Path) -> None:
 
 def configs(given: dict[str, Any]) -> list[SparseDConfig]:
     """Every combination of the values of `add_sparsed`'s flags, which are taken out of `given`."""
-    dense = DENSE_ANSWER[given.pop("dense_answer")]
+    dense = DENSE_ANSWER[given.pop("dense_answer", "no")]
     sweep = product(*(given.pop(name) for name in ("block_size", "skip", "select")), dense)
     return [SparseDConfig(skip, select, size, dense) for size, skip, select, dense in sweep]
 
@@ -192,13 +192,7 @@ def _add_measured(group: Any) -> None:
 
 def add_sparsed(parser: Parser) -> None:
     """Add SparseD's settings, each of which takes several values."""
-    about = "SparseD (some values with commas between: each of them, in all combinations)"
-    group = parser.add_argument_group(about)
-    for name, kind in (("skip", float), ("select", float), ("block_size", int)):
-        values, default = list_of(config_field(name, kind)), getattr(SparseDConfig, name)
-        about = f"as the scripts' (default: {default})"
-        group.add_argument(f"--{name}", type=values, default=[default], metavar="VALUES", help=about)
-    group.add_argument(
+    add_numbers(parser).add_argument(
         "--dense_answer",
         choices=DENSE_ANSWER,
         nargs="?",
@@ -207,6 +201,17 @@ def add_sparsed(parser: Parser) -> None:
         help="whether the answer's queries read every key in the sparse steps, under any method (default: %(default)s; "
         "without a value: yes)",
     )
+
+
+def add_numbers(parser: Parser) -> Any:
+    """Add the paper's three numbers, each of which takes several values; the group, for more."""
+    about = "SparseD (some values with commas between: each of them, in all combinations)"
+    group = parser.add_argument_group(about)
+    for name, kind in (("skip", float), ("select", float), ("block_size", int)):
+        values, default = list_of(config_field(name, kind)), getattr(SparseDConfig, name)
+        about = f"as the scripts' (default: {default})"
+        group.add_argument(f"--{name}", type=values, default=[default], metavar="VALUES", help=about)
+    return group
 
 
 def length(word: str) -> int:
