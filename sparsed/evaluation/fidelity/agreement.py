@@ -12,7 +12,7 @@ from ...sampling.common import ANSWER, CACHED
 from ..folder import Record
 from ..methods import METHODS
 from ..plots import chart, curves
-from ..results import FULL_ATTENTION, NUMBERS, VARIANT, groups, title_of, variant_of
+from ..results import FULL_ATTENTION, NUMBERS, VARIANT, groups, markdown, title_of, variant_of
 from ..scoring import bootstrap
 from .results import figure
 from .writing import key
@@ -116,8 +116,7 @@ def table(summary: Record) -> str:
 def _of_length(rows: list[Record], summary: Record) -> str:
     settings = summary["settings"]
     heads = [head for head, _, _ in COLUMNS.values()]
-    lines = [["method", "steps", "forwards of all rows", "of few rows", "seconds", *heads]]
-    lines.append(["---"] * len(lines[0]))
+    columns, lines = ["method", "steps", "forwards of all rows", "of few rows", "seconds", *heads], []
     for row in rows:
         few = sum(row["forwards"].get(kind, 0) for kind in FEW_ROWS)
         took = [f"{row['whole']:.1f}", f"{few:.1f}", f"{row['seconds']:.3g}"]
@@ -129,7 +128,7 @@ def _of_length(rows: list[Record], summary: Record) -> str:
         "median. The bound is on the negative log-likelihood of the text under full attention, in nats a token: read "
         "it beside the repetitions, which are likely."
     )
-    return f"{title}\n\n{about}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{title}\n\n{about}\n\n{markdown(columns, lines)}"
 
 
 def draw(summary: Record, folder: Path) -> None:

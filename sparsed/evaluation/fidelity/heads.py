@@ -32,8 +32,8 @@ from ...pictures import (
 )
 from ..arguments import GOES_ON, add_model, add_numbers, check_folder, configs
 from ..folder import MEASURE, Record
-from ..methods import Variant, variants
-from ..results import NUMBERS, VARIANT, groups, title_of, variant_of
+from ..methods import METHODS, Variant, variants
+from ..results import NUMBERS, VARIANT, groups, markdown, title_of, variant_of
 from ..running import Progress, report, resumed
 from ..scoring import bootstrap
 from ..team import leave_group
@@ -118,7 +118,8 @@ def key(record: Record) -> tuple:
 
 def identified(record: Record) -> tuple | None:
     """What a line is known by; None, or an error of `Folder`'s, if the summary cannot read it."""
-    return key(record) if all(isinstance(record[name], kinds) for name, kinds in KINDS.items()) else None
+    readable = all(isinstance(record[name], kinds) for name, kinds in KINDS.items()) and record["method"] in METHODS
+    return key(record) if readable else None
 
 
 def shares(seen: Seen) -> dict[str, list]:
@@ -154,13 +155,12 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
 
 def table(summary: Record) -> str:
     """Markdown, a line for each length and setting."""
-    lines = [["tokens", "documents", "setting", *SHARES.values(), "lowest head in later steps, %"]]
-    lines.append(["---"] * len(lines[0]))
+    columns, lines = ["tokens", "documents", "setting", *SHARES.values(), "lowest head in later steps, %"], []
     for row in summary["rows"]:
         figures = [figure(row[name], 100, ".1f") for name in SHARES]
         lowest = f"{100 * np.min(row['by_head']['later']):.1f}"
         lines.append([f"{row['length']:,}", str(row["documents"]), title_of(row), *figures, lowest])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(columns, lines)
 
 
 def draw(summary: Record, folder: Path) -> None:
