@@ -74,7 +74,7 @@ def parse(argv: list[str] | None) -> Arguments:
         with blame_setting(parser):
             steps_a_block(given["seq_len"], steps, given["block_length"])
     blocks = given["seq_len"] // given["block_length"]
-    found = compared(given.pop("methods"), configs(given), savings(given), blocks)
+    found = compared(parser, given.pop("methods"), configs(given), savings(given), blocks)
     return Arguments(**given, variants=found, parser=parser)
 
 
