@@ -184,6 +184,10 @@ def test_the_command_sweeps_caches_and_resumes(tmp_path, capsys):
 
 def test_the_default_blocks_are_the_samplers(tmp_path):
     words = ["--model_path", "m", "--texts", "t", "--out", str(tmp_path), "--cache", "dual"]
-    assert parse(words).block_length == 32 and parse([*words, "--seq_len", "16"]).block_length == 16
+    assert (
+        parse(words).block_length == 32 and parse([*words, "--seq_len", "16", "--methods", "window"]).block_length == 16
+    )
     assert parse(words[:-2]).block_length is None
     assert math.isclose(parse(words).masked(0.5), 0.125)
+    # whatever caches are asked for, all is compared with full attention without one
+    assert parse(words).variants[0] == FULL and {one.saving.cache for one in parse(words).variants[1:]} == {"dual"}

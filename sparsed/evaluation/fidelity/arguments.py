@@ -100,7 +100,7 @@ def parse(argv: list[str] | None) -> Arguments:
         blocks = args.seq_len // steps_a_block(args.seq_len, args.seq_len, block)
     if not round(lowest * block):
         parser.error(f"argument --mask_rates: {lowest:g} of {block} tokens is none")
-    args = replace(args, variants=compared(methods, settings, saved, blocks))
+    args = replace(args, variants=compared(parser, methods, settings, saved, blocks))
     for variant in args.variants:
         if not sparse_at(variant, args.masked(lowest)):
             skip = variant.names["skip"]
@@ -114,10 +114,17 @@ def check_lengths(parser: Parser, seq_len: int, lengths: list[int]) -> None:
         parser.error(f"argument --seq_len: {seq_len} new tokens leave nothing of {min(lengths)} before them")
 
 
-def compared(methods: list[str], settings: list[SparseDConfig], saved: list[Saving], blocks: int) -> list[Variant]:
-    """Full attention that saves nothing, and every other combination but those that are full attention as well."""
+def compared(
+    parser: Parser, methods: list[str], settings: list[SparseDConfig], saved: list[Saving], blocks: int
+) -> list[Variant]:
+    """Full attention that saves nothing, and every other combination but those that are full attention as well; exit
+    code 2 if a method has no other."""
     found = [*variants(["origin"], settings), *variants(["origin", *methods], settings, saved)]
-    return list(dict.fromkeys(variant for variant in found if not idle(variant, blocks)))
+    kept = list(dict.fromkeys(variant for variant in found if not idle(variant, blocks)))
+    for method in methods:
+        if all(variant.method != method for variant in kept):
+            parser.error(f"argument --refresh: of {method}, none of the forwards that fill a cache would be sparse")
+    return kept
 
 
 def idle(variant: Variant, blocks: int) -> bool:

@@ -76,7 +76,7 @@ def parse(argv: list[str] | None) -> Arguments:
     blocks = given["seq_len"] // given["block_length"]
     with blame_setting(parser):
         saved = savings_of(given)
-    found = compared(given.pop("methods"), configs(given), saved, blocks)
+    found = compared(parser, given.pop("methods"), configs(given), saved, blocks)
     return Arguments(**given, variants=found, parser=parser)
 
 
