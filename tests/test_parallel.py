@@ -1,5 +1,6 @@
 """A model whose heads several processes share: together they compute, choose and write what one process does."""
 
+import os
 from contextlib import ExitStack
 
 import pytest
@@ -20,8 +21,10 @@ from tests.helpers.checkpoints import FAMILIES
 from tests.helpers.processes import Place, on_ranks
 from tests.helpers.sampling_cases import GENERATE
 
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks")
+
 # heads that two and four processes divide, and how many processes share them in turn
-CHANGES = {"dream": {}, "llada": {"n_heads": 4, "n_kv_heads": 4}}
+CHANGES = {"dream": {}, "llada": {"d_model": 128, "n_heads": 4, "n_kv_heads": 4}}
 COUNTS = {"dream": (2,), "llada": (2, 4)}
 LENGTH, NEW = 90, 24
 
@@ -215,6 +218,14 @@ def check_part(found, alone, count):
         assert torch.equal(found["whole"][name], parameter), name
 
 
+def test_a_shared_model_computes_no_gradients():
+    model = tiny("llada")
+    shard(model, Place(count=2))
+    model.model.transformer["wte"].weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        model(torch.arange(9)[None])
+
+
 def is_replicated(name):
     return any(part in name for part in ("norm", "embed_tokens", "lm_head", "wte", "ln_f", "transformer.ff_out"))
 
@@ -257,6 +268,6 @@ def test_two_gpus_do_what_one_does(family):
     together = on_ranks(2, on_gpu, family, backend="cpu:gloo,cuda:nccl")
     assert wanted["replays"] and {found["replays"] for found in together} == {wanted["replays"]}
     for found in together:
-        torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=1e-3)
         for name, one in wanted["cases"].items():
             check_same(found["cases"][name], one, name)

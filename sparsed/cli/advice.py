@@ -71,7 +71,6 @@ def advise(job: Job) -> dict[str, Any]:
         FloatingPointError: the model's logits are not finite.
     """
     args, sampler, prompt_tokens = job.args, job.args.sampler.plain(), len(job.input_ids)
-    ranks = job.model.ranks
     short, long = fitted_lengths(prompt_tokens, job.model.device)
     lengths = sorted({short, long, prompt_tokens})
     for length in lengths[: lengths.index(short) + 1]:  # the first use of a kernel compiles it
@@ -91,7 +90,7 @@ def advise(job: Job) -> dict[str, Any]:
         "sparsed_seconds": sparsed,
         "fitted_prompt_tokens": [short, long],
         "pays_from": pays_from,
-        "command": command_of(args, ranks.count, origin=sparsed >= origin),
+        "command": command_of(args, job.model.ranks.count, origin=sparsed >= origin),
         "dense_answer": _dense_answer(job, times[prompt_tokens], ran),
         **_ways(job, times[prompt_tokens], (origin, sparsed)),
     }
@@ -234,6 +233,7 @@ def command_of(args: Call, processes: int, *, origin: bool, **changes: Any) -> s
     Flags that only say what becomes of the output are left out too, and those of SparseD with full attention.
 
     Args:
+        processes: that run it together.
         changes: flags to be given another value.
     """
     parser = args.parser

@@ -30,6 +30,8 @@ examples:
       how long such a run would take with full attention and with SparseD, from a few steps
   python {script} --origin --prompt_text "What is a prime number?"
       full attention in every step, on a prompt of your own
+  torchrun --nproc_per_node 2 {script} --prompt 64k
+      two GPUs, each of which has half of the heads of every layer
 
 units: lengths are in tokens, shares are numbers from 0 to 1, all times are seconds
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -109,6 +110,10 @@ class Watch:
             words: what this process would have said so far.
         """
         self._failed.set()
+        with contextlib.suppress(ValueError):  # of a thread that is not the main one
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # by the launcher, once another process has ended; so has this
         with contextlib.suppress(RuntimeError):  # where the store is gone, the others end by themselves
             # a traceback, or the last line
             last = words if code == 1 else "".join(words.splitlines()[-1:])
@@ -149,7 +154,7 @@ class Watch:
         self._store.add(LEARNED, 1)
         until = time.monotonic() + FAREWELL
         while self._store.add(LEARNED, 0) < self._ranks.count and time.monotonic() < until:
-            time.sleep(PAUSE)
+            time.sleep(PAUSE / 10)  # all end at once, lest the launcher stops the last ones
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import parallel
-from tests.helpers.processes import new_store, results
+from tests.helpers.processes import new_store, outcomes
 
 # tiny shapes, lengths and blocks instead of the published ones
 RUN = """
@@ -33,7 +33,7 @@ for number, port in enumerate(sys.argv[2:]):
 
 def test_two_processes_against_one(tmp_path):
     stores = [new_store() for _ in range(2)]
-    first, second = results(2, RUN, tmp_path, *(store.port for store in stores))
+    first, second = outcomes(2, RUN, tmp_path, *(store.port for store in stores))
     assert (first[0], *second) == (0, 0, "", ""), first[2]
     record, longest = (json.loads((tmp_path / name).read_text()) for name in ("0", "1"))
     assert record["processes"] == 2 and record["agreement"]["relative_error"] < 0.05

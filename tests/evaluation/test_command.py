@@ -23,6 +23,7 @@ from sparsed.evaluation.folder import RUN, SAMPLES, SUMMARY, TABLE, OtherRun, ab
 from sparsed.evaluation.results import identified, summarize, table
 from sparsed.models import identity
 from sparsed.prompts import demo_path
+from tests.helpers.processes import outcomes
 
 ROOT = Path(__file__).parents[2]
 Folder = partial(folders.Folder, identify=identified)
@@ -392,30 +393,40 @@ def test_an_early_stop_makes_no_blocks_of_dream_s_answer(tmp_path, capsys, main,
     assert err.count("\n") == 1 and err.endswith(said)
 
 
-@pytest.mark.parametrize(("parallel", "limit", "writers"), [("data", "3", 2), ("tensor", "1", 1)])
-def test_two_processes_leave_what_one_does(done, tmp_path, parallel, limit, writers):
+def test_two_processes_leave_what_one_does(done, tmp_path):
     # what `accelerate launch` starts on several GPUs; on a CPU it starts one process
     options = "--standalone --nproc_per_node 2 -m sparsed.evaluation"
     launch = [sys.executable, "-m", "torch.distributed.run", *options.split()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    words = [*CALL, "--device", "cpu", "--parallel", parallel, "--limit", limit, "--out", str(tmp_path / "run")]
+    words = [*CALL, "--device", "cpu", "--out", str(tmp_path / "run")]
     with subprocess.Popen([*launch, *words], stderr=subprocess.PIPE, text=True, env=environment) as ended:
         parts = set()
         while ended.poll() is None:
             parts |= {path.name for path in (tmp_path / "run").glob(f"{SAMPLES}.*")}
             time.sleep(0.02)
         assert ended.returncode == 0, ended.stderr.read()[-2000:]
-    assert parts == {f"{SAMPLES}.{number}" for number in range(writers)}
+    assert parts == {f"{SAMPLES}.0", f"{SAMPLES}.1"}
+    for found, expected in zip(lines_of(tmp_path / "run"), lines_of(done), strict=True):
+        assert found.pop("recall") == pytest.approx(expected.pop("recall") or None, abs=1e-5)
+        assert found == expected
+    assert not list((tmp_path / "run").glob(f"{SAMPLES}.*"))
+
+
+def test_two_processes_that_share_the_model_leave_what_one_does(done, tmp_path):
+    code = "import sys; from sparsed.evaluation.command import main; sys.exit(main())"
+    words = [*CALL, "--device", "cpu", "--parallel", "tensor", "--limit", "1", "--out", tmp_path / "run"]
+    first, second = outcomes(2, code, *words)
+    assert (first[0], *second) == (0, 0, "", ""), first[2]
     wanted = {(record["id"], record["method"]): record for record in lines_of(done)}
     records = lines_of(tmp_path / "run")
-    assert len(records) == len(wanted) * int(limit) // 3
+    assert len(records) == 4
     for found in records:
         expected = wanted[found["id"], found["method"]]
         assert found.pop("recall") == pytest.approx(expected.pop("recall") or None, abs=1e-5)
         assert found == expected
     assert not list((tmp_path / "run").glob(f"{SAMPLES}.*"))
-    settings = [json.loads((folder / RUN).read_text())["settings"] for folder in (tmp_path / "run", done)]
-    assert settings[0] == settings[1]
+    of_two, of_one = (json.loads((folder / RUN).read_text())["settings"] for folder in (tmp_path / "run", done))
+    assert of_two == of_one
 
 
 def test_more_seeds_add_to_a_cell(tmp_path):
