@@ -60,5 +60,6 @@ def generation_figures(records: list[Record]) -> dict[str, str]:
         theirs = ways.get("Fast-dLLM's code, dual cache", {}).get("steps")
         if theirs:
             found[f"{name}.fast-dllm"] = f"{theirs[EQUAL]['ours_faster']:.1f}"
+            found[f"{name}.fast-dllm.fewer"] = f"{theirs[FEWER]['ours_faster']:.1f}"
             found[f"{name}.fast-dllm.seconds"] = f"{theirs[EQUAL]['seconds']:.1f}"
     return found

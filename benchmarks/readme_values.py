@@ -124,6 +124,7 @@ def figures() -> dict[str, str]:
         **_cache_figures(),
         **generation_figures(_generation()),
         **_released_figures(),
+        **_parity_figures(),
         **{f"show.{family}": f"{100 * benchmark(f'show-{family}-cpu')['cost']:.1f}" for family in TITLES},
     }
 
@@ -169,6 +170,7 @@ def _fidelity_figures() -> dict[str, str]:
         "fidelity.windows": f"{short[window] / short[dense]:.0f}",
         "fidelity.paper": f"{short[paper]:.3f}",
         "fidelity.dense": f"{short[dense]:.3f}",
+        "fidelity.fast": f"{short[DENSE.format(0.15, 128)]:.3f}",
         **{f"fidelity.{name}": f"{short[part.format(what)]:.3f}" for name, what in parts.items()},
         **{f"fidelity.{name}-256": f"{long[part.format(what)]:.3f}" for name, what in parts.items()},
     }
@@ -341,6 +343,12 @@ def _released_figures() -> dict[str, str]:
                 for name in ("released_origin", "released_sparsed"):
                     found[f"latency.{record['family']}.{name}"] = f"{gains[name]:.2f}"
     return found
+
+
+def _parity_figures() -> dict[str, str]:
+    """In how many generations ours wrote Fast-dLLM's tokens."""
+    found = benchmark("fast-dllm-parity-cpu")
+    return {f"parity.{name}": str(found[name]) for name in ("generations", "same_tokens", "as_many_forwards")}
 
 
 def _generation() -> list[Record]:

@@ -34,33 +34,66 @@ PROGRAM = "python -m sparsed.pictures"
 FILES = ("heads.png", "steps.png")
 PROMPT, NEW_TOKENS, STEPS, SEED = 1024, 64, 64, 7
 CONFIG = SparseDConfig(block_size=32)
-SELECTING = CONFIG.n_full(STEPS) - 1
-# steps between two that are looked at
-STRIDE = 2
 MOST_HEADS = 4
 OFF, PROMPT_KEPT, ANSWER_KEPT = "#f2f2f2", "#3b6ea5", "#e07b39"
 
 
 @dataclass(frozen=True)
+class View:
+    """A run with full attention that is looked at, by default that of the README's pictures.
+
+    Args:
+        config: what SparseD would do.
+        stride: steps between two that are looked at.
+    """
+
+    new_tokens: int = NEW_TOKENS
+    steps: int = STEPS
+    config: SparseDConfig = CONFIG
+    stride: int = 2
+
+    @property
+    def selecting(self) -> int:
+        """The step that would select."""
+        return self.config.n_full(self.steps) - 1
+
+    @property
+    def looked_at(self) -> list[int]:
+        """Which steps, ascending; the one that would select is among them."""
+        return list(range(self.selecting % self.stride, self.steps, self.stride))
+
+
+@dataclass(frozen=True)
 class Seen:
-    """What SparseD would see and select in some steps of a run with full attention.
+    """What SparseD would see and select in some steps of a run with full attention; on the CPU.
 
     Args:
         scores: [layers, heads, nQ, nK] block scores, of the step that selects.
         kept: bool [steps, layers, heads, nQ, nK], of every step that was looked at.
-        steps: their indices, ascending.
+        held: [steps, layers, heads], the share of that step's attention that the blocks of the step that selects hold.
         border: the first block of the answer.
     """
 
+    view: View
     scores: Tensor
     kept: Tensor
-    steps: list[int]
+    held: Tensor
     border: int
 
     @property
     def selected(self) -> Tensor:
         """What the step that selects keeps."""
-        return self.kept[self.steps.index(SELECTING)]
+        return self.kept[self.now]
+
+    @property
+    def later(self) -> slice:
+        """The steps that SparseD would run on the selected blocks."""
+        return slice(self.now + 1, None)
+
+    @property
+    def now(self) -> int:
+        """The place of the step that selects among those looked at."""
+        return self.view.looked_at.index(self.view.selecting)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,31 +123,35 @@ def _draw(args: argparse.Namespace) -> None:
     path = demo_path(args.demo)
     model, tokenizer = load_model(path, device="cpu"), load_tokenizer(path)
     prompt = build_document(tokenizer, PROMPT, SEED)[1]
-    seen = look(model, torch.tensor([prompt.input_ids]))
+    view = View()
+    seen = look(model, denoise(model, torch.tensor([prompt.input_ids]), view), view)
     for file, figure in zip(args.files, (heads_figure(seen), steps_figure(seen)), strict=True):
-        with blame(args, "--out"), replacing(file) as temporary:
-            figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
-        tell(f"written to {file}")
+        with blame(args, "--out"):
+            save(figure, file)
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and say so."""
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
+    tell(f"written to {file}")
 
 
 @torch.no_grad()
-def look(model: DiffusionLM, input_ids: Tensor) -> Seen:
-    """Generate with full attention, and see what every `STRIDE`-th step would select; input_ids [1, prompt]."""
-    canvases = denoise(model, input_ids)
-    steps = list(range(SELECTING % STRIDE, STEPS, STRIDE))
-    found = {step: selection_of(model, canvases[step]) for step in steps}
-    grid = found[SELECTING][0][1].grid
-    return Seen(
-        scores=torch.stack([scores[0] for scores, _ in found[SELECTING]]),
-        kept=torch.stack([torch.stack([pattern.as_mask()[0] for _, pattern in layers]) for layers in found.values()]),
-        steps=steps,
-        border=grid.parts[1].start,
-    )
+def look(model: DiffusionLM, canvases: list[Tensor], view: View) -> Seen:
+    """See what some of the steps that read these ids, as `denoise` gives them, would select."""
+    kept, held = [], []
+    scores, selected, border = selection_of(model, canvases[view.selecting], view)
+    for step in view.looked_at:
+        found, own, _ = selection_of(model, canvases[step], view)
+        kept.append(own.cpu())
+        held.append(share_held(found, selected).cpu())
+    return Seen(view, scores.cpu(), torch.stack(kept), torch.stack(held), border)
 
 
-def denoise(model: DiffusionLM, input_ids: Tensor) -> list[Tensor]:
+def denoise(model: DiffusionLM, input_ids: Tensor, view: View) -> list[Tensor]:
     """The ids [1, prompt + new tokens] that each step of a greedy generation with full attention reads."""
-    canvas = F.pad(input_ids, (0, NEW_TOKENS), value=model.config.mask_token_id)
+    canvas = F.pad(input_ids.to(model.device), (0, view.new_tokens), value=model.config.mask_token_id)
     read = []
 
     def note(step: Step) -> None:
@@ -122,19 +159,26 @@ def denoise(model: DiffusionLM, input_ids: Tensor) -> list[Tensor]:
         for position, token, _ in step.commits():
             canvas[0, position] = token
 
-    settings = settings_for(model.family, gen_length=NEW_TOKENS, steps=STEPS, block_length=NEW_TOKENS)
+    settings = settings_for(model.family, gen_length=view.new_tokens, steps=view.steps, block_length=view.new_tokens)
     generate(model, input_ids, settings, on_step=note)
     return read
 
 
-def selection_of(model: DiffusionLM, ids: Tensor) -> list[tuple[Tensor, Pattern]]:
-    """Block scores [1, heads, nQ, nK] and kept blocks of every layer, if the step that reads `ids` were to select."""
+def selection_of(model: DiffusionLM, ids: Tensor, view: View) -> tuple[Tensor, Tensor, int]:
+    """What the step that reads `ids` [1, T] would select: block scores and kept blocks, [layers, heads, nQ, nK], and
+    the first block of the answer."""
     seen: list[tuple[Tensor, Pattern]] = []
-    first_step_selects = replace(CONFIG, skip=0)
+    config = replace(view.config, skip=0)  # the first step selects
     rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
-    with sparsify(model, first_step_selects, steps=2, gen_length=NEW_TOKENS, rule=rule) as run, run.sequence(ids.shape):
+    with sparsify(model, config, steps=2, gen_length=view.new_tokens, rule=rule) as run, run.sequence(ids.shape):
         model(ids)
-    return seen
+    scores = torch.stack([scores[0] for scores, _ in seen])
+    return scores, torch.stack([pattern.as_mask()[0] for _, pattern in seen]), seen[0][1].grid.parts[1].start
+
+
+def share_held(scores: Tensor, kept: Tensor) -> Tensor:
+    """Share of the attention that is within the kept blocks: [..., nQ, nK] twice -> [...]."""
+    return (scores * kept).sum((-2, -1)) / scores.sum((-2, -1))
 
 
 def common(one: Tensor, other: Tensor) -> Tensor:
@@ -168,7 +212,7 @@ def heads_figure(seen: Seen) -> Any:
         panel.set_ylabel("query blocks", fontsize=9)
     shared = between_heads(seen.selected)[layer]
     figure.suptitle(
-        f"Heads differ: layer {layer}, step {SELECTING + 1} of {STEPS}; "
+        f"Heads differ: layer {layer}, step {seen.view.selecting + 1} of {seen.view.steps}; "
         f"two heads share {shared:.0%} of their blocks, on average",
         fontsize=12,
     )
@@ -191,11 +235,12 @@ def steps_figure(seen: Seen) -> Any:
     figure = _figure(11.5, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     own = seen.kept[:, layer, head]
-    ends = (seen.steps[0] + 1 - STRIDE / 2, seen.steps[-1] + 1 + STRIDE / 2)
+    view, steps = seen.view, seen.view.looked_at
+    ends = (steps[0] + 1 - view.stride / 2, steps[-1] + 1 + view.stride / 2)
     picture = left.imshow(common(own[:, None], own[None]), cmap="viridis", vmin=0, vmax=1, extent=(*ends, *ends[::-1]))
     left.set(xlabel="step", ylabel="step", title=f"layer {layer}, head {head}: any two steps")
     figure.colorbar(picture, ax=left, label="blocks in common", shrink=0.8)
-    numbers = [step + 1 for step in seen.steps]
+    numbers = [step + 1 for step in steps]
     right.plot(numbers, alike.flatten(1), color=PROMPT_KEPT, alpha=0.2, linewidth=0.8)
     mean = alike.mean((1, 2))
     right.plot(numbers, mean, color=PROMPT_KEPT, linewidth=2.5, label="the same head; thick: mean of all heads")
@@ -203,17 +248,24 @@ def steps_figure(seen: Seen) -> Any:
     right.plot(numbers, heads, color=ANSWER_KEPT, linewidth=2.5, label="two heads of a layer at the same step, mean")
     density = seen.selected.float().mean().item()
     right.axhline(density, color="gray", linestyle=":", label="blocks taken at random")
-    right.axvline(SELECTING + 1, color="black", linewidth=1)
-    right.annotate(f"step {SELECTING + 1} selects", (SELECTING + 2, 0.02), fontsize=9)
+    right.axvline(view.selecting + 1, color="black", linewidth=1)
+    right.annotate(f"step {view.selecting + 1} selects", (view.selecting + 2, 0.02), fontsize=9)
     right.set(xlabel="step", ylabel="blocks in common", ylim=(0, 1.02), title="against the step that selects")
     right.legend(loc="lower right", bbox_to_anchor=(1, 0.05), fontsize=8)
-    figure.suptitle(f"Steps agree: {alike[_later(seen)].mean():.0%} of the blocks, over all later steps", fontsize=12)
+    figure.suptitle(f"Steps agree: {alike[seen.later].mean():.0%} of the blocks, over all later steps", fontsize=12)
     return figure
 
 
-def _later(seen: Seen) -> slice:
-    """The steps that SparseD would run on the selected blocks."""
-    return slice(seen.steps.index(SELECTING) + 1, None)
+def recall_figure(panels: dict[str, Tensor]) -> Any:
+    """The share of the attention that the kept blocks hold, by layer and head: a panel for each title, of [layers,
+    heads]."""
+    figure = _figure(4.2 * len(panels), 5.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, (title, held) in zip(axes, panels.items(), strict=True):
+        picture = panel.imshow(held, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        panel.set(xlabel="head", ylabel="layer", title=f"{title}: {held.mean():.0%}, lowest {held.min():.0%}")
+    figure.colorbar(picture, ax=axes, label="share of the attention that the kept blocks hold", shrink=0.8)
+    return figure
 
 
 def _typical_head(alike: Tensor) -> tuple[int, int]:

@@ -41,7 +41,7 @@ ALLOWED = {
     | {"blocks", "prompts", "saving_flags", "ranks"},
     "pictures": {"console", "sampling", "patch", "watching", "blocks", "models", "prompts"},
     "evaluation": {"console", "sampling", "run", "watching", "backends", "models", "chat", "prompts", "selection"}
-    | {"blocks", "saving_flags", "ranks"},
+    | {"blocks", "saving_flags", "ranks", "pictures"},
     "__init__": {"sampling", "patch", "selection", "models"},
     "commands": {"cli"},
 }

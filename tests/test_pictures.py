@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsed import dream_generate, llada_generate, pictures, sparsify
-from sparsed.pictures import CONFIG, NEW_TOKENS, SELECTING, STEPS, between_heads, common, denoise, look, selection_of
+from sparsed.pictures import CONFIG, NEW_TOKENS, STEPS, View, between_heads, common, denoise, look, selection_of
 from sparsed.watching import watched
 from tests.helpers.standins import tiny_dream, tiny_llada
 from tests.helpers.tiny_folders import tiny_folder
@@ -37,7 +37,7 @@ def generate(model, prompt):
 def test_the_canvases_are_what_the_model_reads(model, prompt):
     read = []
     with model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].clone())):
-        canvases = denoise(model, prompt)
+        canvases = denoise(model, prompt, View())
     assert len(canvases) == STEPS
     # steps that commit nothing run no forward; the canvas stays then
     assert [ids.tolist() for ids in read] == [ids.tolist() for ids in canvases][STEPS - len(read) :]
@@ -45,7 +45,7 @@ def test_the_canvases_are_what_the_model_reads(model, prompt):
 
 
 def test_what_is_drawn_is_what_a_sparse_run_chooses(model, prompt):
-    seen, real = look(model, prompt), []
+    seen, real = look(model, denoise(model, prompt, View()), View()), []
     rule = watched(lambda scores, pattern: real.append((scores, pattern)))
     with sparsify(model, CONFIG, steps=STEPS, gen_length=NEW_TOKENS, rule=rule):
         generate(model, prompt)
@@ -53,12 +53,17 @@ def test_what_is_drawn_is_what_a_sparse_run_chooses(model, prompt):
     torch.testing.assert_close(seen.scores, torch.stack([scores[0] for scores, _ in real]))
     # 264 tokens are 9 blocks of 32; the prompt's 200 end inside of the seventh
     assert seen.border == 7 and seen.kept.shape[-2:] == (9, 9)
-    assert SELECTING in seen.steps and len(seen.kept) == len(seen.steps) == STEPS // 2
+    assert View().selecting in View().looked_at and len(seen.kept) == len(View().looked_at) == STEPS // 2
+    at = View().looked_at.index(View().selecting)
+    held = [[(head * kept).sum() / head.sum() for head, kept in zip(*layer, strict=True)]
+            for layer in zip(seen.scores, seen.selected, strict=True)]  # fmt: skip
+    torch.testing.assert_close(seen.held[at], torch.tensor(held))
+    assert len(seen.held[seen.later]) == STEPS // 2 - at - 1 and (seen.held < 1).all()
 
 
 def test_choosing_leaves_no_trace(model, prompt):
     before = generate(model, prompt)
-    selection_of(model, before)
+    selection_of(model, before, View())
     assert torch.equal(generate(model, prompt), before)
 
 

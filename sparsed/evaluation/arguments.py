@@ -25,6 +25,10 @@ SHORTEST, LONGEST = 256, 128 * 1024  # tokens of a prompt
 COMPARED = "origin,sparsed,window,streaming"
 METHOD_LINES = "\n".join(f"  {name:<14}{method.title}" for name, method in METHODS.items())
 DENSE_ANSWER = {"no": (False,), "yes": (True,), "both": (False, True)}
+GOES_ON = """\
+The same command goes on where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
+130 interrupted (Ctrl-C), 143 terminated.
+"""
 EXAMPLES = """\
 tasks (RULER's, over this package's own texts):
   {tasks}
@@ -38,9 +42,7 @@ examples:
   accelerate launch --num_processes 8 -m sparsed.evaluation --model_path GSAI-ML/LLaDA-1.5 --out runs/llada
   python -m sparsed.evaluation --demo dream --select 0.1,0.2,0.3,0.5 --block_size 32 --out runs/curve
 
-The same command goes on where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
-130 interrupted (Ctrl-C), 143 terminated.
-"""
+{goes_on}"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def check_folder(parser: Parser, out: Path) -> None:
 
 def configs(given: dict[str, Any]) -> list[SparseDConfig]:
     """Every combination of the values of `add_sparsed`'s flags, which are taken out of `given`."""
-    dense = DENSE_ANSWER[given.pop("dense_answer")]
+    dense = DENSE_ANSWER[given.pop("dense_answer", "no")]
     sweep = product(*(given.pop(name) for name in ("block_size", "skip", "select")), dense)
     return [SparseDConfig(skip, select, size, dense) for size, skip, select, dense in sweep]
 
@@ -122,7 +124,7 @@ def build_parser() -> Parser:
         description="Measure the accuracy of SparseD and of other ways to attend, side by side on the same tasks with "
         "long prompts. Every finished sample is a line of samples.jsonl in the folder --out; summary.json, table.md "
         "and plots are made of these lines.",
-        epilog=EXAMPLES.format(tasks=", ".join(TASKS), methods=METHOD_LINES),
+        epilog=EXAMPLES.format(tasks=", ".join(TASKS), methods=METHOD_LINES, goes_on=GOES_ON),
     )
     add_model(parser)
     _add_measured(parser.add_argument_group("what to measure"))
@@ -134,6 +136,8 @@ def build_parser() -> Parser:
     group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help=blocks)
     add_caches(group)
     add_bounds(group)
+    stop = "end the answer with the block that holds an end token"
+    group.add_argument("--early_stop", action="store_true", help=stop)
     group = add_running(parser)
     group.add_argument("--batch_size", type=whole(1), default=1, metavar="N", help="samples at once (default: 1)")
     return parser
@@ -192,13 +196,7 @@ def _add_measured(group: Any) -> None:
 
 def add_sparsed(parser: Parser) -> None:
     """Add SparseD's settings, each of which takes several values."""
-    about = "SparseD (some values with commas between: each of them, in all combinations)"
-    group = parser.add_argument_group(about)
-    for name, kind in (("skip", float), ("select", float), ("block_size", int)):
-        values, default = list_of(config_field(name, kind)), getattr(SparseDConfig, name)
-        about = f"as the scripts' (default: {default})"
-        group.add_argument(f"--{name}", type=values, default=[default], metavar="VALUES", help=about)
-    group.add_argument(
+    add_numbers(parser).add_argument(
         "--dense_answer",
         choices=DENSE_ANSWER,
         nargs="?",
@@ -207,6 +205,17 @@ def add_sparsed(parser: Parser) -> None:
         help="whether the answer's queries read every key in the sparse steps, under any method (default: %(default)s; "
         "without a value: yes)",
     )
+
+
+def add_numbers(parser: Parser) -> Any:
+    """Add the paper's three numbers, each of which takes several values; the group, for more."""
+    about = "SparseD (some values with commas between: each of them, in all combinations)"
+    group = parser.add_argument_group(about)
+    for name, kind in (("skip", float), ("select", float), ("block_size", int)):
+        values, default = list_of(config_field(name, kind)), getattr(SparseDConfig, name)
+        about = f"as the scripts' (default: {default})"
+        group.add_argument(f"--{name}", type=values, default=[default], metavar="VALUES", help=about)
+    return group
 
 
 def length(word: str) -> int:

@@ -1,6 +1,6 @@
 """Pictures of a summary: accuracy of the methods by task, accuracy against density, recall by layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -75,20 +75,29 @@ def _bars(tasks: list[str], titles: dict[tuple, str], panel: Any, rows: list[Rec
     panel.set_ylabel("accuracy, %")
 
 
-def curves(value: Callable[[Record], Interval], label: str, panel: Any, rows: list[Record]) -> None:
-    """A value over density, a line for each method.
+def curves(
+    value: Callable[[Record], Interval],
+    label: str,
+    panel: Any,
+    rows: list[Record],
+    over: str = "density",
+    varied: Sequence[str] = ("select",),
+) -> None:
+    """A value over a number of the rows, a line for each way to run.
 
     Args:
         value: of a row, with its interval.
         label: of the values.
+        over: the number.
+        varied: what differs along a line.
     """
-    for found in groups([{**row, "select": None} for row in rows], *VARIANT):
-        found.sort(key=lambda row: row["density"])
+    for found in groups([{**row, **dict.fromkeys(varied)} for row in rows], *VARIANT):
+        found.sort(key=lambda row: row[over])
         intervals = list(map(value, found))
-        densities, values = [row["density"] for row in found], [middle for middle, _, _ in intervals]
-        style = "x" if found[0]["method"] == "origin" else "o-"
-        panel.errorbar(densities, values, _errors(intervals), capsize=2, fmt=style, label=title_of(found[0]))
-    panel.set_xlabel("density")
+        numbers, values = [row[over] for row in found], [middle for middle, _, _ in intervals]
+        style = "x" if len(found) == 1 else "o-"
+        panel.errorbar(numbers, values, _errors(intervals), capsize=2, fmt=style, label=title_of(found[0]))
+    panel.set_xlabel(over)
     panel.set_ylabel(label)
 
 

@@ -1,6 +1,6 @@
 """What an evaluation leaves: a line for every sample, and a summary and a table made only of these lines."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import NoneType
 
 import numpy as np
@@ -192,14 +192,19 @@ def _length_table(length: int | None, summary: Record) -> str:
     }
     work = WORK if all(average.get("forwards") is not None for average in averages) else {}
     columns = ["method", "density", *tasks, "average", *differences.values(), *work.values()]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for average in averages:
         cells = {row["task"]: _figure(row, "accuracy") for row in rows if variant_of(row) == variant_of(average)}
         line = [title_of(average), f"{average['density']:.2f}", *(cells.get(task, "-") for task in tasks)]
         line += [_figure(average, "accuracy"), *(_figure(average, name) for name in differences)]
         lines.append([*line, *(_work(average, name) for name in work)])
     text = f"### {title}\n\nAccuracy in %, 95 % intervals, {samples} samples a cell.\n\n"
-    return text + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text + markdown(columns, lines)
+
+
+def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def _work(average: Record, name: str) -> str:

@@ -18,13 +18,11 @@ def add_caches(group: Any) -> None:
 
 
 def add_bounds(group: Any) -> None:
-    """Add --threshold and --factor, whose values are alternatives, and --early_stop."""
+    """Add --threshold and --factor, whose values are alternatives."""
     sure, surer = number_in(0, math.inf), number_in(0, math.inf, above=True)
     about = "the scripts'; none is the fixed schedule (default: none, or without it if --factor is given)"
     group.add_argument("--threshold", type=list_of(_or_none(sure)), metavar="VALUES", help=about)
     group.add_argument("--factor", type=list_of(surer), default=[], metavar="VALUES", help="as well, the scripts'")
-    stop = "end the answer with the block that holds an end token"
-    group.add_argument("--early_stop", action="store_true", help=stop)
 
 
 def _or_none(read: Callable[[str], float]) -> Callable[[str], float | None]:

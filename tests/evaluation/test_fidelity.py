@@ -165,6 +165,10 @@ def test_results_of_another_text_and_of_another_measure_stay(done, tmp_path, cap
         (["--select", "0"], "--select: must be above 0"),
         (["--cache", "both"], "--cache: must be some of none, prefix, dual"),
         (["--refresh", "-1"], "--refresh: must be a whole number of at least 0"),
+        (
+            ["--cache", "dual", "--refresh", "0"],
+            "--refresh: of sparsed, none of the forwards that fill a cache would be",
+        ),
         (["--block_length", "12"], "--block_length: must divide the 32 new tokens, got 12"),
         (["--block_length", "2", "--mask_rates", "0.2"], "--mask_rates: 0.2 of 2 tokens is none"),
         (["--methods", "sparse"], "--methods: must be some of origin"),

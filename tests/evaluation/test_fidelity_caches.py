@@ -27,15 +27,25 @@ RATES = [1.0, 0.75, 0.5, 0.25]
 SPARSE = SparseDConfig(0.5, 0.4, 16)
 
 
-@pytest.fixture(params=["dream", "llada"])
-def model(request, tmp_path):
-    return load_model(tiny_folder(tmp_path / "model", request.param), device="cpu", dtype="float32")
+@pytest.fixture(scope="module", params=["dream", "llada"])
+def folder(request, tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("model") / request.param, request.param)
 
 
-@pytest.fixture
-def twin(model, tmp_path):
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def twin(model, folder):
+    config = json.loads((folder / "config.json").read_text())
     return reference_blocks.Model.of(model.family, model.state_dict(), config)
+
+
+@pytest.fixture(scope="module")
+def full(twin):
+    return forced(twin, window_of(), "none", None, None)
 
 
 def window_of(seed=0):
@@ -78,15 +88,14 @@ def forced(twin, window, cache, refresh, sparse):
 
 
 CACHES = [("dual", 1), ("dual", 2), ("prefix", 1), ("prefix", 2)]
-CASES = [
-    (*cache, sparse) for cache in CACHES for sparse in (None, SPARSE, replace(SPARSE, skip=0.2, dense_answer=True))
-]
+CASES = [(*cache, sparse) for cache in CACHES for sparse in (None, replace(SPARSE, dense_answer=True))]
+CASES += [("dual", 0, None), ("dual", 1, SPARSE), ("dual", 1, replace(SPARSE, skip=0.2))]
 
 
-@pytest.mark.parametrize(("cache", "refresh", "sparse"), [*CASES, ("dual", 0, None)])
-def test_a_line_is_what_a_run_of_the_reference_finds(model, twin, cache, refresh, sparse):
+@pytest.mark.parametrize(("cache", "refresh", "sparse"), CASES)
+def test_a_line_is_what_a_run_of_the_reference_finds(model, twin, full, cache, refresh, sparse):
     window = window_of()
-    full, found = (forced(twin, window, *way) for way in (("none", None, None), (cache, refresh, sparse)))
+    found = forced(twin, window, cache, refresh, sparse)
     variant = Variant("origin" if sparse is None else "sparsed", sparse, Saving(cache=cache, refresh=refresh))
     meter, called = Meter(model, block_length=BLOCK), []
     lines = meter.measure(window, {variant: RATES}, lambda: called.append(None))
@@ -161,7 +170,7 @@ def test_the_command_sweeps_caches_and_resumes(tmp_path, capsys):
     assert command.main(words) == 0
     lines = list(map(json.loads, (tmp_path / "run" / SAMPLES).read_text().splitlines()))
     found = {(one["method"], one.get("cache"), one.get("refresh")) for one in lines if one["kind"] == "text"}
-    caches = [(None, None), ("dual", 1), ("dual", 2), ("dual", 0)]
+    caches = [(None, None), ("dual", None), ("dual", 2), ("dual", 0)]
     assert found == {("origin", *one) for one in caches} | {("sparsed", *one) for one in caches[:3]} | {
         ("window", None, None)
     }
@@ -175,6 +184,10 @@ def test_the_command_sweeps_caches_and_resumes(tmp_path, capsys):
 
 def test_the_default_blocks_are_the_samplers(tmp_path):
     words = ["--model_path", "m", "--texts", "t", "--out", str(tmp_path), "--cache", "dual"]
-    assert parse(words).block_length == 32 and parse([*words, "--seq_len", "16"]).block_length == 16
+    assert (
+        parse(words).block_length == 32 and parse([*words, "--seq_len", "16", "--methods", "window"]).block_length == 16
+    )
     assert parse(words[:-2]).block_length is None
     assert math.isclose(parse(words).masked(0.5), 0.125)
+    # whatever caches are asked for, all is compared with full attention without one
+    assert parse(words).variants[0] == FULL and {one.saving.cache for one in parse(words).variants[1:]} == {"dual"}

@@ -6,10 +6,11 @@ from typing import Any
 
 from ...config import SparseDConfig
 from ...console.parser import Parser
-from ...console.readers import list_of, number_in, path, some_of, whole
-from ...sampling.saving import BLOCK_LENGTH, CACHES, Saving
+from ...console.readers import list_of, number_in, path, whole
+from ...sampling.saving import BLOCK_LENGTH, Saving
 from ...sampling.unmasking import steps_a_block
 from ..arguments import (
+    GOES_ON,
     METHOD_LINES,
     add_methods,
     add_model,
@@ -21,6 +22,7 @@ from ..arguments import (
     length,
 )
 from ..methods import Variant, needs_scores, variants
+from ..savings import add_caches, savings_of
 
 EXAMPLES = """\
 methods:
@@ -31,19 +33,15 @@ examples:
   python -m sparsed.evaluation.fidelity --model_path GSAI-ML/LLaDA-1.5 --texts books/*.txt --lengths 4k,8k \\
       --select 0.1,0.3 --block_size 32,128 --dense_answer both --out runs/books
 
-The same command goes on where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
-130 interrupted (Ctrl-C), 143 terminated.
-"""
+{goes_on}"""
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What the flags of the same names ask for.
+class TextArguments:
+    """What the flags of the same names ask for that both measures have.
 
     Args:
-        configs: every combination of SparseD's settings.
-        variants: the methods, each with all of them that mean something to it, under every cache; full attention first.
-        block_length: None where the region is one block.
+        variants: every method with all settings that mean something to it; full attention that saves nothing first.
         parser: for what turns out wrong later.
     """
 
@@ -53,17 +51,28 @@ class Arguments:
     dtype: str
     texts: list[Path]
     lengths: list[int]
-    mask_rates: list[float]
     limit: int
     seq_len: int
-    block_length: int | None
     out: Path
     backend: str
     parallel: str
     quiet: bool
-    configs: list[SparseDConfig]
     variants: list[Variant]
     parser: Parser
+
+
+@dataclass(frozen=True)
+class Arguments(TextArguments):
+    """The same with this measure's own.
+
+    Args:
+        block_length: None where the region is one block.
+        configs: every combination of SparseD's settings.
+    """
+
+    mask_rates: list[float]
+    block_length: int | None
+    configs: list[SparseDConfig]
 
     def masked(self, rate: float) -> float:
         """Share of the region that is masked, at least, where this share of a block is."""
@@ -79,20 +88,19 @@ def parse(argv: list[str] | None) -> Arguments:
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     check_folder(parser, given["out"])
-    settings, saved = configs(given), savings(given)
-    methods = ["origin", *given.pop("methods")]
+    settings, methods = configs(given), given.pop("methods")
+    with blame_setting(parser):
+        saved = savings_of(given)
     args = Arguments(**given, configs=settings, variants=[], parser=parser)
     if any(saving.cached for saving in saved) and args.block_length is None:
         args = replace(args, block_length=min(BLOCK_LENGTH, args.seq_len))
-    if args.seq_len >= min(args.lengths):
-        parser.error(f"argument --seq_len: {args.seq_len} new tokens leave nothing of {min(args.lengths)} before them")
+    check_lengths(parser, args.seq_len, args.lengths)
     block, lowest = args.block_length or args.seq_len, min(args.mask_rates)
     with blame_setting(parser):
         blocks = args.seq_len // steps_a_block(args.seq_len, args.seq_len, block)
     if not round(lowest * block):
         parser.error(f"argument --mask_rates: {lowest:g} of {block} tokens is none")
-    found = variants(methods, settings, saved)
-    args = replace(args, variants=[variant for variant in found if not idle(variant, blocks)])
+    args = replace(args, variants=compared(parser, methods, settings, saved, blocks))
     for variant in args.variants:
         if not sparse_at(variant, args.masked(lowest)):
             skip = variant.names["skip"]
@@ -100,11 +108,23 @@ def parse(argv: list[str] | None) -> Arguments:
     return args
 
 
-def savings(given: dict[str, Any]) -> list[Saving]:
-    """Every combination of a cache and how often it is filled, which are taken out of `given`."""
-    caches, refreshes = given.pop("cache"), given.pop("refresh")
-    found = [Saving(cache=cache, refresh=None if cache == "none" else n) for cache in caches for n in refreshes]
-    return list(dict.fromkeys(found))
+def check_lengths(parser: Parser, seq_len: int, lengths: list[int]) -> None:
+    """Exit with code 2 if the new tokens leave nothing of a document before them."""
+    if seq_len >= min(lengths):
+        parser.error(f"argument --seq_len: {seq_len} new tokens leave nothing of {min(lengths)} before them")
+
+
+def compared(
+    parser: Parser, methods: list[str], settings: list[SparseDConfig], saved: list[Saving], blocks: int
+) -> list[Variant]:
+    """Full attention that saves nothing, and every other combination but those that are full attention as well; exit
+    code 2 if a method has no other."""
+    found = [*variants(["origin"], settings), *variants(["origin", *methods], settings, saved)]
+    kept = list(dict.fromkeys(variant for variant in found if not idle(variant, blocks)))
+    for method in methods:
+        if all(variant.method != method for variant in kept):
+            parser.error(f"argument --refresh: of {method}, none of the forwards that fill a cache would be sparse")
+    return kept
 
 
 def idle(variant: Variant, blocks: int) -> bool:
@@ -130,10 +150,23 @@ def build_parser() -> Parser:
         "evidence lies far back, full attention clearly beats a window that reads as much. A method is left out at "
         "mask rates at which its --skip has attention full. Every result is a line of samples.jsonl in the folder "
         "--out; summary.json, table.md and plots are made of these lines.",
-        epilog=EXAMPLES.format(methods=METHOD_LINES),
+        epilog=EXAMPLES.format(methods=METHOD_LINES, goes_on=GOES_ON),
     )
     add_model(parser)
     group = parser.add_argument_group("what to measure")
+    add_texts(group)
+    about = "shares of the new tokens that are masked, of those of each block (default: 0.75,0.5,0.25)"
+    rates = list_of(number_in(0, 1, above=True))
+    group.add_argument("--mask_rates", type=rates, default=[0.75, 0.5, 0.25], metavar="VALUES", help=about)
+    add_methods(group)
+    add_sparsed(parser)
+    add_blocks(parser)
+    add_running(parser)
+    return parser
+
+
+def add_texts(group: Any) -> None:
+    """Add the documents, how much of them is read, and how much of that is taken for new."""
     group.add_argument(
         "--texts",
         type=path,
@@ -144,26 +177,16 @@ def build_parser() -> Parser:
     )
     about = "tokens of a document that are read, the new ones included: 1k to 128k, or numbers (default: %(default)s)"
     group.add_argument("--lengths", type=list_of(length), default="4k", metavar="LENGTHS", help=about)
-    about = "shares of the new tokens that are masked, of those of each block (default: 0.75,0.5,0.25)"
-    rates = list_of(number_in(0, 1, above=True))
-    group.add_argument("--mask_rates", type=rates, default=[0.75, 0.5, 0.25], metavar="VALUES", help=about)
     about = "documents of each length, at most (default: %(default)s)"
     group.add_argument("--limit", type=whole(1), default=50, metavar="N", help=about)
     about = "new tokens: the last of each document's, taken for the generated region (default: %(default)s)"
     group.add_argument("--seq_len", type=whole(2), default=128, metavar="N", help=about)
-    add_methods(group)
-    add_sparsed(parser)
-    add_caches(parser)
-    add_running(parser)
-    return parser
 
 
-def add_caches(parser: Parser) -> None:
-    """Add the flags for caches, which take several values, and for the blocks that these are filled in."""
+def add_blocks(parser: Parser) -> Any:
+    """Add the flags for caches, and for the blocks that these are filled in; returns the group."""
     group = parser.add_argument_group("caches (some values with commas between: each of them, in all combinations)")
-    about = "as the scripts', as stale as in a run (default: none)"
-    group.add_argument("--cache", type=some_of(CACHES), default=["none"], metavar="NAMES", help=about)
-    about = "as the scripts'; SparseD is left out where no forward that fills a cache would be sparse (default: 1)"
-    group.add_argument("--refresh", type=list_of(whole(0)), default=[1], metavar="VALUES", help=about)
+    add_caches(group)
     about = f"of the new tokens, one written after the other (default: with a cache {BLOCK_LENGTH}, else one of all)"
     group.add_argument("--block_length", type=whole(1), metavar="N", help=about)
+    return group

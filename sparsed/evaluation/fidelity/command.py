@@ -4,22 +4,18 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from ...backends import BackendError
-from ...chat import ChatTemplateError
 from ...console.endings import blame
-from ...console.streams import tell
 from ...console.workers import as_one
-from ...models import load_tokenizer
-from ...models.identity import files_digest
-from ...models.loading import model_family
 from ...ranks import Ranks
-from ..folder import MEASURE, Folder, Record
+from ..folder import MEASURE, Folder
 from ..methods import Variant
-from ..running import Progress, claimed, report, resumed, source, team_and_model, warn_of_length
+from ..running import Progress, report
 from . import plots
 from .arguments import Arguments, parse, sparse_at
-from .documents import Document, check_ids, read_documents
+from .documents import Document
 from .gate import Gate
 from .measuring import FULL, Asked, Meter, key
+from .preparing import prepare
 from .results import identified, summarize, table
 from .windows import Window, planted, repeated, text_window
 
@@ -55,47 +51,13 @@ class Piece:
 
 def measure(args: Arguments, ranks: Ranks) -> None:
     """Everything between the checked flags and the table, by all processes together."""
-    option, path = source(args)
-    with blame(args, option):
-        model_family(path)  # what is not supported is said before its tokenizer is missed
-        tokenizer = load_tokenizer(path)
-    with blame(args, "--texts", (ValueError, ChatTemplateError)):
-        documents = read_documents(args.texts, tokenizer)
-    chosen, counts = choose(args, documents)
-    pieces = [piece for length, found in chosen.items() for piece in plan(args, found, length)]
-    team, model = team_and_model(args, ranks)
-    with blame(args, "--texts"):
-        check_ids(documents, model.config.vocab_size)
-    told = team.leads and not args.quiet
-    if told:
-        warn_of_length(model, "documents", max(args.lengths))
-        for length, count in counts.items():
-            tell(f"{length} tokens: {count['measured']} documents; {count['too_short']} are too short")
-    settings = {
-        MEASURE: "fidelity",
-        "seq_len": args.seq_len,
-        "block_length": args.block_length,
-        "backend": args.backend,
-        "texts": files_digest(args.texts),
-    }
-    folder = claimed(args, team, model, settings, identified, {"documents": counts})
-    finished = resumed(args, team, folder, told)
-    _run(args, Meter(model, args.backend, args.block_length), folder, team.own(pieces), finished, told)
-    team.wait()
-    if team.leads:
-        report(args, folder, [name for piece in pieces for name in piece.keys], summarize, table, plots.draw)
-
-
-def choose(args: Arguments, documents: list[Document]) -> tuple[dict[int, list[Document]], Record]:
-    """The documents that are measured at each length, and their numbers, with those of the ones that are too short."""
-    chosen, counts = {}, {}
-    for length in args.lengths:
-        long_enough = [document for document in documents if len(document.tokens) >= length]
-        if not long_enough:
-            args.parser.error(f"argument --texts: no document of {length} tokens")
-        chosen[length] = long_enough[: args.limit]
-        counts[str(length)] = {"measured": len(chosen[length]), "too_short": len(documents) - len(long_enough)}
-    return chosen, counts
+    work = prepare(args, ranks, {MEASURE: "fidelity", "block_length": args.block_length}, identified)
+    pieces = [piece for length, found in work.documents.items() for piece in plan(args, found, length)]
+    meter = Meter(work.model, args.backend, args.block_length)
+    _run(args, meter, work.folder, work.team.own(pieces), work.finished, work.told)
+    work.team.wait()
+    if work.team.leads:
+        report(args, work.folder, [name for piece in pieces for name in piece.keys], summarize, table, plots.draw)
 
 
 def plan(args: Arguments, documents: list[Document], length: int) -> list[Piece]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..folder import Record
 from ..methods import METHODS
-from ..results import FULL_ATTENTION, NUMBERS, VARIANT, groups, title_of, variant_of
+from ..results import FULL_ATTENTION, NUMBERS, VARIANT, groups, markdown, title_of, variant_of
 from ..scoring import Interval, bootstrap
 from .gate import judge, report, why_not
 from .measuring import FULL, key
@@ -123,16 +123,17 @@ def _of_length(found: Record, summary: Record) -> str:
 
 def _of_rate(rows: list[Record]) -> str:
     shown = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
-    lines = [["method", "density", *(COLUMNS[name][0] for name in shown)]]
-    lines.append(["---"] * len(lines[0]))
-    lines += [[title_of(row), f"{row['density']:.2f}", *(_figure(row, name) for name in shown)] for row in rows]
+    columns, lines = ["method", "density", *(COLUMNS[name][0] for name in shown)], []
+    for row in rows:
+        figures = (figure(row[name], *COLUMNS[name][1:]) for name in shown)
+        lines.append([title_of(row), f"{row['density']:.2f}", *figures])
     title = f"#### {rows[0]['mask_rate']:.0%} masked: {rows[0]['n']} tokens of {rows[0]['documents']} documents"
-    return f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{title}\n\n{markdown(columns, lines)}".rstrip("\n")
 
 
-def _figure(row: Record, name: str) -> str:
-    if row[name] is None:
+def figure(interval: Interval | None, factor: float, form: str) -> str:
+    """A value with its interval, for a table."""
+    if interval is None:
         return "-"
-    _, factor, form = COLUMNS[name]
-    value, low, high = (f"{factor * part:{form}}" for part in row[name])
+    value, low, high = (f"{factor * part:{form}}" for part in interval)
     return f"{value} ({low} to {high})"
