@@ -40,7 +40,7 @@ OFF, PROMPT_KEPT, ANSWER_KEPT = "#f2f2f2", "#3b6ea5", "#e07b39"
 
 @dataclass(frozen=True)
 class View:
-    """A run with full attention that is looked at, by default that of the README's pictures.
+    """A run with full attention that is looked at, by default that of the pictures in docs/results.md.
 
     Args:
         config: what SparseD would do.

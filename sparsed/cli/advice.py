@@ -28,7 +28,7 @@ SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
 # the flags of SparseD, which mean nothing to full attention
 SPARSED = ("skip", "select", "block_size", "dense_answer", "backend")
 # dense answer rows are timed with as many blocks as the paper's rule keeps (nearer to full attention), and with half as
-# many (as near to it); below the share FEWEST no measurement supports that (README, "Dense answer rows")
+# many (as near to it); below the share FEWEST no measurement supports that (docs/results.md, "Dense answer rows")
 FEWER_BLOCKS, FEWEST = (1, 2), 0.1
 
 
