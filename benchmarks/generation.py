@@ -289,6 +289,7 @@ def _line(family: str, row: dict[str, Any], name: str) -> list[str]:
         return [family, row["length"], f"{name}: {way.get('error', 'a kernel is wrong')}", *["-"] * (len(STEPS) + 2)]
     entries = [way["steps"][str(steps)] for steps in STEPS]
     step = entries[0]["forwards"].get(CACHED)
+    memory = (way if "peak_memory_bytes" in way else entries[0])["peak_memory_bytes"]
     return [
         family,
         row["length"],
@@ -299,7 +300,7 @@ def _line(family: str, row: dict[str, Any], name: str) -> list[str]:
             for e in entries
         ),
         "-" if step is None else f"{1e3 * step['seconds']['median']:.2f} ms",
-        f"{(way.get('peak_memory_bytes') or entries[0]['peak_memory_bytes']) / 2**30:.1f} GiB",
+        f"{memory / 2**30:.1f} GiB",
     ]
 
 

@@ -96,7 +96,7 @@ OTHERS = [
     ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised", "were made from"),
     ("quantization", {"group_size": 64, "bits": 4}, "quantised", "were made from"),
     ("compression_config", {"format": "pack-quantized"}, "quantised", "were made from"),
-    ("vision_config", {"depth": 32}, "images", "text alone"),
+    ("vision_config", {"depth": 32}, "images", "text-only"),
 ]
 
 
