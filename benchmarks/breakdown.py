@@ -19,10 +19,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from sparsed import SparseDConfig, sparsify
+from sparsed.evaluation.results import markdown
 from sparsed.run import synchronize
 from sparsed.sampling.common import Step
 
-from .common import LENGTHS, NEW_TOKENS, build_parser, markdown, new_record, parse_arguments, require_gpu, save
+from .common import LENGTHS, NEW_TOKENS, build_parser, new_record, parse_arguments, require_gpu, save
 from .latency import sample
 from .shapes import SHAPES, random_model
 

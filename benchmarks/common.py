@@ -117,9 +117,3 @@ def brief(samples: list[float]) -> dict[str, Any] | None:
 def clamp(value: float, low: int, high: int) -> int:
     """The whole part of `value`, but at least `low` and at most `high`."""
     return max(low, min(high, int(value)))
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -25,9 +25,10 @@ from sparsed.backends import DENSE, Problem, choose_backend, sparse_attention
 from sparsed.blocks import BlockGrid
 from sparsed.console.parser import Parser
 from sparsed.console.readers import config_field, list_of, number_in, whole
+from sparsed.evaluation.results import markdown
 
 from .attention import random_pattern
-from .common import LENGTHS, NEW_TOKENS, build_parser, markdown, new_record, parse_arguments, require_gpu, save, summary
+from .common import LENGTHS, NEW_TOKENS, build_parser, new_record, parse_arguments, require_gpu, save, summary
 from .kernels import DTYPE, Gate, Heads, attention_gate, random_heads
 from .latency import Generation, Schedule, Settings, WrongKernel, checked_kernel, generation, load
 from .phases import WHOLE, bound, whole_run

@@ -34,13 +34,13 @@ from sparsed.evaluation.fidelity.documents import Document, check_ids, read_ids,
 from sparsed.evaluation.fidelity.measuring import compare
 from sparsed.evaluation.fidelity.windows import Window, shuffled
 from sparsed.evaluation.methods import METHODS
-from sparsed.evaluation.results import title_of
+from sparsed.evaluation.results import markdown, title_of
 from sparsed.evaluation.scoring import bootstrap
 from sparsed.kernels import block_scores, full_attention
 from sparsed.models.common import DiffusionLM
 from sparsed.sampling import FAMILIES
 
-from .common import build_parser, markdown, new_record, parse_arguments, save
+from .common import build_parser, new_record, parse_arguments, save
 
 # rows of the full forward, and keys of the answer's, that follow the paper's kept blocks while all others are dense
 PARTS = ("the prompt's rows", "the answer's rows", "the answer's rows: prompt keys", "the answer's rows: answer keys")

@@ -29,6 +29,7 @@ from sparsed import SparseDConfig
 from sparsed.backends import DENSE, Problem, choose_backend
 from sparsed.console.parser import Parser
 from sparsed.console.readers import whole
+from sparsed.evaluation.results import markdown
 from sparsed.kernels import full_attention, full_attention_kernel
 from sparsed.models.common import DiffusionLM
 from sparsed.run import synchronize
@@ -43,7 +44,6 @@ from .common import (
     LENGTHS,
     brief,
     build_parser,
-    markdown,
     new_record,
     parse_arguments,
     peak_memory,

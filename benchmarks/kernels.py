@@ -18,20 +18,10 @@ from sparsed import SparseDConfig
 from sparsed.blocks import Pattern
 from sparsed.console.parser import Parser
 from sparsed.console.readers import some_of
+from sparsed.evaluation.results import markdown
 from sparsed.kernels import error_and_bound
 
-from .common import (
-    LENGTHS,
-    NEW_TOKENS,
-    build_parser,
-    clamp,
-    markdown,
-    new_record,
-    parse_arguments,
-    require_gpu,
-    save,
-    summary,
-)
+from .common import LENGTHS, NEW_TOKENS, build_parser, clamp, new_record, parse_arguments, require_gpu, save, summary
 from .shapes import SHAPES, ModelConfig, attention_shape, model_config
 
 BLOCK_SIZES = ("128", "64", "32")

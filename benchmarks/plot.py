@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsed.console.parser import Parser
+from sparsed.evaluation.results import markdown
 
-from .common import markdown
 from .phases import RUNS, WHOLE
 
 COLUMNS = [

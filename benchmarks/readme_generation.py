@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from .common import LENGTHS, markdown
+from sparsed.evaluation.results import markdown
+
+from .common import LENGTHS
 
 Record = dict[str, Any]
 EQUAL, FEWER = "256", "72"

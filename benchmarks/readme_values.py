@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from sparsed import SparseDConfig
+from sparsed.evaluation.results import markdown
 
-from .common import markdown
 from .phases import derive
 from .plot import overview
 from .readme_generation import generation_figures, generation_table, generation_table_short

@@ -199,12 +199,12 @@ def _length_table(length: int | None, summary: Record) -> str:
         line += [_figure(average, "accuracy"), *(_figure(average, name) for name in differences)]
         lines.append([*line, *(_work(average, name) for name in work)])
     text = f"### {title}\n\nAccuracy in %, 95 % intervals, {samples} samples a cell.\n\n"
-    return text + markdown(columns, lines)
+    return f"{text}{markdown(columns, lines)}\n"
 
 
 def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ["---"] * len(columns), *lines))
+    """A table in Markdown, without a line break at its end."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def _work(average: Record, name: str) -> str:

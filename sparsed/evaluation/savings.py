@@ -44,10 +44,9 @@ def savings_of(given: dict[str, Any]) -> list[Saving]:
         for cache, number in product(caches, refreshes or [1])
     ]
     thresholds, factors = given.pop("threshold", None), given.pop("factor", [])
-    bounds: list[dict[str, float | None]] = [{"factor": value} for value in factors]
-    bounds = [{"threshold": value} for value in thresholds or ([] if factors else [None])] + bounds
+    bounds = [(value, None) for value in thresholds or ([] if factors else [None])] + [(None, f) for f in factors]
     found = [
-        Saving(cache=cache, refresh=refresh, **bound)  # type: ignore[arg-type]
-        for (cache, refresh), bound in product(fills, bounds)
+        Saving(cache=cache, refresh=refresh, threshold=threshold, factor=factor)
+        for (cache, refresh), (threshold, factor) in product(fills, bounds)
     ]
     return list(dict.fromkeys(found))

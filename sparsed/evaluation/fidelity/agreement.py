@@ -128,7 +128,7 @@ def _of_length(rows: list[Record], summary: Record) -> str:
         "median. The bound is on the negative log-likelihood of the text under full attention, in nats a token: read "
         "it beside the repetitions, which are likely."
     )
-    return f"{title}\n\n{about}\n\n{markdown(columns, lines)}"
+    return f"{title}\n\n{about}\n\n{markdown(columns, lines)}\n"
 
 
 def draw(summary: Record, folder: Path) -> None:

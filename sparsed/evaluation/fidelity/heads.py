@@ -162,7 +162,7 @@ def table(summary: Record) -> str:
         figures = [figure(row[name], 100, ".1f") for name in SHARES]
         lowest = f"{100 * np.min(row['by_head']['later']):.1f}"
         lines.append([f"{row['length']:,}", str(row["documents"]), title_of(row), *figures, lowest])
-    return markdown(columns, lines)
+    return markdown(columns, lines) + "\n"
 
 
 def draw(summary: Record, folder: Path) -> None:

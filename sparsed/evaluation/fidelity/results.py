@@ -128,7 +128,7 @@ def _of_rate(rows: list[Record]) -> str:
         figures = (figure(row[name], *COLUMNS[name][1:]) for name in shown)
         lines.append([title_of(row), f"{row['density']:.2f}", *figures])
     title = f"#### {rows[0]['mask_rate']:.0%} masked: {rows[0]['n']} tokens of {rows[0]['documents']} documents"
-    return f"{title}\n\n{markdown(columns, lines)}".rstrip("\n")
+    return f"{title}\n\n{markdown(columns, lines)}"
 
 
 def figure(interval: Interval | None, factor: float, form: str) -> str:
