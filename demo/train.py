@@ -291,5 +291,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def main() -> None:
     Trainer(arguments()).run()
+
+
+if __name__ == "__main__":
+    main()
