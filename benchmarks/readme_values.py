@@ -15,6 +15,7 @@ from sparsed.evaluation.results import markdown
 from .phases import derive
 from .plot import overview
 from .readme_generation import generation_figures, generation_table, generation_table_short
+from .readme_judge import judge_figures, judge_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -109,6 +110,7 @@ def tables() -> dict[str, str]:
         "generation": generation_table(_generation(), TITLES),
         "generation-short": generation_table_short(_generation(), TITLES),
         "quality-short": _quality(),
+        **judge_tables(),
     }
 
 
@@ -125,6 +127,7 @@ def figures() -> dict[str, str]:
         **generation_figures(_generation()),
         **_released_figures(),
         **_parity_figures(),
+        **judge_figures(),
         **{f"show.{family}": f"{100 * benchmark(f'show-{family}-cpu')['cost']:.1f}" for family in TITLES},
     }
 

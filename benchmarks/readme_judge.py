@@ -1,0 +1,216 @@
+"""The pages' tables of quality, on the real model and under caches on the demo models, and the figures around them."""
+
+import json
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sparsed.evaluation.results import markdown
+
+ROOT = Path(__file__).parents[1]
+TITLES = {"dream": "Dream", "llada": "LLaDA"}
+SIZES = (128, 64, 32)
+HALF = 0.5  # the share of the masked tokens in the tables of one rate
+PAPER, DENSE, SHARED = "SparseD, the paper's", "dense answer rows", "without isolated selection"
+Row = dict[str, Any]
+
+# the table's line: what a row of the judge's table has
+JUDGED = {
+    **{f"{PAPER}, select {select}": {"method": "sparsed", "select": select} for select in (0.5, 0.3, 0.2, 0.1)},
+    **{
+        f"{DENSE}, {select}": {"method": "sparsed", "select": select, "dense_answer": True}
+        for select in (0.5, 0.3, 0.2, 0.1, 0.05)
+    },
+    **{f"{SHARED}, {select}": {"method": "no_isolation", "select": select} for select in (0.3, 0.1)},
+    "sliding window, 0.3": {"method": "window", "select": 0.3},
+    "StreamingLLM, 0.3": {"method": "streaming", "select": 0.3},
+}
+SKIPS = {"0": 0.0, "0.05": 0.05, "0.2": 0.2}
+# the line of the tables under caches: what its row has, and whether SparseD's blocks have 128 tokens
+FULL, DUAL = {"method": "origin"}, {"method": "origin", "cache": "dual"}
+FAST = {"method": "sparsed", "select": 0.15, "dense_answer": True, "cache": "dual"}
+NEAR = {"method": "sparsed", "select": 0.3, "dense_answer": True, "cache": "dual"}
+PLAIN = {"method": "sparsed", "select": 0.3, "cache": "dual"}
+CACHED = {
+    "prefix cache": {"method": "origin", "cache": "prefix"},
+    "prefix cache, all rows once": {"method": "origin", "cache": "prefix", "refresh": 0},
+    "dual cache": DUAL,
+    "dual cache, all rows at every 2nd block": DUAL | {"refresh": 2},
+    "dual cache, all rows at every 4th block": DUAL | {"refresh": 4},
+    "dual cache, all rows once": DUAL | {"refresh": 0},
+    f"dual cache, {PAPER}, 0.3": PLAIN,
+    f"dual cache, SparseD, {DENSE}, 0.3": NEAR,
+    f"dual cache, SparseD, {DENSE}, 0.15": FAST,
+}
+WRITTEN = {
+    "full attention": FULL,
+    "full attention, threshold 0.9": FULL | {"threshold": 0.9},
+    "full attention, threshold 0.7": FULL | {"threshold": 0.7},
+    "full attention, half of the steps": FULL | {"steps": 64},
+    "full attention, a quarter of the steps": FULL | {"steps": 32},
+    f"{PAPER}, select 0.3": {"method": "sparsed", "select": 0.3},
+    f"SparseD, {DENSE}, 0.3": {"method": "sparsed", "select": 0.3, "dense_answer": True},
+    "dual cache": DUAL,
+    "dual cache, threshold 0.7": DUAL | {"threshold": 0.7},
+    "dual cache, factor 2": DUAL | {"factor": 2.0},
+    "dual cache, all rows once": DUAL | {"refresh": 0},
+    f"dual cache, SparseD, {DENSE}, 0.15": FAST,
+    f"dual cache, SparseD, {DENSE}, 0.15, threshold 0.9": FAST | {"threshold": 0.9},
+    f"dual cache, SparseD, {DENSE}, 0.15, threshold 0.7": FAST | {"threshold": 0.7},
+}
+ANSWERED = {
+    "threshold 0.9": FULL | {"threshold": 0.9},
+    "dual cache": DUAL,
+    "dual cache, all rows once": DUAL | {"refresh": 0},
+    "dual cache, threshold 0.9": DUAL | {"threshold": 0.9},
+    f"dual cache, {PAPER}, 0.3": PLAIN,
+    f"dual cache, SparseD, {DENSE}, 0.3": NEAR,
+    f"dual cache, SparseD, {DENSE}, 0.15": FAST,
+    f"dual cache, SparseD, {DENSE}, 0.15, threshold 0.9": FAST | {"threshold": 0.9},
+}
+# what a variant has unless its line says otherwise
+UNSAID = dict.fromkeys(("cache", "refresh", "threshold", "factor", "dense_answer"))
+
+
+@cache
+def judged(name: str) -> dict[str, Any]:
+    """What the judge found on the real model: table, caches, written or heads."""
+    return json.loads((ROOT / "demo/real/results" / name / "summary.json").read_text(encoding="utf-8"))
+
+
+def found(rows: list[Row], wanted: Row) -> Row:
+    """The one row that has all of this, and of a variant nothing more."""
+    wanted = UNSAID | wanted
+    (row,) = (row for row in rows if all(row[name] == value for name, value in wanted.items()))
+    return row
+
+
+def judge_row(wanted: Row, size: int, length: int = 4096, skip: float = 0.2) -> Row:
+    """A row of the judge's table."""
+    skips = {"skip": skip if wanted["method"] in ("sparsed", "no_isolation") else None}
+    return found(judged("table")["rows"], {**wanted, **skips, "block_size": size, "length": length})
+
+
+def cached_row(wanted: Row, rate: float = HALF) -> Row:
+    """A row of the judge's table of caches."""
+    size = {"block_size": 128} if wanted["method"] == "sparsed" else {}
+    return found(judged("caches")["rows"], {**wanted, **size, "mask_rate": rate})
+
+
+def interval(values: list[float] | None, form: str = "+.3f", factor: float = 1) -> str:
+    """A value and its interval."""
+    return "-" if values is None else "{} ({} to {})".format(*(f"{factor * value:{form}}" for value in values))
+
+
+def judge_table() -> str:
+    """Markdown: nats lost by each way to attend, at three sizes of blocks; the share of tokens that stay the same."""
+    lines = []
+    for title, wanted in JUDGED.items():
+        rows = [judge_row(wanted, size) for size in SIZES]
+        lines.append([title, *(interval(row["difference"]) for row in rows), f"{100 * rows[0]['same'][0]:.1f}"])
+    return markdown(["", *(f"blocks of {size}" for size in SIZES), "same token, %"], lines)
+
+
+def judge_longer_table() -> str:
+    """Markdown: the same at 8,192 tokens, as far as it was measured there."""
+    lines = [
+        [title, *(interval(judge_row(wanted, size, 8192)["difference"]) for size in (128, 32))]
+        for title, wanted in JUDGED.items()
+        if wanted["select"] in (0.3, 0.1) and wanted["method"] != "no_isolation"
+    ]
+    return markdown(["8,192 tokens", "blocks of 128", "blocks of 32"], lines)
+
+
+def caches_table() -> str:
+    """Markdown: nats lost under caches at three mask rates, and against full attention with the same cache."""
+    rates = (0.75, HALF, 0.25)
+    lines = []
+    for title, wanted in CACHED.items():
+        rows = [cached_row(wanted, rate) for rate in rates]
+        against = interval(rows[1]["sparse"]) if wanted["method"] == "sparsed" else "-"
+        lines.append([title, *(interval(row["difference"]) for row in rows), against])
+    return markdown(["", *(f"{rate:.0%} masked" for rate in rates), f"{HALF:.0%}: to the cache's own"], lines)
+
+
+def written_row(wanted: Row) -> Row:
+    """A row of the judge's whole generations."""
+    return found(judged("written")["rows"], {"steps": 128, **wanted})
+
+
+def written_table() -> str:
+    """Markdown: whole generations: forwards, tokens like full attention's, repetitions, likelihood."""
+    lines = []
+    for title, wanted in WRITTEN.items():
+        row = written_row(wanted)
+        few = sum(row["forwards"].values()) - row["whole"]
+        forwards = f"{row['whole']:.0f} + {few:.0f}"
+        likely = interval(row["difference"], "+.2f")
+        same, repeated = (f"{100 * row[name][0]:.0f}" for name in ("same", "repeated"))
+        lines.append([title, forwards, same, repeated, likely])
+    return markdown(["", "forwards: all rows + few", "same tokens, %", "repeated, %", "nats, to full attention"], lines)
+
+
+@cache
+def answers(name: str) -> dict[str, Any]:
+    """The summary of an evaluation of a demo model under caches."""
+    return json.loads((ROOT / "demo/evaluation" / name / "summary.json").read_text(encoding="utf-8"))
+
+
+def answered_row(family: str, wanted: Row, folder: str = "caches") -> Row:
+    """The average over tasks of a demo model under caches."""
+    return found(answers(f"{family}-{folder}")["averages"], wanted)
+
+
+def answered_table() -> str:
+    """Markdown: points of accuracy against full attention, and the forwards of a batch."""
+    lines = []
+    for title, wanted in ANSWERED.items():
+        rows = [answered_row(*place) for place in product(TITLES, [wanted], ("caches", "caches-ragged"))]
+        forwards = f"{rows[0]['forwards']:.3g}"
+        lines.append([title, *(points(row) for row in rows), forwards])
+    names = [f"{title}, {tokens}" for title, tokens in product(TITLES.values(), ("4,096", "4,010"))]
+    return markdown(["", *names, "forwards"], lines)
+
+
+def points(row: Row, name: str = "difference") -> str:
+    """Points of accuracy with their interval."""
+    return f"{row[name]:+.1f} ({row[f'{name}_low']:+.1f} to {row[f'{name}_high']:+.1f})"
+
+
+def judge_tables() -> dict[str, str]:
+    """Every table here, by name."""
+    return {
+        "judge": judge_table(),
+        "judge-8k": judge_longer_table(),
+        "caches-judge": caches_table(),
+        "caches-written": written_table(),
+        "caches-demo": answered_table(),
+    }
+
+
+def judge_figures() -> dict[str, str]:
+    """Every figure here, by name."""
+    paper, dense = ({"method": "sparsed", "select": 0.3, "dense_answer": which} for which in (None, True))
+    gate = judged("table")["lengths"][0]["gates"][0]
+    heads = found(judged("heads")["rows"], {"method": "sparsed", "block_size": 128})
+    values = {
+        **{f"judge.paper.{name}": judge_row(paper, 128, skip=skip)["difference"] for name, skip in SKIPS.items()},
+        **{f"judge.dense.{name}": judge_row(dense, 128, skip=skip)["difference"] for name, skip in SKIPS.items()},
+        "judge.full": judge_row(FULL | {"skip": None}, None)["nll"],
+        "judge.isolated": judge_row(paper | {"select": 0.2}, 32)["difference"],
+        "judge.shared": judge_row(paper | {"method": "no_isolation", "select": 0.2}, 32)["difference"],
+        "judge.dense.2": judge_row(dense | {"select": 0.2}, 128)["difference"],
+        "judge.dense.1": judge_row(dense | {"select": 0.1}, 128)["difference"],
+        **{f"judge.gate.{name}": gate[name]["advantage"] for name in ("planted", "copy", "repeated")},
+        **{f"caches.{name}": cached_row(row)["difference"] for name, row in (("dual", DUAL), ("fast", FAST), ("near", NEAR))},
+        "caches.once": cached_row(DUAL | {"refresh": 0})["difference"],
+        **{f"caches.{name}.added": cached_row(row)["sparse"] for name, row in (("fast", FAST), ("near", NEAR))},
+        "written.half": written_row(FULL | {"steps": 64})["difference"],
+        "written.quarter": written_row(FULL | {"steps": 32})["difference"],
+    }
+    percents = {f"heads.{name}": heads[name] for name in ("held", "later", "heads", "steps_alike")}
+    return {
+        **{name: f"{value[0]:.3f}" for name, value in values.items()},
+        **{name: f"{100 * value[0]:.0f}" for name, value in percents.items()},
+    }
