@@ -374,7 +374,7 @@ def test_wrong_caches_are_one_line_before_the_model_is_loaded(tmp_path, capsys, 
 def test_wrong_caches_are_refused_with_the_flags(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.parse([*SMALL, "--refresh", "1", "--out", str(tmp_path)])
-    assert capsys.readouterr().err.endswith("argument --refresh: needs a cache, which is filled anew: prefix or dual\n")
+    assert capsys.readouterr().err.endswith("argument --refresh: needs a cache to refresh: prefix or dual\n")
 
 
 @pytest.mark.parametrize(
