@@ -183,7 +183,7 @@ def gate_lines(planted=20.0, anyway=10.0, repeated=None, documents=6):
         (gate_lines(repeated=10.5), "happens to be repeated"),
         # one document alone shows it: the mean is high, and its interval holds nothing
         (gate_lines(10.0) + [line("f", "window", "planted", 60.0)], "where the evidence was planted"),
-        ([line(name) for name in "abcdef"], "out of a window's reach"),
+        ([line(name) for name in "abcdef"], "beyond a window's reach"),
     ],
 )
 def test_the_gate(lines, why):
