@@ -213,7 +213,7 @@ def test_a_line_without_what_the_summary_needs_does_not_count(tmp_path, field):
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": 3, "calls": []}', '{"settings": {}}'])
 def test_a_file_of_somebody_elses_is_refused(tmp_path, content):
     (tmp_path / RUN).write_text(content)
-    with pytest.raises(OtherRun, match="none of an evaluation's"):
+    with pytest.raises(OtherRun, match="is not an evaluation's"):
         Folder(tmp_path).claim({"seed": 0}, {})
     assert (tmp_path / RUN).read_text() == content
 
@@ -536,7 +536,7 @@ def test_a_damaged_line_does_not_count(tmp_path, changes):
     (tmp_path / SAMPLES).write_text(f"{json.dumps(good)}\n{json.dumps(good | {'id': 's1'} | changes)}\n{nested}\n")
     assert list(Folder(tmp_path).finished().values()) == [good]
     (tmp_path / RUN).write_text(nested)
-    with pytest.raises(OtherRun, match="none of an evaluation's"):
+    with pytest.raises(OtherRun, match="is not an evaluation's"):
         Folder(tmp_path).claim({"seed": 0}, {})
 
 

@@ -207,7 +207,7 @@ def test_the_table_of_what_can_tell():
     lines = gate_lines() + [line(name, "sparsed", nll=11.0, kl=0.5, same=9) for name in "abcdef"]
     text = table(summary_of(lines + [line(name, rate=0.25, n=5) for name in "abcdef"], too_short=3))
     assert text.startswith(
-        "### 4,096 tokens, the last 20 of them generated\n\nThe gate, 50% masked, evidence 1,024 and "
+        "### 4,096 tokens, the last 20 of them generated\n\nThe gate, 50% masked, evidence 1,024 or "
     )
     assert "1.00 (1.00 to 1.00) where the evidence was planted (60 tokens of 6 documents)" in text
     assert "Left out as too short: 3." in text and "cannot tell" not in text
