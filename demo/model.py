@@ -97,7 +97,7 @@ def prepare(family: str, folder: Path, language: Language, width: int, layers: i
 
 
 def build(family: str, folder: Path) -> nn.Module:
-    """The float32 model of `folder`, with its weights if it has any, else initialised for training."""
+    """The float32 model of `folder`, with its weights if it has any, otherwise initialised for training."""
     _, config_class, model_class = FAMILIES[family]
     model = model_class(config_class.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
     if (folder / "model.safetensors").is_file():

@@ -118,7 +118,7 @@ class Encoder:
 
 
 class Chat:
-    """The chat template's pieces of one family; `shift` is 1 if row t predicts token t + 1 (Dream), else 0."""
+    """The chat template's pieces of one family; `shift` is 1 if row t predicts token t + 1 (Dream), otherwise 0."""
 
     def __init__(self, family: str, encode: Encoder):
         def ids(text: str) -> list[int]:

@@ -155,7 +155,7 @@ def _own_prompt(parser: Parser, option: str, args: argparse.Namespace) -> tuple[
             option = "--system"
             check_text(args.system, "the system turn")
             if args.chat is not None:
-                raise ValueError("not allowed with argument --chat, whose file may begin with a system turn")
+                raise ValueError("not allowed with argument --chat: its file may begin with a system turn")
             earlier = [{"role": "system", "content": args.system}]
     except ValueError as error:
         parser.error(f"argument {option}: {error}")

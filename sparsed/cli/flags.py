@@ -38,7 +38,7 @@ units: lengths are in tokens, shares are numbers from 0 to 1, all times are seco
 environment:
   HF_HOME            folder of downloaded models (default: ~/.cache/huggingface)
   HF_HUB_OFFLINE     1: use what is downloaded, and no network
-  HF_TOKEN           for models whose access is restricted; or log in once with: hf auth login
+  HF_TOKEN           for models with restricted access; or log in once with: hf auth login
 
 exit codes:
   0    done

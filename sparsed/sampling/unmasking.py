@@ -61,7 +61,7 @@ class Turn:
         chance: instead of counts: the probability with which each candidate is committed, whatever its rank.
         idle: nothing would be committed, so no logits are needed.
         start: its candidates are those from this position on.
-        opens: the number of the block whose first step this is; None inside a block, or where there are none.
+        opens: the number of the block that begins with this step; None inside a block, or if there are none.
         bound: with counts: commits all that are sure enough, and more only up to the counts.
         ends: end tokens; in the rows where its block is then complete or over and holds one, the later blocks get it.
         over: this is the block's last step, whatever is still masked.

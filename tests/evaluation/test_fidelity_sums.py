@@ -161,7 +161,7 @@ def test_dense_answer_rows_are_compared_with_the_same_without():
 
 
 def gate_lines(planted=20.0, anyway=10.0, repeated=None, documents=6):
-    """Full attention at one nat a token, the window at the sums given."""
+    """Full attention at one nat per token, the window at the sums given."""
     lines = []
     for name in "abcdefgh"[:documents]:
         pairs = (("planted", planted), ("text", anyway), ("repeated", repeated))
