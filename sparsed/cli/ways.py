@@ -123,7 +123,7 @@ def no_cache(job: Job, prompt_tokens: int) -> str | None:
     device = job.model.device
     needed = peak_bytes(job.model, cached, None, device, prompt_tokens) - weight_bytes(job.model)
     free = free_for_all(job.model.ranks, device, spread=job.args.device == "auto")
-    return None if needed <= free else f"caching takes {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
+    return None if needed <= free else f"caching takes {needed / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
 
 
 def canvas_of(job: Job, prompt_tokens: int) -> Tensor:

@@ -73,7 +73,7 @@ def shard(model: DiffusionLM, ranks: Ranks) -> None:
 
 
 def check_count(model: DiffusionLM, count: int) -> None:
-    """Raise ValueError unless this number of processes divides the heads and the MLP of a whole model."""
+    """Raise ValueError unless so many processes divide the heads, and the MLP, of a whole model."""
     sizes = model.config.sizes
     kv_heads = sizes.kv_width // model.config.head_dim
     common = math.gcd(sizes.heads, kv_heads, sizes.mlp_width)

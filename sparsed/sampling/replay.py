@@ -98,7 +98,7 @@ class Replays:
 
 
 def replayable(model: DiffusionLM) -> bool:
-    """Whether the model is on one GPU, without hooks or replaced methods: a replay calls none of them."""
+    """Whether the model lies on one GPU, and nobody has hooked into it or replaced its methods: a replay calls none."""
     if any_global_hook():
         return False
     devices = {parameter.device for parameter in model.parameters()}
