@@ -158,7 +158,7 @@ def add_running(parser: Parser) -> Any:
     """Add --backend, --parallel and --quiet; returns the group, for more flags."""
     group = parser.add_argument_group("running")
     group.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
-    about = "what several processes share: the samples (data), or the model by heads (tensor; default: %(default)s)"
+    about = "what several processes share: data, the samples; tensor, the model by heads (default: %(default)s)"
     group.add_argument("--parallel", choices=(DATA, TENSOR), default=DATA, help=about)
     group.add_argument("--quiet", action="store_true", help="no progress")
     return group
