@@ -1,11 +1,11 @@
-"""What selecting the blocks later changes on a demo checkpoint: the first step's choice and the last full step's.
+"""Whether selecting later changes the blocks, on a demo checkpoint: the first step's choice and the last full one's.
 
     python -m benchmarks.agreement --family llada --out FILE.json
 
 Retrieval, tracing and question tasks of the evaluation at 4,096 tokens, 64 new tokens in 64 greedy steps, the default
-select, skip and block size. Full attention runs throughout, and both choices are held against the attention of later
-steps: the share of it that the kept blocks hold, mean over layers and heads, of all queries and of the answer's. That
-share of blocks taken at random is the density.
+select, skip and block size. Full attention runs throughout. Both choices are compared with the attention of later
+steps: the share of it that the kept blocks hold, mean over layers and heads, of all queries and of the answer's. For
+random blocks, this share is the density.
 """
 
 from dataclasses import replace
@@ -43,12 +43,12 @@ Layers = list[tuple[Tensor, Pattern]]  # block scores [1, Hq, nQ, nK] and kept b
 
 @torch.no_grad()
 def watch(model: DiffusionLM, input_ids: Tensor) -> dict[int, Layers]:
-    """What each of the steps that count would see and select in a generation with full attention; input_ids [1, T]."""
+    """Scores and selection of each counting step in a generation with full attention; input_ids [1, T]."""
     seen: Layers = []
     found: dict[int, Layers] = {}
     rule = watched(lambda scores, pattern: seen.append((scores, pattern)))
     settings = settings_for(model.family, gen_length=NEW_TOKENS, steps=STEPS, block_length=BLOCK_LENGTH)
-    # every step is the first of a run of two, which selects, and never gets to the second
+    # every step is the first of a run of two: it selects, and the second never comes
     with sparsify(model, replace(CONFIG, skip=0), steps=2, gen_length=NEW_TOKENS, rule=rule) as run:
 
         def begin_anew(step: Step) -> None:
@@ -68,8 +68,8 @@ def held(scores: Tensor, pattern: Pattern, first: int) -> float:
 
 
 def compare(found: dict[int, Layers]) -> dict[str, Any]:
-    """Both choices of one sample, means over layers: the share of the late one's blocks that the early one has too, and
-    for each of the later steps the share of its attention that each of them holds."""
+    """Both choices of one sample, means over layers: the share of the late choice's blocks that the early one also has,
+    and, for each later step, the share of its attention that each choice holds."""
     early, late = ([pattern for _, pattern in found[step]] for step in (EARLY, LATE))
     answer = early[0].grid.parts[1].start  # its first block
     shares = [common(one.as_mask(), other.as_mask()).mean().item() for one, other in zip(late, early, strict=True)]
@@ -92,7 +92,7 @@ def measure(model: DiffusionLM, tokenizer: Any, count: int) -> dict[str, Any]:
             found = watch(model, torch.tensor([sample.input_ids], device=model.device))
             samples.append({"id": sample.id, **compare(found)})
         print(f"{task}: done", flush=True)
-    density = found[LATE][0][1].density.item()  # of any: it depends only on the length
+    density = found[LATE][0][1].density.item()  # of any sample: it depends only on the length
     means = {name: fmean(np.ravel([sample[name] for sample in samples])) for name in samples[0] if name != "id"}
     return {"later_steps": LATER, "density": density, "means": means, "samples": samples}
 

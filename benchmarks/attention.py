@@ -2,9 +2,9 @@
 
     python -m benchmarks.attention --family llada --lengths 4k,16k,64k --backends flash,triton,flex --out FILE.json
 
-Batch 1, 128 new tokens, bfloat16; the pattern is random, of the scripts' default density. Each kernel is first held
-against float64 on some rows, then timed. For comparison, torch's own cuDNN and FlashAttention-2 kernels stand beside
-full attention, and FlexAttention's FLASH kernel over the same blocks. Each kernel's first use is timed, too.
+Batch 1, 128 new tokens, bfloat16; the pattern is random, with the scripts' default density. Each kernel is first
+checked against float64 on some rows, then timed. For comparison, torch's own cuDNN and FlashAttention-2 kernels are
+timed for full attention, and FlexAttention's FLASH kernel over the same blocks. Each kernel's first use is timed, too.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TORCH_KERNELS = {
     "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
     "torch FlashAttention-2": SDPBackend.FLASH_ATTENTION,
 }
-FLASH_BLOCK = 128  # the tile of FlexAttention's FLASH kernel, which blocks have to be made of
+FLASH_BLOCK = 128  # the tile of FlexAttention's FLASH kernel; blocks must consist of such tiles
 
 
 def measure(heads: Heads, config: SparseDConfig, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ def torch_entry(name: str, heads: Heads, kind: SDPBackend) -> dict[str, Any]:
 
 
 def compared(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for comparison: that torch lacks the kernel here is no fault."""
+    """A row for comparison: it is no fault if torch lacks the kernel here."""
     if "error" not in row:
         row["unavailable"] = row.pop("fault")
     return row
@@ -124,7 +124,7 @@ def random_pattern(heads: Heads, select: float, block_size: int) -> Pattern:
 
 def main(argv: list[str] | None = None) -> None:
     parser = kernel_parser("attention", __doc__)
-    help_text = f"some of {', '.join(BACKENDS)}, with commas between (default: %(default)s)"
+    help_text = f"some of {', '.join(BACKENDS)}, separated by commas (default: %(default)s)"
     parser.add_argument(
         "--backends", type=some_of(BACKENDS), default="flash,triton,flex", metavar="NAMES", help=help_text
     )

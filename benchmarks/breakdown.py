@@ -3,7 +3,7 @@
     python -m benchmarks.breakdown --family llada --lengths 4k,64k --out FILE.json
 
 Random weights at the published shape, batch 1, 128 new tokens, bfloat16, greedy, default SparseD. After a first
-generation that compiles, four steps run under PyTorch's profiler: full, choosing, sparse, sparse; the last one counts.
+generation that compiles, four steps run under PyTorch's profiler: full, selecting, sparse, sparse; the last one counts.
 Kernels are distinguished by their names; the record holds every kernel's own seconds. The profiler slows the host
 down, so do not quote a step's wall time from here.
 """
@@ -28,8 +28,8 @@ from .latency import sample
 from .shapes import SHAPES, random_model
 
 FULL, SPARSE = 2, 2  # steps; the second full one selects
-COUNTED = {"full": 0, "choosing": 1, "sparse": 3}  # which of the steps stands for its kind
-# what a kernel does, by the first pattern that its name contains; attention's come first, for they name CUTLASS too
+COUNTED = {"full": 0, "choosing": 1, "sparse": 3}  # the step that represents its kind
+# a kernel's purpose, by the first pattern in its name; attention's patterns come first: its names hold CUTLASS too
 PURPOSES = {
     "attention": r"flash|fmha|attention|_block_sparse",
     "block scores": r"_block_scores",
@@ -41,12 +41,12 @@ OTHER = "other"
 
 
 def purpose(kernel: str) -> str:
-    """What a kernel of this name does, one of `PURPOSES` or `OTHER`."""
+    """The purpose of a kernel of this name, one of `PURPOSES` or `OTHER`."""
     return next((name for name, pattern in PURPOSES.items() if re.search(pattern, kernel, re.IGNORECASE)), OTHER)
 
 
 def by_purpose(kernels: dict[str, float]) -> dict[str, float]:
-    """The seconds of kernels, by name, summed by what they do."""
+    """The seconds of kernels, by name, summed by purpose."""
     sums = dict.fromkeys([*PURPOSES, OTHER], 0.0)
     for name, seconds in kernels.items():
         sums[purpose(name)] += seconds
@@ -54,7 +54,7 @@ def by_purpose(kernels: dict[str, float]) -> dict[str, float]:
 
 
 def kernel_seconds(profiled: profile) -> dict[str, float]:
-    """The GPU's own seconds by kernel, the longest first; copies and fills of memory are among them."""
+    """The GPU's seconds by kernel, the longest first; copies and fills of memory are included."""
     events = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
     found = {event.key: event.self_device_time_total / 1e6 for event in events}
     return dict(sorted(found.items(), key=lambda item: -item[1]))

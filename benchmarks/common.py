@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, the record on disk, summaries of samples, tables."""
+"""Shared by the benchmarks: arguments, the record on disk, summaries of samples, tables."""
 
 import argparse
 import shlex
@@ -32,14 +32,14 @@ def build_parser(
     )
     parser.add_argument("--family", choices=families, default="llada")
     if lengths is not None:
-        help_text = f"prompts, some of {', '.join(LENGTHS)}, with commas between (default: %(default)s)"
+        help_text = f"prompts, some of {', '.join(LENGTHS)}, separated by commas (default: %(default)s)"
         parser.add_argument("--lengths", type=some_of(LENGTHS), default=lengths, metavar="NAMES", help=help_text)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="where the record goes")
     return parser
 
 
 def parse_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
-    """The values, once it is sure that --out can be written to; a wrong call exits with code 2."""
+    """The values, after a check that --out can be written to; a wrong call exits with code 2."""
     args = parser.parse_args(argv)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def summary(samples: list[float]) -> dict[str, Any] | None:
 
 
 def brief(samples: list[float]) -> dict[str, Any] | None:
-    """`summary` without the samples, of which there may be thousands."""
+    """`summary` without the samples: there may be thousands."""
     found = summary(samples)
     return found and {name: value for name, value in found.items() if name != "samples"}
 

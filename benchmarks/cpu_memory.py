@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu_memory --family llada --lengths 64k --out benchmarks/results/cpu-memory-llada.json
 
-32 new tokens, the scripts' default select and block size. Each length runs in a process of its own, whose largest
-resident memory, of Python and PyTorch too, is what the system has counted (`ru_maxrss`).
+32 new tokens, the scripts' default select and block size. Each length runs in its own process. Its largest resident
+memory, with Python and PyTorch, is what the system has counted (`ru_maxrss`).
 """
 
 import argparse
@@ -23,11 +23,11 @@ from .common import build_parser, new_record, parse_arguments, save
 
 NEW_TOKENS, STEPS = 32, 3
 CONFIG = SparseDConfig(skip=2 / 3)
-UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+UNIT = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss, in bytes
 
 
 def measure(family: str, length: str) -> dict:
-    """Bytes before the first step and at most, and the seconds of each of the three steps."""
+    """Bytes before the first step, the most bytes, and the seconds of each of the three steps."""
     folder = str(demo_path(family))
     model, tokenizer = load_model(folder, device="cpu"), load_tokenizer(folder)
     ids = torch.tensor([build_prompt(length, tokenizer).input_ids])

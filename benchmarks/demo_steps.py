@@ -1,4 +1,4 @@
-"""A full and a sparse step of a demo checkpoint in turn on this machine, so that a drifting speed hits both alike.
+"""Full and sparse steps of a demo checkpoint in turn on this machine, so that a drifting speed affects both.
 
     python -m benchmarks.demo_steps --family llada --out benchmarks/results/demo-steps-llada.json
 

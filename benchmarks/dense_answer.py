@@ -1,14 +1,14 @@
-"""What dense answer rows cost and gain on one GPU, against full attention and the paper's SparseD.
+"""Cost and gain of dense answer rows on one GPU, against full attention and the paper's SparseD.
 
     python -m benchmarks.dense_answer --family llada --lengths 16k,64k,128k --select 0.3,0.15,0.1 --skip 0.2,0.05 \\
         --random_weights --out FILE.json
 
 Batch 1, 128 new tokens, bfloat16, greedy, blocks of 128. The settings generate in turn, in a few steps each. Only full
-attention has full steps: the others select in their first one, and `selection` is what that takes more than the median
-full step. Whole runs under each --skip (the paper's setting: its own) are put together from medians. All ran once
-before, at the first of --lengths (`warm_up`: the seconds they compiled). At each length their attention is first held
-against float64 on random heads; the record is written whenever a setting is done. Prompts of 1k and less replay CUDA
-graphs, which so few steps do not show.
+attention has full steps: the others select in their first step, and `selection` is its extra time over the median full
+step. Whole runs under each --skip (the paper's setting: its own) are put together from medians. All settings run once
+before, at the first of --lengths (`warm_up`: the seconds they compiled). At each length their attention is first
+checked against float64 on random heads; the record is written after each setting. Prompts of 1k and less replay CUDA
+graphs, which these few steps do not show.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Setting:
 
     def generate(self, model: Module, tokens: int, steps: int) -> Generation:
         """After `tokens` prompt tokens: in full steps only, or in one that selects and then sparse ones."""
-        torch.manual_seed(0)  # the same prompt for every setting; ids below the mask token's, which it must not hold
+        torch.manual_seed(0)  # the same prompt for every setting, without the mask token: its ids are lower
         prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
         schedule = Schedule(steps) if self.config is None else Schedule(1, steps)
         return generation(model, prompt, schedule, Settings(self.config or SparseDConfig(), "auto", 0.0, None))
@@ -64,7 +64,7 @@ def settings(selects: list[float], skips: list[float]) -> list[Setting]:
 
 
 def check(setting: Setting, model: ModelConfig, length: int, device: torch.device) -> dict[str, Any]:
-    """The beginning of its record at a length: the kernel that a run chooses, held against float64, or WrongKernel."""
+    """The start of its record at a length: the kernel that a run chooses, checked against float64; or WrongKernel."""
     config, backend, checked = setting.config or SparseDConfig(), DENSE, checked_kernel
     if setting.config and not BlockGrid(length, length - NEW_TOKENS, config.block_size).keeps_all(config.select):
         problem = Problem(device, DTYPE, 1, *attention_shape(model), config.block_size, False)
@@ -116,7 +116,7 @@ def run_record(setting: Setting, runs: list[Generation], full: dict[str, Any] | 
 
 
 def whole_runs(run: dict[str, Any], full: dict[str, Any], skip: float) -> dict[str, Any]:
-    """Seconds of whole runs under a skip, and how many times faster they are than as many full steps."""
+    """Seconds of whole runs under a skip, and how many times faster they are than the same number of full steps."""
     n_full, sparse = SparseDConfig(skip).n_full, run["sparse_step"]["median"]
     seconds = {str(steps): whole_run(run | {"full_step": full}, steps, n_full(steps)) for steps in WHOLE}
     speedup = {steps: int(steps) * full["median"] / each for steps, each in seconds.items()}
@@ -124,10 +124,10 @@ def whole_runs(run: dict[str, Any], full: dict[str, Any], skip: float) -> dict[s
 
 
 def warm(model: Module, tokens: int, wanted: list[Setting]) -> dict[str, float]:
-    """Run every setting once, in a step of each kind; the seconds that it compiled, by name."""
+    """Run every setting once, with a step of each kind; the seconds spent compiling, by name."""
     seconds = {}
     for setting in wanted:
-        with suppress(torch.OutOfMemoryError):  # it comes again, where it is told
+        with suppress(torch.OutOfMemoryError):  # it comes again later, and is reported there
             seconds[setting.name] = setting.generate(model, tokens, 1).compile_seconds
     return seconds
 
@@ -157,7 +157,7 @@ def measure(model: Module, row: dict[str, Any], wanted: list[Setting], repeats: 
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each length and setting; seconds a step, and of whole runs with what they gain."""
+    """Markdown: a line for each length and setting; seconds per step, and of whole runs with their gain."""
     skips = list(dict.fromkeys(skip for record in records for skip in record["skips"]))
     columns = ["model", "prompt", "setting", "density", "full step", "sparse step", "selecting"]
     columns += [f"{steps:,} steps, skip {skip}" for skip in skips for steps in WHOLE]
@@ -189,8 +189,8 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser = build_parser("dense_answer", __doc__, lengths="16k,64k", families=SHAPES)
     parser.add_argument("--random_weights", action="store_true", required=True, help="time depends on no weight")
     for name, read, default, text in (
-        ("select", list_of(config_field("select", float)), "0.3,0.15,0.1", "shares of the blocks, with commas between"),
-        ("skip", list_of(number_in(0, 0.99)), "0.2,0.05", "shares of full steps in whole runs, with commas between"),
+        ("select", list_of(config_field("select", float)), "0.3,0.15,0.1", "shares of the blocks, separated by commas"),
+        ("skip", list_of(number_in(0, 0.99)), "0.2,0.05", "shares of full steps in whole runs, separated by commas"),
         ("repeats", whole(1), 1, "generations of each setting at each length"),
     ):
         parser.add_argument(f"--{name}", type=read, default=default, help=f"{text} (default: %(default)s)")

@@ -1,10 +1,10 @@
-"""What a cached step costs the host with torch.distributed.tensor.parallel, and with this package's own layers.
+"""The host's time of a cached step with torch.distributed.tensor.parallel, and with this package's own layers.
 
     python -m benchmarks.dtensor --out FILE.json
 
-Two processes over gloo on a CPU, a thread each, share a LLaDA of 32 layers that is so small that its arithmetic takes
+Two processes over gloo on a CPU, with one thread each, share a LLaDA of 32 layers, so small that its arithmetic takes
 next to no time. A step computes 32 rows over a filled cache, in float32. Both ways, and the same model in one process,
-take turns; the medians of rank 0 count. The logits of both ways must be those of one process.
+take turns; the medians of rank 0 count. Both ways must give the logits of one process.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def alone(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def step_of(model: LLaDAModel) -> Callable[[], Tensor]:
-    """A step of the rows in the middle of a sequence, over a cache that is filled."""
+    """A step of rows in the middle of a sequence, over a filled cache."""
     ids = torch.arange(LENGTH)[None] % 997
     cache, rows = model.kv_cache(*ids.shape), model.rows(LENGTH // 2, LENGTH // 2 + ROWS, LENGTH, None)
     model(ids, cache=cache)

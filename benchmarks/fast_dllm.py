@@ -1,4 +1,4 @@
-"""Fast-dLLM's own code, for comparison: its process, and what it measured in the terms of our own record.
+"""Fast-dLLM's own code, for comparison: its process, and its measurements in the form of our record.
 
 DIR is a checkout of its public repository with the packages that it needs, except torch, in DIR/site;
 benchmarks/README.md has the commands that make one.
@@ -23,10 +23,10 @@ NEEDED = ("llada/generate.py", "dream/model/generation_utils_block.py", "site/tr
 def measure(
     folder: Path, family: str, lengths: list[str], new_tokens: int, block_length: int, steps: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
-    """{"versions": ...}, then for each length, as it is done: {"length": ...} with "steps" as ours has them or "error".
+    """{"versions": ...}, then after each length: {"length": ...} with "steps" in our form, or "error".
 
     Raises:
-        RuntimeError: the process failed; its own words are on stderr.
+        RuntimeError: the process failed; its own message is on stderr.
     """
     job = {
         "family": family,
@@ -55,7 +55,7 @@ def converted(run: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def ratio(theirs: dict[str, Any], ours: dict[str, Any]) -> float:
-    """How many times faster ours is in as many forwards of each kind as theirs has, each by its median."""
+    """How many times faster ours is with the same number of forwards of each kind, by their medians."""
     counts = {phase: part["count"] for phase, part in theirs["forwards"].items()}
     seconds = [
         sum(count * run["forwards"][phase]["seconds"]["median"] for phase, count in counts.items())

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fast_dllm_parity --reference DIR --out FILE.json
 
-DIR is as for benchmarks.generation; transformers must be one that its code loads with (4.46). Full attention in
+DIR is as for benchmarks.generation; its code needs transformers 4.46. Full attention in
 float32, greedy: no cache, prefix and dual, with thresholds and without, several block lengths, prompts and seeds.
 """
 
@@ -58,8 +58,8 @@ def models() -> tuple[torch.nn.Module, LLaDAModel]:
 def cases() -> Iterator[tuple]:
     """Seed, prompt length, cache, (new tokens, block length), threshold, steps.
 
-    With fewer steps than tokens and a threshold the two mean different things: theirs commits one token a step at
-    least, ours the block's share. So fewer steps have no threshold.
+    With fewer steps than tokens and a threshold, the two differ: theirs commits at least one token per step, ours the
+    block's share. So fewer steps have no threshold.
     """
     for seed, length, cache, sizes, threshold in product(SEEDS, PROMPTS, CACHES, BLOCKS, THRESHOLDS):
         fewer = threshold is None and seed % 2
@@ -68,7 +68,7 @@ def cases() -> Iterator[tuple]:
 
 @torch.no_grad()
 def compare() -> dict[str, Any]:
-    """Of all cases, in how many the tokens are the same, and in how many the forwards are as many; the largest gap."""
+    """In how many of all cases the tokens are the same, and the number of forwards; and the largest gap."""
     samplers = importlib.import_module("generate")
     theirs, ours = models()
     count, same, as_many, largest = 0, 0, 0, 0
@@ -85,7 +85,7 @@ def compare() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m benchmarks.fast_dllm_parity", description=__doc__)
-    parser.add_argument("--reference", type=Path, metavar="DIR", required=True, help="where Fast-dLLM's code lies")
+    parser.add_argument("--reference", type=Path, metavar="DIR", required=True, help="folder of Fast-dLLM's code")
     parser.add_argument("--out", type=path, required=True, metavar="FILE", help="the record")
     args = parser.parse_args(argv, argparse.Namespace(family="llada"))
     check_reference(parser, args, "Fast-dLLM's code", NEEDED)

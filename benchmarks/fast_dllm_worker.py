@@ -2,9 +2,9 @@
 
     cd DIR && PYTHONPATH=DIR/site:DIR/llada python fast_dllm_worker.py '{"family": "llada", "shape": {...}, ...}'
 
-A process of its own, with that code's dependencies: nothing of this project is imported. Its models and its samplers
-with the dual cache run unmodified, and a step is timed from the entry of one forward to that of the next. Where the
-logits of all rows do not fit, the head gets only the generated region's rows, and the answer says so. Prints a JSON
+It runs in its own process, with that code's dependencies: nothing of this project is imported. The models, and the
+samplers with the dual cache, run unmodified. A step is timed from the start of one forward to the start of the next. If
+the logits of all rows do not fit, the head gets only the generated region's rows, and the answer says so. Prints a JSON
 line with versions, then one for each length.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# what the published config.json of LLaDA-8B says besides its sizes
+# the published config.json of LLaDA-8B, without its sizes
 LLADA_CONFIG = {
     "activation_type": "silu",
     "block_type": "llama",
@@ -108,7 +108,7 @@ def generate(model: torch.nn.Module, job: dict[str, Any], prompt: torch.Tensor, 
 
 @contextlib.contextmanager
 def restricted_head(model: torch.nn.Module, job: dict[str, Any], length: int) -> Iterator[None]:
-    """Inside, the head gets only the last rows of a forward, and its sampler is told of no other row's token."""
+    """Inside, the head gets only the last rows of a forward, and the sampler sees no other row's token."""
     rows = job["new_tokens"] + 1
     if job["family"] == "dream":
         head, module, name = model.lm_head, importlib.import_module("model.generation_utils_block"), "sample_tokens"
@@ -118,7 +118,7 @@ def restricted_head(model: torch.nn.Module, job: dict[str, Any], length: int) ->
 
     def sample_tokens(logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         found = plain(logits, *args, **kwargs)
-        # those of a whole forward are [1, rows, V], its masked tokens' in a cached one [n, V]
+        # logits of a whole forward are [1, rows, V]; of a cached one's masked tokens [n, V]
         return tuple(F.pad(x, (length - rows, 0)) for x in found) if logits.ndim == 3 else found
 
     def get_transfer_index(
@@ -152,7 +152,7 @@ def measure(model: torch.nn.Module, job: dict[str, Any], prompt: torch.Tensor) -
 
 
 def answer(model: torch.nn.Module, job: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """What `measure` gives after a prompt of that many tokens, with a restricted head if need be; or why nothing."""
+    """`measure` after a prompt of this many tokens, with a restricted head if necessary; or the error."""
     prompt = torch.randint(0, job["shape"]["mask_token_id"], (1, tokens), device=job["device"])
     whole, restricted = contextlib.nullcontext(), restricted_head(model, job, tokens + job["new_tokens"])
     for context, is_restricted in ((whole, False), (restricted, True)):
@@ -167,7 +167,7 @@ def answer(model: torch.nn.Module, job: dict[str, Any], tokens: int) -> dict[str
 @torch.no_grad()
 def main() -> None:
     job = json.loads(sys.argv[1])
-    out, sys.stdout = sys.stdout, sys.stderr  # that code prints
+    out, sys.stdout = sys.stdout, sys.stderr  # because that code prints
     import transformers
 
     model = build(job["family"], job["shape"], job["device"])

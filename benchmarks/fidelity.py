@@ -1,14 +1,14 @@
-"""How near SparseD keeps to full attention on a real text: KL divergence and the likeliest token, in one forward.
+"""How close SparseD stays to full attention on a real text: KL divergence and the likeliest token, in one forward.
 
     python -m benchmarks.fidelity --model_path FOLDER --tokens FILE.bin.xz --new_tokens 128,256 --out FILE.json
 
-FOLDER is a Dream or LLaDA checkpoint, FILE.bin.xz (or .bin) uint16 ids in its vocabulary, of documents that end with
-id 0. A window is a run of tokens of one document, the last of them the generated region. A part of the region is
-unmasked in a random order: blocks are selected while all of it is masked, or once the share --skip of it is there, and
-each setting's attention over them is then measured with half of it masked. Nothing is sampled, so no setting's errors
-add up. The blocks are selected by the package's own rules and read by its own kernels, in float32.
+FOLDER is a Dream or LLaDA checkpoint. FILE.bin.xz (or .bin) holds uint16 ids in its vocabulary, of documents that end
+with id 0. A window is a run of tokens of one document; the last ones are the generated region. The region is unmasked
+in a random order: blocks are selected while all of it is masked, or once the share --skip is unmasked. Each setting's
+attention over them is then measured with half of the region masked. Nothing is sampled, so errors do not add up. The
+package's own rules select the blocks, and its own kernels read them, in float32.
 
-The settings "only ..." say where the paper's rule loses: dense masks have only some rows, or only some keys of the
+The settings "only ..." show where the paper's rule loses: under dense masks, only some rows, or only some keys of the
 answer's rows, follow the kept blocks. Intervals are 95 % bootstrap intervals over documents.
 """
 
@@ -48,10 +48,10 @@ PARTS = ("the prompt's rows", "the answer's rows", "the answer's rows: prompt ke
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: a method of the evaluation with its numbers, or one of PARTS.
+    """A measured setting: a method of the evaluation with its numbers, or one of PARTS.
 
     Args:
-        selected_at: share of the generated region that was there when the blocks were selected.
+        selected_at: share of the generated region that was unmasked when the blocks were selected.
     """
 
     method: str
@@ -90,7 +90,7 @@ def settings(skip: float) -> list[Setting]:
 
 
 def windows(ids: np.ndarray, length: int, new_tokens: int, most: int, a_document: int) -> list[Window]:
-    """The first windows of every document that is long enough, next to each other, at most `a_document` of each."""
+    """The first windows of every long enough document, next to each other, at most `a_document` per document."""
     found = []
     for number, document in enumerate(split_documents(ids)):
         for start in range(0, min(len(document) // length, a_document) * length, length):
@@ -129,12 +129,12 @@ class Selector:
             model(canvas)
 
     def attention(self, setting: Setting, new_tokens: int) -> list[SparseAttention]:
-        """What each layer computes under a setting."""
+        """Each layer's attention under a setting."""
         scores = self.scores[setting.block_size]
         length = self.shape[2]
         grid = BlockGrid(length, length - new_tokens, setting.block_size, None, setting.dense_answer)
         rule = METHODS[setting.method].rule
-        q = scores[0].new_empty(self.shape)  # rules read only its shape and device
+        q = scores[0].new_empty(self.shape)  # rules use only its shape and device
         patterns = [rule.select(q, lambda layer=layer: layer, grid, setting.select) for layer in scores]
         if setting.part is not None:
             return [masked(part_mask(pattern.as_mask(), grid, setting.part)) for pattern in patterns]
@@ -184,18 +184,18 @@ def measure(model: DiffusionLM, window: Window, wanted: list[Setting], mask_id: 
 
 
 def interval(values: np.ndarray, n: np.ndarray, documents: np.ndarray) -> list[float]:
-    """Mean a token, and its 95 % bootstrap interval over documents.
+    """Mean per token, and its 95 % bootstrap interval over documents.
 
     Args:
         values, n: [windows] sums, and tokens.
-        documents: [windows] whose window it is.
+        documents: [windows] the document of each.
     """
     one = documents[:, None] == np.unique(documents)
     return list(bootstrap(values @ one, n @ one))
 
 
 def summarize(wanted: list[Setting], found: list[list[dict[str, float]]], documents: list[str]) -> list[dict[str, Any]]:
-    """A row for full attention and each setting: means a masked token with intervals.
+    """A row for full attention and each setting: means per masked token with intervals.
 
     `kl_to_paper` is the paired difference of KL to the paper's own setting (select .3, blocks of 128).
     """
@@ -219,7 +219,7 @@ def summarize(wanted: list[Setting], found: list[list[dict[str, float]]], docume
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a line for each setting; KL and loss in nats a masked token."""
+    """Markdown, a line for each setting; KL and loss in nats per masked token."""
     columns = ["setting", "KL to full attention", "to the paper's", "same likeliest token, %", "loss"]
     return markdown(columns, [_line(row) for row in rows])
 
@@ -278,7 +278,7 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, DiffusionLM, np
     for name, default, what in (
         ("length", 4096, "tokens of a window"),
         ("windows", 100, "windows, at most"),
-        ("a_document", 3, "windows of one document, at most"),
+        ("a_document", 3, "most windows of one document"),
     ):
         parser.add_argument(f"--{name}", type=whole(1), default=default, help=f"{what} (default: %(default)s)")
     parser.add_argument("--new_tokens", type=list_of(whole(2)), default=[128], help="of a window (default: 128)")

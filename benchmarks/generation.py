@@ -3,12 +3,12 @@
     python -m benchmarks.generation --family llada --lengths 4k,16k,32k,64k --out FILE.json
 
 Batch 1, 256 new tokens in blocks of 32, bfloat16, greedy, random weights of the published shape. 256 steps give a block
-one forward of all rows and 31 cached ones, 72 steps one and 8. Cached generations are run whole, as often as --repeats
-says; uncached ones once, and beyond 16k they are put together from the medians of a few forwards of each kind, which
-the record says (`measured`). At each length every way's attention is first held against float64 on random heads, and
-every way has run once at the first length (`warm_up`: what that took). With --reference Fast-dLLM's own code then runs
-in a process of its own; `ours_faster` holds it against our dual cache in as many forwards of each kind. The record is
-written after each way.
+one forward of all rows and 31 cached ones; 72 steps give it one and 8. Cached generations are run whole, --repeats
+times, uncached ones once. Beyond 16k, uncached ones are put together from the medians of a few forwards of each kind,
+and the record says so (`measured`). At each length every way's attention is first checked against float64 on random
+heads, and every way has run once at the first length (`warm_up`: its time). With --reference, Fast-dLLM's own code then
+runs in its own process; `ours_faster` compares it with our dual cache at the same number of forwards of each kind. The
+record is written after each way.
 """
 
 import argparse
@@ -60,12 +60,12 @@ from .shapes import SHAPES, attention_shape, random_model
 NEW_TOKENS, BLOCK_LENGTH = 256, 32
 STEPS = (256, 72)
 RUN_WHOLE = 16 * 1024  # prompt tokens up to which uncached generations are
-FEW = 3  # forwards of a kind that an uncached generation is put together from, at least
+FEW = 3  # least number of forwards of a kind from which an uncached generation is put together
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to generate: SparseD under a config, or full attention without one; and what it caches."""
+    """A way to generate: SparseD under a config, or full attention without one; and its cache."""
 
     name: str
     config: SparseDConfig | None = None
@@ -94,7 +94,7 @@ WAYS = (
 class Run:
     """One timed generation, or the first forwards of one: the phase, rows and seconds of each.
 
-    `compile_seconds` are what `sparsify` reports; they are in no forward.
+    `compile_seconds` are those that `sparsify` reports; no forward includes them.
     """
 
     forwards: list[tuple[str, int, float]]
@@ -104,13 +104,13 @@ class Run:
 
 
 class Enough(Exception):
-    """As many forwards as were wanted have run."""
+    """The wanted number of forwards has run."""
 
 
 @torch.no_grad()
 def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards: int | None = None) -> Run:
-    """Generate after a prompt of `tokens` tokens; with `forwards`, stop after that many, the first of which selects."""
-    torch.manual_seed(0)  # the same prompt for every way; ids below the mask token's, which it must not hold
+    """Generate after a prompt of `tokens` tokens; with `forwards`, stop after that many: the first one selects."""
+    torch.manual_seed(0)  # the same prompt for every way; its ids are below the mask token's, which it must not hold
     prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
     gc.collect()
     reset_peak(model.device)
@@ -137,7 +137,7 @@ def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards:
 
 
 def check(way: Way, model: DiffusionLM, length: int) -> dict[str, Any]:
-    """The kernels that a way takes at a length, each held against float64, or WrongKernel."""
+    """The kernels that a way uses at a length, each checked against float64, or WrongKernel."""
     config, device = model.config, model.device
     found = {"full": (DENSE, checked_kernel(DENSE, config, length, PAPER, device))}
     if way.config is not None:
@@ -151,7 +151,7 @@ def check(way: Way, model: DiffusionLM, length: int) -> dict[str, Any]:
 
 
 def checked_cached(model: DiffusionLM, length: int) -> tuple[str, Gate]:
-    """The kernel of a block's rows over cached keys, held against float64, or WrongKernel."""
+    """The kernel of a block's rows over cached keys, checked against float64, or WrongKernel."""
     heads = random_heads(model.config, length, model.device)
     rows = Heads(heads.q[:, :, -BLOCK_LENGTH - FAMILIES[model.family].shift :], heads.k, heads.v)
     kernel = full_attention_kernel(rows.q, rows.k, rows.v, False)
@@ -173,7 +173,7 @@ def times_of(runs: list[Run]) -> Times:
 
 
 def told(runs: list[Run]) -> dict[str, Any]:
-    """What the record says of runs besides their seconds."""
+    """The record's fields about runs, except their seconds."""
     return {
         "compile_seconds": [one.compile_seconds for one in runs],
         "peak_memory_bytes": max(one.peak_memory_bytes for one in runs),
@@ -182,7 +182,7 @@ def told(runs: list[Run]) -> dict[str, Any]:
 
 
 def measured(runs: list[Run]) -> dict[str, Any]:
-    """The record of whole generations in as many steps."""
+    """The record of whole generations in this number of steps."""
     counts = Counter(phase for phase, *_ in runs[0].forwards)
     forwards = {phase: {"count": counts[phase], "seconds": times} for phase, times in times_of(runs).items()}
     samples = [sum(seconds for *_, seconds in one.forwards) for one in runs]
@@ -213,7 +213,7 @@ def uncached(model: DiffusionLM, tokens: int, way: Way, full: Times) -> dict[str
     """The record of a way without one.
 
     Args:
-        full: the times of full attention, whose full forwards are SparseD's as well; empty for itself.
+        full: the times of full attention: its full forwards are SparseD's too; empty for full attention itself.
     """
     most = max(STEPS)
     settings = way.settings(model.family, most)
@@ -231,7 +231,7 @@ def uncached(model: DiffusionLM, tokens: int, way: Way, full: Times) -> dict[str
 
 
 def measure(model: DiffusionLM, row: dict[str, Any], repeats: int) -> Iterator[str]:
-    """Fill in the row of one length; yields a line for each way that is done.
+    """Fill in the row of one length; yields a line after each way.
 
     Raises:
         WrongKernel: before anything of that way is timed.
@@ -266,11 +266,11 @@ def add_gains(row: dict[str, Any]) -> None:
 
 
 def warm(model: DiffusionLM, tokens: int) -> dict[str, float]:
-    """Run every way's kinds of forwards once: the seconds of that first use, by name."""
+    """Run every way's kinds of forwards once; returns the seconds of this first use, by name."""
     seconds = {}
     for way in WAYS:
         began = time.perf_counter()
-        with suppress(torch.OutOfMemoryError):  # it comes again, where it is told
+        with suppress(torch.OutOfMemoryError):  # it comes again later, and is reported there
             run(model, tokens, way, way.settings(model.family, min(STEPS)), None if way.saving else 2)
         seconds[way.name] = time.perf_counter() - began
     return seconds
@@ -309,9 +309,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser = build_parser("generation", __doc__, lengths="4k,16k", families=SHAPES)
     text = "cached generations of each way (default: %(default)s)"
     parser.add_argument("--repeats", type=whole(1), default=3, help=text)
-    parser.add_argument(
-        "--reference", type=Path, metavar="DIR", help="also time Fast-dLLM's own code, which lies there"
-    )
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="also time Fast-dLLM's own code, in this folder")
     args = parse_arguments(parser, argv)
     if args.reference is not None:
         check_reference(parser, args, "Fast-dLLM's code", fast_dllm.NEEDED)
@@ -319,7 +317,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 
 
 def add_reference(record: dict[str, Any], args: argparse.Namespace) -> None:
-    """Add Fast-dLLM's generations to the rows, and save after each length; an error goes into the record."""
+    """Add Fast-dLLM's generations to the rows, and save after each length; an error is recorded."""
     rows = {row["length"]: row for row in record["rows"]}
     record["reference"] = {"folder": str(args.reference)}
     try:

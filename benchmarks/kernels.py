@@ -1,7 +1,7 @@
-"""What the benchmarks of single kernels share: random heads, gates, timing on the GPU, the loop over lengths.
+"""Shared by the benchmarks of single kernels: random heads, gates, timing on the GPU, the loop over lengths.
 
-Every kernel is first held against float64 on some rows: it may err twice as much as dense attention in bfloat16. Only
-one that passes is timed.
+Every kernel is first checked against float64 on some rows: its error may be twice that of dense attention in bfloat16.
+Only a kernel that passes is timed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .common import LENGTHS, NEW_TOKENS, build_parser, clamp, new_record, parse_
 from .shapes import SHAPES, ModelConfig, attention_shape, model_config
 
 BLOCK_SIZES = ("128", "64", "32")
-PROBES = 16  # query rows of a head that a gate looks at
+PROBES = 16  # query rows of a head that a gate checks
 WARM_CALLS, FEWEST_CALLS, MOST_CALLS = 3, 5, 100
 BUDGET = 2.0  # seconds for the timed calls of one kernel
 HEAD_START = 1_000_000  # cycles of the GPU's clock, about half a millisecond, that the host gets to queue one call
@@ -53,20 +53,20 @@ class Heads:
 
     @property
     def probed(self) -> tuple[int, int]:
-        """The query heads that a gate looks at."""
+        """The query heads that a gate checks."""
         return 0, self.q.shape[1] - 1
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The largest error found, and the largest that passes."""
+    """The largest error, and the largest that passes."""
 
     error: float
     allowed: float
 
     @staticmethod
     def of(out: Tensor, dense: Tensor, exact: Tensor) -> "Gate":
-        """`out` may err twice as much as `dense`, which is plain bfloat16."""
+        """The error of `out` may be twice that of `dense`, which is plain bfloat16."""
         return Gate(*error_and_bound(out, dense, exact, DTYPE))
 
     @property
@@ -75,7 +75,7 @@ class Gate:
 
 
 def random_heads(config: ModelConfig, length: int, device: torch.device) -> Heads:
-    """Normal q, k and v: zeros would make the GPU run faster than it does at work."""
+    """Normal q, k and v: with zeros the GPU would run faster than with real numbers."""
     heads, kv_heads, head_dim = attention_shape(config)
     q, k, v = (
         torch.randn(1, length, h, head_dim, device=device, dtype=DTYPE).transpose(1, 2)
@@ -108,7 +108,7 @@ def kept_keys(pattern: Pattern, head: int, rows: Tensor) -> Tensor:
 
 
 def gpu_seconds(work: Callable[[], Any]) -> list[float]:
-    """Seconds of single calls by the GPU's clock, after some warm ones, as many as the budget allows.
+    """Seconds of single calls by the GPU's clock, after some warm-up calls, as many as the budget allows.
 
     The GPU is kept busy until the host has queued them, so that a short call is not timed by its launch.
     """
@@ -149,7 +149,7 @@ def entry(name: str, work: Callable[[], Any], gate: Callable[[Any], Gate], flops
 
 
 def matmul_tflops(device: torch.device) -> float:
-    """What the GPU reaches on a large matrix product of random numbers: the roof of the kernels here."""
+    """The GPU's speed on a large matrix product of random numbers: the upper bound for the kernels here."""
     n = 8192
     a, b = (torch.randn(n, n, device=device, dtype=DTYPE) for _ in range(2))
     return 2 * n**3 / summary(gpu_seconds(lambda: a @ b))["median"] / 1e12
@@ -157,7 +157,7 @@ def matmul_tflops(device: torch.device) -> float:
 
 def kernel_parser(name: str, doc: str) -> Parser:
     parser = build_parser(name, doc, lengths="4k,16k", families=SHAPES)
-    help_text = f"some of {', '.join(BLOCK_SIZES)}, with commas between (default: %(default)s)"
+    help_text = f"some of {', '.join(BLOCK_SIZES)}, separated by commas (default: %(default)s)"
     parser.add_argument("--block_sizes", type=some_of(BLOCK_SIZES), default="128", metavar="SIZES", help=help_text)
     return parser
 
@@ -170,7 +170,7 @@ def run(parser: Parser, argv: list[str] | None, measure: Measure, ratio: str) ->
 
     Args:
         measure: the rows of one length for all block sizes.
-        ratio: what the rows' `ratio` is, for the table.
+        ratio: name of the rows' `ratio` in the table.
     """
     args = parse_arguments(parser, argv)
     device = require_gpu(parser)
@@ -189,7 +189,7 @@ def run(parser: Parser, argv: list[str] | None, measure: Measure, ratio: str) ->
 
 
 def table(rows: list[dict[str, Any]], ratio: str) -> str:
-    """A line for each kernel: time, speed, and what kept it from being timed."""
+    """A line for each kernel: time, speed, or why it was not timed."""
     columns = [
         "prompt", "kernel", "block", "density", "first use", "ms", "quartiles", "TFLOP/s", ratio, "error (allowed)",
     ]  # fmt: skip

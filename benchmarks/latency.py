@@ -1,13 +1,13 @@
-"""Seconds a denoising step by phase, whole runs and memory on one GPU: --origin against SparseD, ours and released.
+"""Seconds per denoising step by phase, whole runs and memory on one GPU: --origin against SparseD, ours and released.
 
     python -m benchmarks.latency --family llada --lengths 4k,16k,64k --random_weights --reference DIR --out FILE.json
 
 Batch 1, 128 new tokens, bfloat16, greedy. The two modes generate in turn through the project's samplers, in as many
-steps as --budget allows; both ran before at that length, and the extra time of that first use is reported separately. A
-whole run of 128 steps that took too long to be run is put together from the medians of the phases, and one of 1,024 is
-plainly extrapolated from them. Before its steps are timed, the attention kernel of a mode is held against float64 on
-random heads of that length. With --reference the released code then runs in a process of its own: see
-benchmarks/reference.py for what DIR holds. The record is written after every length; a table comes last.
+steps as --budget allows. Both ran before at that length, and the extra time of that first use is reported separately. A
+whole run of 128 steps that would take too long is put together from the medians of the phases; one of 1,024 is
+extrapolated from them. Before a mode's steps are timed, its attention kernel is checked against float64 on random heads
+of that length. With --reference, the released code then runs in its own process: benchmarks/reference.py says what DIR
+holds. The record is written after every length; a table comes last.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every generation of a call shares."""
+    """Shared by all generations of a call."""
 
     config: SparseDConfig
     backend: str
@@ -87,7 +87,7 @@ def sample(model: torch.nn.Module, prompt: torch.Tensor, steps: int, on_step: On
 
 
 def step_seconds(model: torch.nn.Module, prompt: torch.Tensor, steps: int) -> list[float]:
-    """Wall time of every step, the device waited for at step ends only; 0.0 for one that did not run the model."""
+    """Wall time of every step; waits for the device only at step ends. 0.0 for a step that did not run the model."""
     synchronize(model.device)
     seconds, last = [], time.perf_counter()
 
@@ -103,8 +103,8 @@ def step_seconds(model: torch.nn.Module, prompt: torch.Tensor, steps: int) -> li
 
 
 def generation(model: torch.nn.Module, prompt: torch.Tensor, schedule: Schedule, settings: Settings) -> Generation:
-    """Generate once under a schedule: with SparseD if it has sparse steps, else with full attention."""
-    gc.collect()  # what the generation before left
+    """Generate once under a schedule: with SparseD if it has sparse steps, otherwise with full attention."""
+    gc.collect()  # left by the generation before
     torch.cuda.reset_peak_memory_stats()
     config = replace(settings.config, skip=schedule.full / schedule.steps)
     options = {"steps": schedule.steps, "gen_length": NEW_TOKENS, "backend": settings.backend}
@@ -122,10 +122,10 @@ class WrongKernel(RuntimeError):
 
 
 def checked_kernel(backend: str, model: ModelConfig, tokens: int, config: SparseDConfig, device: torch.device) -> Gate:
-    """Hold some rows of a layer's attention by a backend, or DENSE, on random heads against float64.
+    """Check some rows of a layer's attention by a backend, or DENSE, on random heads, against float64.
 
     Raises:
-        WrongKernel: they err more than the gate allows.
+        WrongKernel: the error is larger than the gate allows.
     """
     heads = random_heads(model, tokens, device)
     if backend == DENSE:
@@ -141,8 +141,8 @@ def checked_kernel(backend: str, model: ModelConfig, tokens: int, config: Sparse
 def plan(warm: dict[str, Generation], settings: Settings) -> tuple[dict[str, Schedule], int]:
     """The schedule of each mode, and how often the modes are run in turn, from the steps of the first generations.
 
-    Each phase gets the budget's seconds, but no more steps than it has in a whole run of 128, and all of those if twice
-    the budget is enough: only a whole run shows what capturing graphs costs.
+    Each phase gets the budget's seconds, but no more steps than in a whole run of 128. It gets all of these if twice
+    the budget is enough: only a whole run shows the cost of capturing graphs.
     """
 
     def affordable(seconds: float, fewest: int, most: int) -> int:
@@ -191,7 +191,7 @@ def measure(model: torch.nn.Module, tokens: int, modes: list[str], settings: Set
 
 
 def run_record(warm: Generation, timed: list[Generation]) -> dict[str, Any]:
-    """Phases, memory and kernel of one mode's generations, with what the first one took more than they."""
+    """Phases, memory and kernel of one mode's generations, and the extra time of the first one."""
     steps = [run.phases for run in timed]
     found = phases(steps)
     expected = whole_run(found, len(warm.seconds), warm.n_full)
@@ -218,7 +218,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--random_weights", action="store_true", help="the published shape; time depends on no weight")
     weights.add_argument("--model_path", metavar="PATH", help="a checkpoint: hub id or folder")
-    parser.add_argument("--reference", type=Path, metavar="DIR", help="also time the released code that lies there")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="also time the released code in this folder")
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
     for name, kind in (("skip", float), ("select", float), ("block_size", int)):
         default = getattr(SparseDConfig, name)
@@ -230,7 +230,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         type=number_in(0, 600, above=True),
         default=5.0,
         metavar="SECONDS",
-        help="time for each phase at each length; at long ones a few steps take more (default: %(default)s)",
+        help="time per phase and length; at long lengths a few steps take more (default: %(default)s)",
     )
     parser.add_argument(
         "--steps", type=whole(FEWEST_STEPS), metavar="N", help="steps of a timed generation, whatever the budget"
@@ -275,7 +275,7 @@ def run_ours(model: torch.nn.Module, args: argparse.Namespace, settings: Setting
 
 
 def run_reference(args: argparse.Namespace, settings: Settings, record: dict[str, Any]) -> bool:
-    """Add the released code's runs to the rows, and save the record after each length; whether it ran to its end."""
+    """Add the released code's runs to the rows, and save the record after each length; whether it finished."""
     try:
         _add_reference(args, settings, record)
     except RuntimeError as error:

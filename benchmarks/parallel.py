@@ -4,10 +4,10 @@
     torchrun --nproc_per_node 2 -m benchmarks.parallel --family llada --longest --out FILE.json
 
 Batch 1, bfloat16, random weights of the published shape, blocks of 128, the paper's SparseD. First one GPU has the
-whole model and does every length, then all GPUs share it. Of each length: full steps, steps that select, sparse ones,
-and a whole generation of 256 tokens with a dual cache and SparseD, whose cached steps count too; all of it was run once
-on 4,096 tokens before (`warm_up`). With --longest all GPUs do a whole generation at 128k tokens, and one step
-of each kind without a cache at 512k. `agreement` compares the logits of a short prompt. Rows are printed and saved as
+whole model and does every length, then all GPUs share it. At each length: full, selecting and sparse steps, and a whole
+generation of 256 tokens with a dual cache and SparseD, which also gives the cached steps. All of it runs once before,
+on 4,096 tokens (`warm_up`). With --longest, all GPUs do a whole generation at 128k tokens, and one step of each kind
+without a cache at 512k. `agreement` compares the logits of a short prompt. Rows are printed and saved as
 they come.
 """
 
@@ -33,9 +33,9 @@ from .kernels import DTYPE
 from .shapes import SHAPES, random_model
 
 WHOLE = Way("dual cache, the paper's SparseD", PAPER, CACHE)
-FEW = 2  # runs that show a kind of step
-WARM = LENGTHS["4k"]  # prompt tokens from which on the kernels are those of long prompts
-SHORT = 1024  # tokens of the prompt whose logits are compared
+FEW = 2  # runs for each kind of step
+WARM = LENGTHS["4k"]  # enough prompt tokens for the kernels of long prompts
+SHORT = 1024  # tokens of the prompt for which logits are compared
 LONGEST_CACHED, LONGEST = "128k", "512k"
 ONE, ALL = "one", "all"
 PROGRAM = "python -m benchmarks.parallel"
@@ -43,7 +43,7 @@ PROGRAM = "python -m benchmarks.parallel"
 
 @dataclass(frozen=True)
 class Bench:
-    """One call: the processes, and the record that the first of them fills in and saves."""
+    """One call: the processes, and the record, which the first process fills in and saves."""
 
     args: argparse.Namespace
     ranks: Ranks
@@ -89,13 +89,13 @@ def measure(model: DiffusionLM, tokens: int) -> dict[str, Any]:
 
 
 def entry_of(model: DiffusionLM, runs: list[Run]) -> dict[str, Any]:
-    """What the record has of runs: seconds by phase, and the largest memory that one process took."""
+    """A record of runs: seconds by phase, and the largest memory of one process."""
     peaks = model.ranks.gathered(max(one.peak_memory_bytes for one in runs))
     return {"forwards": times_of(runs), "peak_memory_bytes": max(peaks), **runs[-1].kernel}
 
 
 def measured_or_too_large(model: DiffusionLM, tokens: int) -> dict[str, Any]:
-    """The same of one GPU, or that its memory does not hold it."""
+    """The same for one GPU, or a note that its memory is too small."""
     try:
         return measure(model, tokens)
     except torch.OutOfMemoryError:
@@ -124,13 +124,13 @@ def add_gains(row: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def logits_of(model: DiffusionLM) -> Tensor:
-    """Of a short prompt's last tokens."""
+    """Logits of a short prompt's last tokens."""
     ids = torch.arange(SHORT, device=model.device)[None] % model.config.mask_token_id
     return model(ids, first_row=SHORT - BLOCK_LENGTH).float()
 
 
 def agreement(one: Tensor, together: Tensor) -> dict[str, float]:
-    """How near the logits of all GPUs together are to one's."""
+    """How close the logits of all GPUs together are to those of one."""
     same = (one.argmax(-1) == together.argmax(-1)).float().mean()
     return {"relative_error": ((one - together).norm() / one.norm()).item(), "same_top_token": same.item()}
 
@@ -179,7 +179,7 @@ def share(bench: Bench, model: DiffusionLM) -> None:
 
 
 def warm(bench: Bench, model: DiffusionLM, who: str) -> None:
-    """Run every kind of forward once; what that took."""
+    """Run every kind of forward once, and record the time."""
     began = time.perf_counter()
     measure(model, WARM)
     bench.record["warm_up"][who] = time.perf_counter() - began
@@ -194,7 +194,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 
 
 def compare(argv: list[str] | None, ranks: Ranks) -> None:
-    """The whole call of one of the processes."""
+    """One process's whole call."""
     parser, args = parse(argv)
     device = require_gpu(parser)
     if ranks.count == 1:

@@ -22,8 +22,8 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of the steps of one generation, without compilation: full ones, what the selecting one took more than
-    the median of them, sparse ones, and the selecting one itself."""
+    """Seconds of the steps of one generation, without compilation: full ones, the selecting one's extra time over their
+    median, sparse ones, and the selecting one itself."""
 
     full: list[float]
     selection: float | None
@@ -37,7 +37,7 @@ def split(seconds: list[float], n_full: int | None = None) -> Steps:
     Steps of 0.0 s are left out: they commit no token, and the sampler did not run the model.
     """
     phases = prefix([s > 0 for s in seconds], n_full or len(seconds), selects=n_full is not None)
-    forwards = forwards_of(phases, seconds, rows=[0] * len(phases), history=[])  # of how many rows is nowhere asked
+    forwards = forwards_of(phases, seconds, rows=[0] * len(phases), history=[])  # the number of rows is never used
     full, selecting, sparse = ([step.seconds for step in forwards if step.phase == phase] for phase in ORDER)
     return Steps(full, selection_seconds(forwards), sparse, selecting)
 
@@ -52,7 +52,7 @@ def phases(generations: list[Steps]) -> dict[str, Any]:
 
 
 def setup_seconds(generations: list[Steps]) -> float:
-    """What the full and sparse steps of a generation take beyond their medians, the median over generations: short
+    """The extra time of a generation's full and sparse steps over their medians, as the median over generations: short
     prompts capture graphs there."""
     extra = [
         sum(sum(kind) - len(kind) * statistics.median(kind) for kind in (steps.full, steps.sparse) if kind)
@@ -64,7 +64,7 @@ def setup_seconds(generations: list[Steps]) -> float:
 def whole_run(run: dict[str, Any], steps: int, n_full: int | None) -> float | None:
     """Seconds of a whole run put together: n_full full steps, the selection and sparse steps at their medians, setup.
 
-    All steps are full without `n_full`; None where a phase that the run has was not measured.
+    All steps are full without `n_full`; None if a phase of the run was not measured.
     """
     setup = run.get("setup_seconds", 0.0)
     if n_full is None:
@@ -77,12 +77,12 @@ def whole_run(run: dict[str, Any], steps: int, n_full: int | None) -> float | No
 
 
 def bound(skip: float, full: float, sparse: float) -> float:
-    """The speed-up over full attention of endlessly many steps, from seconds of a full and of a sparse step."""
+    """The limit of the speed-up over full attention for many steps, from seconds of a full and of a sparse step."""
     return 1 / (skip + (1 - skip) * sparse / full)
 
 
 def derive(runs: dict[str, dict[str, Any]], config: SparseDConfig) -> dict[str, Any]:
-    """Whole runs in seconds, and how many times faster ours with SparseD is than each other one."""
+    """Whole runs in seconds, and how many times faster ours with SparseD is than each of the others."""
     whole = {steps: _whole_runs(runs, config, steps) for steps in WHOLE}
     speedup = {
         steps: {name: other / times["sparsed"] for name, other in times.items() if name != "sparsed"}
@@ -100,12 +100,12 @@ def _whole_runs(runs: dict[str, dict[str, Any]], config: SparseDConfig, steps: i
     n_full = {"sparsed": config.n_full(steps), "released_sparsed": released_n_full(steps, config.skip)}
     times = {name: whole_run(run, steps, n_full.get(name)) for name, run in runs.items()}
     measured = {name: runs[name].get("measured_whole_seconds") for name in ("origin", "sparsed") if name in runs}
-    # runs of one kind: a measured one lacks the steps that commit nothing, one that is put together has them
+    # runs of one kind: measured ones lack the steps that commit nothing, those put together have them
     if steps == WHOLE[0] and all(measured.values()):
         times |= measured
     return {name: time for name, time in times.items() if time is not None}
 
 
 def _text_keys(value: Any) -> Any:
-    """Keys as JSON has them, so that a record reads back as it was."""
+    """Keys as in JSON, so that a record reads back unchanged."""
     return {str(key): _text_keys(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -23,7 +23,7 @@ FAILURES = (("error", "ours"), ("reference_error", "released"))
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A line for each length and code: seconds a step by phase, whole runs, peak memory, speed-ups."""
+    """A line for each length and code: seconds per step by phase, whole runs, peak memory, speed-ups."""
     lines = []
     for record in records:
         for row in record["rows"]:
@@ -93,7 +93,7 @@ def _seconds(value: float | None) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> str:
-    """Draw whole runs at each length, a panel for each family; returns a line that says what became of it."""
+    """Draw whole runs at each length, with a panel for each family; returns a line about the result."""
     if importlib.util.find_spec("matplotlib") is None:
         return 'no plot: matplotlib is not installed (pip install ".[plots]")'
     import matplotlib

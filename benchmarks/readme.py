@@ -3,7 +3,7 @@
     python -m benchmarks.readme
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a number in a sentence is followed by `<!--=NAME-->`,
-which no page shows. What each NAME is, `readme_values` says; this writes the values into the pages.
+which no page shows. `readme_values` computes the values of the names; this writes them into the pages.
 """
 
 import re

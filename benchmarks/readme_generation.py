@@ -22,7 +22,7 @@ SHORT = ("SparseD", DUAL, "with SparseD", "all rows once")  # of the columns, in
 
 
 def rows_of(records: list[Record]) -> dict[tuple[str, str], Record]:
-    """The ways of every record, by family and length, in the order of the table."""
+    """The ways in every record, by family and length, in the table's order."""
     found = {(record["family"], row["length"]): row["ways"] for record in records for row in record["rows"]}
     return dict(sorted(found.items(), key=lambda item: (item[0][0], LENGTHS[item[0][1]])))
 

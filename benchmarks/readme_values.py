@@ -1,4 +1,4 @@
-"""What the tables and figures of README.md and docs/ are: from the committed records, by their marks' names."""
+"""The values of the tables and figures of README.md and docs/, from the committed records, by their marks' names."""
 
 import json
 import statistics
@@ -81,18 +81,18 @@ def evaluation(name: str) -> Record:
 
 
 def averages(name: str) -> dict[str, Record]:
-    """The averages over tasks by method, of an evaluation with one setting of each."""
+    """The averages over tasks by method, of an evaluation with one setting per method."""
     return {row["method"]: row for row in evaluation(name)["averages"]}
 
 
 def fidelity(new_tokens: int) -> dict[str, Record]:
-    """The settings of the record of fidelity by their titles."""
+    """The fidelity record's settings, by title."""
     rows = benchmark("fidelity-smollm2-h200")["rows"]
     return {found["title"]: found for row in rows if row["new_tokens"] == new_tokens for found in row["settings"]}
 
 
 def speeds(family: str, length: str) -> dict[str, Record]:
-    """The settings of the record of dense answer rows by their names."""
+    """The settings in the record of dense answer rows, by name."""
     rows = benchmark(f"dense-answer-{family}-h200")["rows"]
     return next(row["runs"] for row in rows if row["length"] == length)
 
@@ -115,7 +115,7 @@ def tables() -> dict[str, str]:
 
 
 def figures() -> dict[str, str]:
-    """Every figure as it is written in a sentence, by name."""
+    """Every figure as written in a sentence, by name."""
     return {
         **_fidelity_figures(),
         **_speed_figures(),
@@ -300,7 +300,7 @@ def _agreement_figures() -> dict[str, str]:
 
 
 def _flex_figures() -> dict[str, str]:
-    """FlexAttention's time over that of our Triton kernel at the same blocks, and what its first use takes."""
+    """FlexAttention's time over that of our Triton kernel at the same blocks, and the time of its first use."""
     found = {}
     for family in TITLES:
         rows = {(row["length"], row["kernel"]): row for row in benchmark(f"attention-{family}-flex-h200")["rows"]}
@@ -312,7 +312,7 @@ def _flex_figures() -> dict[str, str]:
 
 
 def _cache_figures() -> dict[str, str]:
-    """What a cache gains on the demo's 4k prompt on a CPU, without SparseD and with it."""
+    """The gain of a cache on the demo's 4k prompt on a CPU, without SparseD and with it."""
     plain, cached = (run["seconds"] for run in benchmark("cache-demo-llada-cpu")["runs"])
     gain = f"{plain / cached:.0f}"
     return {"cache.demo.full": f"{plain:.0f}", "cache.demo": f"{cached:.1f}", "cache.demo.gain": gain}
@@ -337,7 +337,7 @@ def _latency() -> list[Record]:
 
 
 def _released_figures() -> dict[str, str]:
-    """How many times faster than the released code's two ways 128 steps with SparseD are at 64k."""
+    """How many times faster 128 steps with SparseD are at 64k than the released code's two modes."""
     found = {}
     for record in _latency():
         for row in record["rows"]:
@@ -349,7 +349,7 @@ def _released_figures() -> dict[str, str]:
 
 
 def _parity_figures() -> dict[str, str]:
-    """In how many generations ours wrote Fast-dLLM's tokens."""
+    """The number of generations in which ours wrote Fast-dLLM's tokens."""
     found = benchmark("fast-dllm-parity-cpu")
     return {f"parity.{name}": str(found[name]) for name in ("generations", "same_tokens", "as_many_forwards")}
 

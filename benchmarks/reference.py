@@ -1,4 +1,4 @@
-"""The released code, for comparison: its process, and what it measured in the terms of our own record.
+"""The released code, for comparison: its process, and its measurements in the form of our record.
 
 DIR is a checkout of the released repository with its dependencies except torch in DIR/site; benchmarks/README.md
 has the commands that make one.
@@ -23,7 +23,7 @@ from .phases import phases, split
 from .shapes import published_config
 
 FAMILIES = ("dream", "llada")
-# up to this many prompt tokens: steps of a SparseD generation, and how many such generations; the last one counts
+# up to this many prompt tokens: steps of a SparseD generation, and number of such generations; the last one counts
 PLANS = ((8192, 20, 2), (16384, 10, 2), (sys.maxsize, 6, 1))
 WARM, ORIGIN_STEPS = 1, 3  # full-attention steps: the first is a warm-up
 LONE = "the only generation at this length: the compile time that torch counted is taken out of its steps"
@@ -33,10 +33,10 @@ NEEDED = ("models/LLaDA/generate.py", "models/Dream/generation_utils.py", "site/
 def check_reference(
     parser: Parser, args: argparse.Namespace, code: str = "the released code", needed: Collection[str] = NEEDED
 ) -> None:
-    """Exit with code 2 unless --reference is a checkout of some code, which runs the family.
+    """Exit with code 2 unless --reference is a checkout of this code, and it runs the family.
 
     Args:
-        code: what it is called.
+        code: its name.
         needed: files that it must have.
     """
     if args.family not in FAMILIES:
@@ -62,10 +62,10 @@ def plan(name: str) -> dict[str, Any]:
 def measure(
     folder: Path, family: str, lengths: list[str], modes: list[str], config: SparseDConfig
 ) -> Iterator[dict[str, Any]]:
-    """Run the released code in a process of its own: {"versions": ...}, then a record for each length as it is done.
+    """Run the released code in its own process: {"versions": ...}, then a record after each length.
 
     Raises:
-        RuntimeError: the process failed; its own words are on stderr.
+        RuntimeError: the process failed; its own message is on stderr.
     """
     job = {
         "family": family,
@@ -80,16 +80,16 @@ def measure(
 
 
 def answers(worker: str, job: dict[str, Any], folder: Path, code: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects that a worker prints in a process of its own.
+    """The JSON objects that a worker prints in its own process.
 
     Args:
         worker: its file.
         job: its argument.
         folder: a checkout with the packages that it needs in `site`.
-        code: the folder in it that its modules are imported from.
+        code: the folder in it from which its modules are imported.
 
     Raises:
-        RuntimeError: the process failed; its own words are on stderr.
+        RuntimeError: the process failed; its own message is on stderr.
     """
     command = [sys.executable, str(Path(worker).resolve()), json.dumps(job)]
     environment = _environment(folder, code)
@@ -109,7 +109,7 @@ def _environment(folder: Path, code: Path) -> dict[str, str]:
 
 
 def _converted(answer: dict[str, Any]) -> dict[str, Any]:
-    """A line of the worker with its runs as ours are: phases, and the first use by itself."""
+    """A line of the worker, with its runs in our form: phases, and the first use separately."""
     if "runs" not in answer:
         return answer
     runs = {f"released_{mode}": _run(run, mode) for mode, run in answer["runs"].items()}
@@ -134,7 +134,7 @@ def _run(run: dict[str, Any], mode: str) -> dict[str, Any]:
 
 
 def _first_use(run: dict[str, Any], warm: int, compiled: float) -> float:
-    """Seconds of the first step or generation beyond a later one's; of a lone generation the compile time."""
+    """Extra seconds of the first step or generation over a later one; of a single generation, the compile time."""
     first, last = run["generations"][0]["seconds"], run["generations"][-1]["seconds"]
     if warm:
         return first[0] - first[-1]

@@ -2,9 +2,9 @@
 
     cd DIR && PYTHONPATH=DIR/site:DIR python reference_worker.py '{"family": "llada", "shape": {...}, ...}'
 
-A process of its own, with the released code's dependencies: nothing of this project is imported. The released samplers
-run unmodified, with few steps; a step is timed from the entry of one forward to that of the next. Prints a JSON line
-with versions, then one for each length.
+It runs in its own process, with the released code's dependencies: nothing of this project is imported. The released
+samplers run unmodified, with few steps. A step is timed from the start of one forward to the start of the next. Prints
+a JSON line with versions, then one for each length.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-# what the published config.json of LLaDA-8B says besides its sizes
+# the published config.json of LLaDA-8B, without its sizes
 LLADA_CONFIG = {
     "activation_type": "silu",
     "block_type": "llama",
@@ -35,7 +35,7 @@ def released_n_full(steps: int, skip: float) -> int:
 
 
 class Clock:
-    """Seconds of every step of a generation, and how many of them torch spent compiling."""
+    """Seconds of every step of a generation, and the seconds that torch spent compiling in them."""
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.marks = model, []

@@ -1,10 +1,10 @@
-"""Selecting the blocks, by itself, at the published head shapes: the block scores of one layer, and the top-k on them.
+"""Selection of the blocks at the published head shapes: the block scores of one layer, and the top-k on them.
 
     python -m benchmarks.selection --family llada --lengths 4k,16k,64k --out FILE.json
 
 Batch 1, 128 new tokens, bfloat16, random q, k, v. The scores start from the log-sum-exp that full attention gives along
-with its output, as in a run. Scores are first held against float64 on some query blocks, and the kept blocks against
-the scores; then everything is timed, and full attention with it.
+with its output, as in a run. Scores are first checked against float64 on some query blocks, and the kept blocks
+against the scores. Then everything is timed, and full attention too.
 """
 
 import argparse

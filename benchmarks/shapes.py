@@ -1,4 +1,4 @@
-"""The published models' shapes, and models of those shapes with random weights: time depends on no weight's value."""
+"""The published models' shapes, and models of these shapes with random weights: no weight's value changes the time."""
 
 from typing import Any
 

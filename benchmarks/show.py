@@ -1,10 +1,10 @@
-"""What watching costs: whole runs of a demo checkpoint with --show and with the progress bar, in turn.
+"""The cost of watching: whole runs of a demo checkpoint with --show and with the progress bar, in turn.
 
     python -m benchmarks.show --family llada --out benchmarks/results/show-llada-cpu.json
 
 The short_context preset and the scripts' own settings: the shorter a step, the more the drawing weighs. Stderr is a
-pseudo-terminal, which another process empties. One thread: with so small a model, two only wait for each other. Seconds
-are those of the clock, with what a run's record leaves out.
+pseudo-terminal, which another process empties. One thread: with a model this small, two threads only wait for each
+other. Seconds are wall time, including what a run's record leaves out.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from .common import build_parser, new_record, parse_arguments, save, summary
 
 @contextlib.contextmanager
 def pseudo_terminal() -> Iterator[None]:
-    """Stderr is a terminal that takes all, like a real one in a process of its own."""
+    """Stderr is a terminal that accepts everything, like a real one in another process."""
     main, child = pty.openpty()
     with subprocess.Popen(["cat"], stdin=main, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as reader:
         os.close(main)

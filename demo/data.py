@@ -16,18 +16,18 @@ SIZES = (256, 512, 1056, 4128)
 SHORT = 512
 GEN_LENGTHS = (16, 32, 64, 64, 128)
 NUMBERS = ("number_0", "number_1", "number_2")
-# whose attention rows have known sources; each kind of copying has its own, so that none is drowned by the others
+# heads with known sources for their attention rows; each kind of copying has its own, so that no kind drowns another
 SOURCES = ("copies", "digits", "steps", "late")
 HEADS = ("names", "sets", "keys", "chains", *SOURCES, *NUMBERS)
 KINDS = ("problems", "documents", *dict.fromkeys(kind for kind, _ in PUZZLES))
-ONE_SHOT = {"problems", "documents"}  # kinds whose answers a trained model knows at once
+ONE_SHOT = {"problems", "documents"}  # a trained model knows the answers of these kinds at once
 PROBLEMS = 0.25  # share of the batches
-DOCUMENTS = 0.35  # of the other sequences, those that ask for facts
+DOCUMENTS = 0.35  # share of the other sequences that asks for facts
 IGNORE = -1
 POOL = 4000
-ROWS = 128  # attention rows supervised a sequence and head, at most
-ANSWER_ROWS = 88  # of them those of the answers
-ROOM = 16  # tokens left for a text's last sentence, at most
+ROWS = 128  # most attention rows that are supervised per sequence and head
+ANSWER_ROWS = 88  # how many of them are the answers' rows
+ROOM = 16  # tokens left for a text's last sentence: at most
 ENDING = 3  # and at least
 INTRO = 24  # tokens of a text's first line, at most
 
@@ -59,14 +59,14 @@ class Builder:
         self.rng.shuffle(sentences)
         told_facts = {id(part) for part in facts}
         filler = [index for index, part in enumerate(sentences) if id(part) not in told_facts]
-        if filler and self.rng.random() < 0.5:  # as in the presets, whose paragraphs start with filler
+        if filler and self.rng.random() < 0.5:  # as in the presets: their paragraphs start with filler
             for part in facts:
                 part.opening = None
             sentences[0], sentences[filler[0]] = sentences[filler[0]], sentences[0]
         return self._end(sequence, sentences, budget, told, [link for one in others for link in one.links], gen_length)
 
     def puzzle(self, kind: str, hay: str, length: int, gen_length: int | None) -> Sequence:
-        """Exactly `length` ids: an evaluation's task, several questions or one padded to gen_length if that is given.
+        """Exactly `length` ids: a task of the evaluation, with several questions, or one padded to gen_length if given.
 
         Args:
             kind, hay: one of `PUZZLES`.
@@ -89,7 +89,7 @@ class Builder:
         return self._end(sequence, sentences, budget, told, links, gen_length)
 
     def problems(self, length: int, gen_length: int | None) -> Sequence:
-        """Word problems, one a turn, as many as fit into `length` ids, the rest padding; one if gen_length is given."""
+        """Word problems, one per turn, as many as fit into `length` ids, then padding; one if gen_length is given."""
         sequence, turns, links = Sequence(self.chat), [], []
         used = len(sequence.ids)
         while True:
@@ -127,7 +127,7 @@ class Builder:
         return Told([told], Turn("documents", question, answer, places), links, about=(person, fact.kind))
 
     def _told(self, fact: Fact) -> tuple[Part, list[int], list[Link]]:
-        """A fact's sentence, where its values stand in it, and their links to the name."""
+        """A fact's sentence, the places of its values in it, and their links to the name."""
         template = self.rng.choice(self.language.kinds[fact.kind]["facts"])[:-1]
         ids, name, slots = self.encode.fill(" " + template, fact)
         part = Part(ids, opening=self.encode.fill(template, fact)[0])
@@ -160,7 +160,7 @@ class Builder:
         return sequence, length - len(sequence.ids) - tail
 
     def _fitting(self, drawn: Iterable[Told], length: int) -> list[Told]:
-        """The first of what is drawn, and as many more as leave a part of `length` tokens for other sentences."""
+        """The first drawn item, and as many more as leave a part of `length` tokens for other sentences."""
         each = self.chat.frame(2) - self.chat.frame(1)
         room, told = int(0.9 * length) - len(self.chat.start) - INTRO, []
         for one in drawn:
@@ -196,7 +196,7 @@ class Builder:
         links: list[Link],
         gen_length: int | None,
     ) -> Sequence:
-        """The text, the turns, and the links of what is told."""
+        """The text, the turns, and the links between the told sentences."""
         sequence.lay_out(sentences, budget)
         sequence.converse([one.turn for one in told], gen_length)
         sequence.link([*links, *(link for one in told for link in one.links)])
@@ -206,8 +206,8 @@ class Builder:
         """Arrays of a batch.
 
         ids [B, T], answers masked. For each of the n masked tokens: rows [n] (flat position of its logit row), targets
-        [n], weights [n] in the loss, kinds [n] (index in `KINDS`), groups [n] (tokens that must be right together to
-        count as one right answer have one number above 0; 0 if the token does not count).
+        [n], weights [n] in the loss, kinds [n] (index in `KINDS`), groups [n] (tokens of one answer, which must be
+        right together, share a number above 0; 0 if the token does not count).
         Attention rows with their sources: links [heads, B, ROWS, 2], heads as in `HEADS`.
         """
         clean = np.array([sequence.ids for sequence in sequences], dtype=np.int64)
@@ -236,7 +236,7 @@ class Builder:
         return batch
 
     def _weight(self, answer: Answer, place: int, counted: bool, token: int) -> float:
-        """In the loss: word problems' numbers more, padding less, and what can hardly be known yet."""
+        """Weights in the loss: more for word problems' numbers, less for padding and what can hardly be known yet."""
         if place >= answer.end:
             return 0.05
         if answer.kind == "problems":
@@ -244,10 +244,10 @@ class Builder:
         return 1.0 if counted or answer.kind in ONE_SHOT or place not in answer.slots else 0.5
 
     def _masked(self, answer: Answer) -> tuple[list[int], set[int]]:
-        """Masked places of an answer and its padding, and those of them that its accuracy is counted by.
+        """Masked places of an answer and its padding, and those that count for its accuracy.
 
-        As in decoding, often all are masked; answers that are found one token after another are also often revealed up
-        to some token, which counts.
+        Often all are masked, as in decoding. Answers that are found one token after another are also often revealed up
+        to some token, and this token counts.
         """
         rng, start, end, padded = self.rng, answer.start, answer.end, answer.padded
         places = range(start, padded)
@@ -274,7 +274,7 @@ class Builder:
         """ROWS pairs [ROWS, 2], those of the answers first, IGNORE in the second column where there is none.
 
         Args:
-            blind: rows whose answer's token before is masked; a thing's source cannot be known then.
+            blind: rows with the answer's token before them masked; then a thing's source cannot be known.
         """
         first = sequence.answers[0].start - self.chat.shift
         pairs = sequence.pairs[head]
@@ -289,7 +289,7 @@ class Builder:
 def batches(builder: Builder, length, tokens: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of about `tokens` ids without end; `length()` is the curriculum's present length of texts.
 
-    While texts are `SHORT`, batches are half as large, for then the number of steps counts.
+    While texts are `SHORT`, batches are half as large, because then the number of steps counts.
 
     Some are word problems; the others hold documents and tasks side by side, of one length, a quarter of the present
     one or less. Three in five hold several questions, the others one question with the answer padded to a whole

@@ -30,7 +30,7 @@ from sparsed.prompts import answer_found, build_prompt, language
 
 TASKS = ("word_problems", "presets")
 SEED = 1_000_000
-# a word problem is two blocks of 32 long: half of its blocks, as in the paper's commands
+# a word problem is two blocks of 32 long: keep half of its blocks, as in the paper's commands
 PROBLEM_MODES = {"origin": None, "sparsed": SparseDConfig(skip=0.2, select=0.5, block_size=32)}
 PRESET_MODES = {
     "short_context": {**PROBLEM_MODES, "default": SparseDConfig()},
@@ -65,7 +65,7 @@ def equal_lengths(questions: list[Question], tokens: int) -> Iterator[list[Quest
 
 
 def generate(model: nn.Module, prompts: Tensor, config: SparseDConfig | None, length: int) -> Tensor:
-    """The generated region [B, length], greedy, one denoising step a token."""
+    """The generated region [B, length], greedy, one denoising step per token."""
     settings = sampling.settings_for(model.family, gen_length=length, steps=length, block_length=32)
     return sampling.generate(model, prompts, settings, config=config, backend="gather")[:, prompts.shape[1] :]
 
@@ -128,11 +128,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=("dream", "llada"), default=["dream", "llada"])
     parser.add_argument("--checkpoints", type=Path, default=Path(__file__).parent, help="folder of both")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; what else it holds stays")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; other entries in it stay")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--questions", type=whole(1), default=200, help="word problems")
     parser.add_argument("--seq_len", type=whole(1), default=32, help="new tokens, and denoising steps")
-    parser.add_argument("--tokens", type=whole(1), default=8192, help="tokens a batch")
+    parser.add_argument("--tokens", type=whole(1), default=8192, help="tokens per batch")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 

@@ -16,7 +16,7 @@ from sparsed.prompts import Language
 
 
 def dream_config(width: int, layers: int, heads: int, vocabulary: int, ids: dict[str, int]) -> dict[str, Any]:
-    """config.json of a Dream of that size, two query heads a key-value head."""
+    """config.json of a Dream of that size, with two query heads per key-value head."""
     return {
         "architectures": ["DreamModel"],
         "model_type": "Dream",
@@ -97,7 +97,7 @@ def prepare(family: str, folder: Path, language: Language, width: int, layers: i
 
 
 def build(family: str, folder: Path) -> nn.Module:
-    """The float32 model of `folder`, with its weights if it has any, else initialised for training."""
+    """The float32 model of `folder`, with its weights if it has any, otherwise initialised for training."""
     _, config_class, model_class = FAMILIES[family]
     model = model_class(config_class.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
     if (folder / "model.safetensors").is_file():
@@ -108,7 +108,7 @@ def build(family: str, folder: Path) -> nn.Module:
 
 
 def initialise(model: nn.Module) -> None:
-    """Embeddings of standard deviation 1, for at 0.02 the blocks' outputs drown the token; output projections x 0.3."""
+    """Embeddings of standard deviation 1: at 0.02 the blocks' outputs drown the token. Output projections x 0.3."""
     head = {"lm_head", "model.transformer.ff_out"}
     outputs = {"o_proj", "down_proj", "attn_out", "ff_out"}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Training sequences under construction: parts of known ids, the chat around them, and which token looks at which."""
+"""Training sequences under construction: parts with known ids, the chat around them, and which token attends where."""
 
 import re
 from collections import defaultdict
@@ -20,7 +20,7 @@ class Part:
 
     Attributes:
         opening: the ids at the start of a paragraph; None if it never stands there.
-        predicted: whether the model writes it, so that attention rows are those that predict its tokens.
+        predicted: whether the model writes it; its attention rows are then those that predict its tokens.
         start: where it stands in the sequence; None before that is known.
     """
 
@@ -30,7 +30,7 @@ class Part:
     start: int | None = None
 
 
-# (head, part and index of the row, part and index of the token that this row looks at)
+# (head, part and index of the row, part and index of the token that this row attends to)
 Link = tuple[str, Part, int, Part, int]
 
 
@@ -49,10 +49,10 @@ class Told:
     """Sentences in an order to be kept, and a question.
 
     Attributes:
-        turn: what is asked about them, if anything is.
-        links: what looks at what.
-        names: what nothing else in the text may be called.
-        about: of a fact, the person and the fact's kind.
+        turn: the question about them, if any.
+        links: which token attends to which.
+        names: names that nothing else in the text may have.
+        about: a fact's person and kind.
     """
 
     sentences: list[Part]
@@ -69,7 +69,7 @@ class Told:
 
 @dataclass(frozen=True)
 class Answer:
-    """Where an answer stands: its start, its end with the end token, the end of its padding, its slots' places."""
+    """An answer's places: its start, its end with the end token, the end of its padding, its slots."""
 
     kind: str
     start: int
@@ -118,7 +118,7 @@ class Encoder:
 
 
 class Chat:
-    """The chat template's pieces of one family; `shift` is 1 if row t predicts token t + 1 (Dream), else 0."""
+    """The chat template's pieces of one family; `shift` is 1 if row t predicts token t + 1 (Dream), otherwise 0."""
 
     def __init__(self, family: str, encode: Encoder):
         def ids(text: str) -> list[int]:
@@ -141,7 +141,7 @@ class Chat:
         self.stretch = encode(" And"), encode(" and")
 
     def frame(self, turns: int) -> int:
-        """Tokens around so many questions and answers, without padding."""
+        """Tokens around this many questions and answers, without padding."""
         return turns * (len(self.asked) + len(self.end) + len(self.next)) - len(self.next)
 
 
@@ -163,7 +163,7 @@ class Sequence:
             if index:
                 ids += chat.paragraph if opens else chat.full_stop
             ids += sentence.opening if opens else sentence.ids
-            sentence.start = len(ids) - len(sentence.ids)  # an opening differs in its first word alone
+            sentence.start = len(ids) - len(sentence.ids)  # an opening differs only in its first word
         first, more = chat.stretch
         ids += chat.full_stop + first
         ids += more * (end - len(ids) - 1) + chat.paragraph
@@ -184,7 +184,7 @@ class Sequence:
             self.answers.append(Answer(turn.kind, start, end, len(ids), tuple(start + slot for slot in turn.slots)))
 
     def link(self, links: list[Link]) -> None:
-        """Remember the links; those of parts that were left out count for nothing."""
+        """Remember the links; links of left-out parts are dropped."""
         for head, part, row, source, index in links:
             if part.start is None:
                 continue

@@ -1,10 +1,10 @@
-"""The evaluation's tasks as training sequences: what is told and asked, and which token should look at which.
+"""The evaluation's tasks as training sequences: what is told and asked, and which token should attend to which.
 
-What the links say is how a small model can find the answer. In the text, a code's digits look at their key (`names`),
-and a thing that is set to another looks at that (`sets`). An answer's tokens look at what they are asked for (`names`,
-`sets`, or `keys` where it takes longer to know, one of several keys above all), and then at the token that they copy
-(`digits`, `steps`, or `late`). `chains` are links on the way: of a code's digits to the blank before them, which knows
-where in the list of codes it stands, and of a code to the one before it of the same key.
+The links show a small model how to find the answer. In the text, a code's digits attend to their key (`names`), and a
+thing that is set to another attends to it (`sets`). An answer's tokens attend to what they are asked for (`names`,
+`sets`, or `keys` if it takes longer to know, above all with one of several keys), and then to the token that they copy
+(`digits`, `steps`, or `late`). `chains` are links on the way: from a code's digits to the blank before them, which
+knows its place in the list of codes, and from a code to the one before it of the same key.
 """
 
 import random
@@ -17,7 +17,7 @@ from sparsed.prompts import language
 from .sequences import Encoder, Link, Part, Told, Turn
 
 CODE = 7  # digits of a code
-# (kind, hay): share of the puzzles; kinds are told apart in reports
+# (kind, hay): share of the puzzles; reports list kinds separately
 PUZZLES = {
     ("code", "noise"): 0.14,
     ("code", "essay"): 0.16,
@@ -28,12 +28,12 @@ PUZZLES = {
 }
 INTROS = {"things": "vt"}
 MOST = {"code": 8, "codes": 3, "values": 3, "things": 4}  # questions of a conversation
-ANSWERS = {"code": 16, "codes": 48, "values": 48, "things": 16}  # tokens of the answers, at most
-HAY_LINKED = 8  # sentences of the hay of needles whose digits have links
+ANSWERS = {"code": 16, "codes": 48, "values": 48, "things": 16}  # most tokens of the answers
+HAY_LINKED = 8  # sentences in a hay of needles with links of their digits
 
 
 class Teller:
-    """Draws what is told and asked, for one tokenizer."""
+    """Draws texts and questions for one tokenizer."""
 
     def __init__(self, rng: random.Random, encode: Encoder):
         self.rng, self.encode = rng, encode
@@ -52,7 +52,7 @@ class Teller:
         return self._codes(kind, needles(rng, 0, held_out=False, hay="noise", told=rng.choice((1, 1, 2))))
 
     def several(self, kind: str) -> Iterator[Told]:
-        """Puzzles of a kind, all with names of their own, at most as many as a conversation has questions."""
+        """Puzzles of a kind, all with different names, at most as many as a conversation has questions."""
         used: set[str] = set()
         left = self.rng.randint((MOST[kind] + 1) // 2, MOST[kind])
         while left:
@@ -72,7 +72,7 @@ class Teller:
         return parts, [link for part in parts[:HAY_LINKED] for link in self._code_links(part)]
 
     def noise_hay(self, room: int) -> list[Part]:
-        """The same few sentences again and again, as many as fit."""
+        """The same few sentences over and over, as many as fit."""
         parts: list[Part] = []
         while (room := room - len(self.noise[len(parts) % 3].ids) - 1) >= 0:
             parts.append(self.noise[len(parts) % 3])
@@ -92,7 +92,7 @@ class Teller:
         return [index for index, token in enumerate(ids) if token in self.digits]
 
     def _code_links(self, part: Part) -> list[Link]:
-        """'The code of the russet heron is 4712930': the digits look at the heron, which knows the word before it."""
+        """'The code of the russet heron is 4712930': the digits attend to the heron, which knows the word before it."""
         digits = self._digits(part.ids)
         return [("names", part, digit, part, digits[0] - 3) for digit in digits]
 
@@ -120,7 +120,7 @@ class Teller:
         return Told(parts, Turn(kind, question, answer, slots), links, names)
 
     def _chain(self, parts: list[Part]) -> list[Link]:
-        """A code's digits look at the last digit of the code before it of the same key; the first one's at the key."""
+        """A code's digits attend to the last digit of the same key's code before it; the first code's to the key."""
         links = []
         for index, part in enumerate(parts):
             before, digits = parts[max(0, index - 1)], self._digits(part.ids)
@@ -129,7 +129,7 @@ class Teller:
         return links
 
     def _things(self, puzzle: Puzzle) -> Told:
-        """'Set the boat to 12345', 'Set the tree to the boat': a thing looks at what it is set to."""
+        """'Set the boat to 12345', 'Set the tree to the boat': a thing attends to what it is set to."""
         parts = [self.encode.sentence(text[:-1]) for text in puzzle.sentences]
         question, answer = self._question(puzzle)
         slots = [2 + 2 * index for index in range(len(parts))]

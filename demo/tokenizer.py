@@ -55,7 +55,7 @@ CONFIGS = {
 
 
 def corpus(language: Language) -> list[str]:
-    """Every word after a space equally often, and the templates: the BPE then gives each word a token of its own."""
+    """Every word after a space equally often, and the templates: the BPE then makes each word one token."""
     words = [f" {word}" for group in language.words.values() for word in group]
     templates = [language.filler["intro"], *language.filler["sentences"]]
     for kind in language.kinds.values():
@@ -73,7 +73,7 @@ def corpus(language: Language) -> list[str]:
 
 
 def train_bpe(language: Language, vocabulary: int = VOCABULARY) -> Tokenizer:
-    """A byte-level BPE of at most `vocabulary` tokens, all 256 bytes among them, so that any text encodes."""
+    """A byte-level BPE of at most `vocabulary` tokens; all 256 bytes are among them, so that any text encodes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_PIECES), behavior="isolated")

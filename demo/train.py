@@ -1,6 +1,6 @@
 """Train a demo checkpoint: python -m demo.train --family dream --out runs/dream --minutes 8
 
-Stops by itself after --minutes. Run again with the same --out it goes on, from the weights and with a short warm-up.
+Stops by itself after --minutes. Run again with the same --out, it continues from the weights, with a short warm-up.
 Weights are saved every half minute.
 """
 
@@ -24,12 +24,12 @@ from sparsed.models import load_tokenizer
 from sparsed.prompts import language
 
 STAGES = (256, 512, 1056, 4128, 8224)  # lengths of texts, in tokens
-LATEST = (0.22, 0.32, 0.45, 0.75)  # shares of the time at which the stages end, ready or not
-READY = 0.97  # what the shares of right answers of these kinds must exceed to end a stage earlier
+LATEST = (0.22, 0.32, 0.45, 0.75)  # shares of the time at which the stages end at the latest
+READY = 0.97  # the share of right answers that these kinds must exceed to end a stage earlier
 NEEDED = ("documents", "code", "codes", "things")
-UNKNOWN = 0.5  # that share before anything is measured; from there it takes a dozen right batches
-LONG = 4096  # of texts so long, attention is supervised less
-# (layer, head, offset): heads that look at a token nearby
+UNKNOWN = 0.5  # the share before anything is measured; from there it takes a dozen right batches
+LONG = 4096  # on texts of this length, attention is supervised less
+# (layer, head, offset): heads that attend to a token nearby
 OFFSETS = ((0, 0, -1), (0, 1, -2), (0, 2, -3), (0, 3, 1), (1, 1, -4), (1, 2, -8))
 OFFSET_ROWS = 128
 # layer and head of the rows with known sources
@@ -110,10 +110,10 @@ class Attention:
 
 @dataclass
 class Progress:
-    """Where a run is; `right` holds a running share of right answers for each kind, at the stage's length.
+    """Progress of a run; `right` holds a running share of right answers for each kind, at the stage's length.
 
-    An answer is right if all of it is, from nothing; an answer that is written token after token counts one token, the
-    first that is missing.
+    An answer is right if all its tokens are, predicted from none of them. Of an answer that is written token after
+    token, only the first missing token counts.
     """
 
     step: int = 0
@@ -124,12 +124,12 @@ class Progress:
 
 
 def is_problems(batch: dict[str, Tensor]) -> bool:
-    """Whether a batch holds word problems, which come alone."""
+    """Whether a batch holds word problems; these never share a batch with others."""
     return bool(batch["kinds"][0] == KINDS.index("problems"))
 
 
 def shares_right(logits: Tensor, batch: dict[str, Tensor]) -> dict[str, float]:
-    """By kind, the share of the groups of tokens that count which the argmax gets right as a whole."""
+    """By kind, the share of the counting groups of tokens that the argmax gets right as a whole."""
     groups, kinds = batch["groups"], batch["kinds"]
     wrong = (logits.argmax(-1) != batch["targets"]) & (groups > 0)
     shares = {}
@@ -227,7 +227,7 @@ class Trainer:
             if not problems:
                 losses = torch.stack(list(self.attention.losses.values())).tolist()
                 for name, loss in zip(self.attention.losses, losses, strict=True):
-                    if loss > 0:  # else no row of the batch had a source
+                    if loss > 0:  # otherwise no row of the batch had a source
                         before = self.aside.get(name, loss)
                         self.aside[name] = before + 0.2 * (loss - before)
         self.progress.step += 1
@@ -242,7 +242,7 @@ class Trainer:
                 right[kind] = before + 0.2 * (share - before)
 
     def _advance(self, done: float) -> None:
-        """Go on to longer texts when the answers are right, or when it is time."""
+        """Move on to longer texts when the answers are right, or when it is time."""
         progress, stages = self.progress, self.options.stages
         if progress.stage == len(stages) - 1:
             return
@@ -274,18 +274,18 @@ class Trainer:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=("dream", "llada"), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder, made or gone on with")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder, new or to continue")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8, help="at least 6")
-    parser.add_argument("--heads", type=int, default=4, help="at least 4, each has its own attention offset to learn")
+    parser.add_argument("--heads", type=int, default=4, help="at least 4: each has its own attention offset to learn")
     parser.add_argument("--stages", type=int, nargs="+", default=list(STAGES), help="document lengths, in tokens")
-    parser.add_argument("--tokens", type=int, default=65536, help="tokens a batch")
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens per batch")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=100, help="steps")
-    parser.add_argument("--decay", type=float, default=0.3, help="share of the time in which the rate falls")
+    parser.add_argument("--decay", type=float, default=0.3, help="last part of the time, in which the rate falls")
     parser.add_argument("--workers", type=int, default=5, help="processes that build batches")
     parser.add_argument("--print-every", type=float, default=10.0, help="seconds")
     return parser.parse_args()

@@ -26,7 +26,7 @@ class SparseDConfig:
     Args:
         skip: fraction of the denoising steps that use full attention, 0 to 1.
         select: fraction of the key blocks that each query block keeps afterwards, above 0, at most 1.
-        block_size: tokens a block, for queries and keys alike, a positive multiple of 16.
+        block_size: tokens per block, for queries and keys alike, a positive multiple of 16.
         dense_answer: in the sparse steps, the queries from the token before the generated region on attend to every
             key, and only the prompt's to their kept blocks. Not in the paper, whose rule is False.
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a group, each of which has some heads of every layer; without a group, one has all of them.
+    """The processes that share a model. Each has some heads of every layer; without a group, one process has all.
 
-    Every process of the group must come to every call here, in the same order. Tensors travel as the device's backend
-    sends them (NCCL, or gloo on a CPU), in the order of the device's queue; `gathered` waits for all processes.
+    Every process of the group must make every call here, in the same order. The device's backend sends the tensors
+    (NCCL, or gloo on a CPU), in the order of the device's queue; `gathered` waits for all processes.
 
     Args:
         group: of `torch.distributed`.
@@ -37,11 +37,11 @@ class Ranks:
         return x
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of every rank's x: of values that are means over as many heads each, that over all heads."""
+        """The mean of every rank's x. If each x is a mean over the rank's heads, this is the mean over all heads."""
         return self.add(x.clone()) / self.count if self.count > 1 else x
 
     def joined(self, x: Tensor, dim: int) -> Tensor:
-        """Every rank's x, one after the other along `dim`: all heads of what each has of its own."""
+        """Every rank's x, one after the other along `dim`: the values of all heads."""
         if self.count == 1:
             return x
         x = x.contiguous()
@@ -55,7 +55,7 @@ class Ranks:
             dist.broadcast(x, group=self.group, group_src=0)
 
     def gathered(self, value: Any) -> list[Any]:
-        """Every rank's value, which can be pickled, by their places."""
+        """Every rank's value, in the order of the ranks; it must be picklable."""
         values = [value]
         if self.count > 1:
             values *= self.count

@@ -122,7 +122,7 @@ def select_blocks(
         q: [B, Hq, T, D] queries after rotary embedding, float32, bfloat16 or float16.
         k: [B, Hkv, T, D] keys, Hkv dividing Hq: query head h reads key head h // (Hq // Hkv).
         prompt_len: tokens before the generated region, 0 to T.
-        block_size: tokens a block; the last block may be shorter.
+        block_size: tokens per block; the last block may be shorter.
         select: share of each part's blocks to keep, above 0, at most 1.
         key_valid: bool [B, T], False where a token is padding.
         dense_answer: the queries from token `prompt_len` - 1 on read every key: every block that holds such a query

@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from sparsed import load_tokenizer, sparsify
+from tests.helpers.processes import outcomes
 from tests.helpers.standins import DREAM, HubDream
 from tests.helpers.tiny_folders import tiny_folder
 
@@ -58,7 +61,17 @@ def test_a_hub_model_under_its_own_sampler(tmp_path, monkeypatch, capsys):
     assert len(runs) == 1 and "of the pairs, by gather" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+def test_two_processes_share_a_model():
+    code = "from examples.two_gpus import main; main(length=288, steps=4)"
+    (alone,) = outcomes(1, code)
+    together = outcomes(2, code)
+    assert [exit_code for exit_code, _, _ in (alone, *together)] == [0, 0, 0]
+    assert [text for _, text, _ in together] == [alone[1], ""] and alone[1].strip()
+
+
 def test_every_example_has_its_command():
     for path in (ROOT / "examples").glob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert f"python examples/{path.name}" in text and len(text.splitlines()) < 60
+        assert re.search(f"^ *(python|torchrun .*) examples/{path.name}", text, flags=re.MULTILINE)
+        assert len(text.splitlines()) < 60

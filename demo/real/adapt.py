@@ -2,9 +2,9 @@
 
     python -m demo.real.adapt --checkpoint runs/base --tokens runs/text/train.bin.xz --out runs/adapted
 
-Nearly every step mixes long and short sequences, from the first on. Run again with the same --out it goes on where it
-last saved, and ends as if it had never stopped (on a GPU: up to rounding). Writes the checkpoint, losses.jsonl (nats a
-token, of --held_out too) and training.safetensors, from which it goes on.
+From the first step on, nearly every step mixes long and short sequences. Run again with the same --out, it continues
+where it last saved, and ends as if it had never stopped (on a GPU: up to rounding). Writes the checkpoint, losses.jsonl
+(nats per token, also of --held_out) and training.safetensors, from which it continues.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LENGTHS = "1024:50,2048:25,4096:15,8192:10"
 
 
 def lengths(words: str) -> dict[int, float]:
-    """A reader of LENGTH:SHARE with commas between."""
+    """A reader of LENGTH:SHARE, separated by commas."""
     pairs = (word.partition(":") for word in words.split(","))
     return {whole(2, 2**20)(length): number_in(0, math.inf, above=True)(share or "1") for length, _, share in pairs}
 
@@ -44,22 +44,22 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description=__doc__)
     for name, read, metavar, text in (
-        ("--checkpoint", folder, "FOLDER", "what is adapted, in Dream's format"),
-        ("--tokens", path, "FILE", "ids to train on, of demo.real.text"),
+        ("--checkpoint", folder, "FOLDER", "the checkpoint to adapt, in Dream's format"),
+        ("--tokens", path, "FILE", "ids to train on, from demo.real.text"),
         ("--out", path, "FOLDER", "the adapted checkpoint"),
     ):
         parser.add_argument(name, type=read, metavar=metavar, required=True, help=text)
     parser.add_argument("--held_out", type=path, metavar="FILE", help="ids to measure the loss on")
-    add_value(parser, "--steps", "of all calls together", 3600, type=whole(1))
+    add_value(parser, "--steps", "steps of all calls together", 3600, type=whole(1))
     text = "most minutes of this call; it saves and can be called again"
     add_value(parser, "--minutes", text, math.inf, type=number_in(0, math.inf))
-    text = "tokens of a sequence and how often a batch has them, LENGTH:SHARE with commas between"
+    text = "tokens of a sequence, and the share of the batches that have them: LENGTH:SHARE, separated by commas"
     add_value(parser, "--lengths", text, LENGTHS, type=lengths)
     add_value(parser, "--batch_tokens", "of a step", 65536, type=whole(2))
-    add_value(parser, "--at_once", "tokens of a batch, several of which make a step", 16384, type=whole(2))
+    add_value(parser, "--at_once", "tokens of a batch; a step has several batches", 16384, type=whole(2))
     add_value(parser, "--lr", "highest learning rate", 5e-4, type=number_in(0, 1, above=True))
     add_value(parser, "--warmup", "steps in which the rate rises", 100, type=whole(0))
-    add_value(parser, "--spans", "share of the sequences masked in a span alone", 0.25, type=number_in(0, 1))
+    add_value(parser, "--spans", "share of the sequences masked only in a span", 0.25, type=number_in(0, 1))
     add_value(parser, "--save_every", "steps", 500, type=whole(1))
     add_value(parser, "--seed", "of windows and masks", 0, type=whole(0))
     add_value(parser, "--device", "auto, cuda, cuda:N or cpu", "auto", type=device)
@@ -72,7 +72,7 @@ def _adapt(args: argparse.Namespace) -> None:
     with blame(args, "--checkpoint"):
         model = load_model(args.checkpoint, device="cpu", dtype="float32").to(resolve_device(args.device)).train()
         if model.family != "dream" or args.checkpoint.resolve() == args.out.resolve():
-            raise ValueError("must be in Dream's format, and another folder than --out")
+            raise ValueError("must be in Dream's format, and a different folder than --out")
     ids = _ids(args, "--tokens", model.config.vocab_size)
     held_out = None if args.held_out is None else _ids(args, "--held_out", model.config.vocab_size)
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})

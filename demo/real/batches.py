@@ -1,4 +1,5 @@
-"""What the adaptation trains on: windows of the ids, masked at random, everywhere the same for a seed and a step."""
+"""Training batches of the adaptation: windows of the ids, masked at random; the same on every machine for a seed and
+a step."""
 
 import math
 from dataclasses import dataclass
@@ -8,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LOWEST = 0.02  # rate of masking, lest a handful of tokens weigh more than all others
+LOWEST = 0.02  # rate of masking: lower, a handful of tokens would weigh more than all others
 SHORTEST_SPAN = 32
 FLOOR = 0.02  # of the highest learning rate, at the end
 
 
 class Batch(NamedTuple):
-    """Sequences with masks, and what the model is to say of them.
+    """Sequences with masks, and what the model should predict.
 
     Args:
         ids: int64 [B, T], some of them the mask's.
         rows: int64 [m], the flat logit rows b * T + t - 1 that predict the masked tokens b, t.
         targets: int64 [m], these tokens.
-        weights: float32 [m], one over the rate at which each was masked.
+        weights: float32 [m], one over the rate at which each token was masked.
         places: tokens that could have been masked.
     """
 
@@ -36,13 +37,13 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a run, beside its checkpoint and its ids.
+    """The settings of a run, in addition to its checkpoint and its ids.
 
     Args:
-        lengths: tokens of a sequence -> how often a batch has them, in proportion.
+        lengths: tokens of a sequence -> the share of the batches that have them.
         batch_tokens: of a step.
-        at_once: tokens of a batch, several of which make a step.
-        spans: share of the sequences that is masked in a span alone.
+        at_once: tokens of a batch; a step has several batches.
+        spans: share of the sequences that is masked only within a span.
     """
 
     steps: int
@@ -60,7 +61,7 @@ class Recipe:
         return self.lr * warm * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
     def batches(self, ids: np.ndarray, step: int, mask_id: int) -> list[Batch]:
-        """What a step trains on: batches of one length each, drawn anew, so that nearly every step has several."""
+        """A step's batches, of one length each; lengths are drawn for every step, so nearly every step has several."""
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
         shares = torch.tensor(list(self.lengths.values()), dtype=torch.float64)
         count = max(1, self.batch_tokens // self.at_once)
@@ -77,12 +78,12 @@ class Recipe:
 def masked(tokens: Tensor, mask_id: int, spans: float, generator: torch.Generator) -> Batch:
     """Mask tokens int64 [B, T] as training sees them.
 
-    Every sequence has a rate of its own, all of them spread evenly over LOWEST to 1. The first token is never masked,
-    for no row predicts it.
+    Every sequence has its own rate; the rates are spread evenly over LOWEST to 1. The first token is never masked,
+    because no row predicts it.
 
     Args:
-        spans: probability that a sequence is masked only within a span of SHORTEST_SPAN to T / 2 tokens, as an answer
-            is behind its prompt; the others are masked all over.
+        spans: probability that a sequence is masked only within a span of SHORTEST_SPAN to T / 2 tokens, like an answer
+            after its prompt; the others are masked everywhere.
     """
     count, length = tokens.shape
 

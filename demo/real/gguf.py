@@ -18,11 +18,11 @@ import numpy as np
 VERSIONS = (2, 3)
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
 STRING, ARRAY = 8, 9
-ALIGNMENT = 32  # where the metadata do not say
+ALIGNMENT = 32  # if the metadata do not say
 
 
 class Kind(NamedTuple):
-    """How values are stored, so many in a block of that dtype; `decode` makes float32 [n, values] of n blocks."""
+    """How values are stored: `values` per block of that dtype. `decode` makes float32 [n, values] of n blocks."""
 
     name: str
     block: np.dtype
@@ -116,7 +116,7 @@ class _Cursor:
         return self.numbers(NUMBERS[kind], count)
 
     def tensor(self) -> tuple[str, Place]:
-        """A tensor's name, and its place as the file says it, from the first tensor on."""
+        """A tensor's name, and its place relative to the first tensor, as the file says."""
         name = self.string()
         sizes = self.numbers("Q", *self.numbers("I"))
         number, start = *self.numbers("I"), *self.numbers("Q")

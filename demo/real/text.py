@@ -1,11 +1,11 @@
-"""Turn text files into the token ids that the adaptation trains on and those that it never sees:
+"""Turn text files into token ids for training, and into held-out ones that training never sees:
 
     python -m demo.real.text docs/ notes.txt --checkpoint runs/base --out runs/text
 
-Every UTF-8 file is a document; other files are skipped. A paragraph that an earlier document had already is
-left out, so that nothing held out was trained on; what a document repeats itself stays. Which documents are held out
-follows from their text and --seed alone. Writes train.bin.xz and held-out.bin.xz, uint16 ids whose documents end with
-id 0, and text.json, which says what is in them.
+Every UTF-8 file is a document; other files are skipped. A paragraph that an earlier document already had is left out,
+so that no held-out text was trained on; repetitions within a document stay. Only a document's text and --seed decide
+whether it is held out. Writes train.bin.xz and held-out.bin.xz, uint16 ids with id 0 after every document, and
+text.json, which describes them.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from sparsed.models import load_tokenizer
 
 PROGRAM = "python -m demo.real.text"
 END = 0
-LONG = 80  # characters of a paragraph that is looked for in other documents; shorter ones are headings and the like
+LONG = 80  # characters of the shortest paragraph that is compared with others; shorter ones are headings and the like
 AT_ONCE = 64  # documents
 PARTS = ("train", "held-out")
 
 
 def files_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files and those in the folders, in order, each once; OSError for what is not there."""
+    """The files, and those in the folders, in order, each once; OSError if one is missing."""
     seen = set()
     for one in paths:
         for file in sorted(one.rglob("*")) if one.is_dir() else [one.resolve(strict=True)]:
@@ -76,7 +76,7 @@ def is_held_out(text: str, share: float, seed: int) -> bool:
 
 
 def tokenised(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """uint16 ids of each text and END; what reads as a special token is text too."""
+    """uint16 ids of each text and END; text that looks like a special token stays text."""
     tokenizer.encode_special_tokens = True
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     return [np.array([*encoding.ids, END], np.uint16) for encoding in encodings]
@@ -125,10 +125,10 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description=__doc__)
     parser.add_argument("paths", type=path, metavar="PATH", nargs="+", help="text files and folders of them")
-    parser.add_argument("--checkpoint", type=folder, metavar="FOLDER", required=True, help="whose tokenizer is taken")
+    parser.add_argument("--checkpoint", type=folder, metavar="FOLDER", required=True, help="its tokenizer is used")
     parser.add_argument("--out", type=path, metavar="FOLDER", required=True, help="where the ids go")
     add_value(parser, "--held_out", "share of the documents that is held out", 0.01, type=number_in(0, 1))
-    add_value(parser, "--shortest", "tokens that a document must have", 64, type=whole(1))
+    add_value(parser, "--shortest", "least tokens of a document", 64, type=whole(1))
     add_value(parser, "--seed", "of what is held out", 0, type=whole(0))
     args = parser.parse_args(argv)
     args.parser = parser

@@ -1,4 +1,4 @@
-"""One run of the adaptation, which can be left and gone on with."""
+"""One run of the adaptation, which can be stopped and continued."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ TOLD_EVERY = 20  # seconds
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that are trained, by name: not the biases, which stay zero, and of the embedding the mask's row."""
+    """The trained weights, by name: all but the biases, which stay zero; of the embedding only the mask's row."""
     embedding = model.model.embed_tokens.weight
     only = torch.zeros(len(embedding), 1, device=embedding.device)
     only[model.config.mask_token_id] = 1
@@ -36,7 +36,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adam(model: nn.Module, weights: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    """A group for each weight; the matrices but the embedding, whose other rows must not change, decay."""
+    """A group for each weight. Matrices decay, except the embedding: its other rows must not change."""
     embedding = model.model.embed_tokens.weight
     decays = [DECAY if weight.dim() == 2 and weight is not embedding else 0.0 for weight in weights]
     groups = [{"params": [weight], "weight_decay": decay} for weight, decay in zip(weights, decays, strict=True)]
@@ -72,7 +72,7 @@ class Trainer:
         self.state, self.losses = out / "training.safetensors", out / "losses.jsonl"
 
     def restore(self) -> None:
-        """Go on from the state on disk, if there is one; ValueError if it is of another run."""
+        """Continue from the state on disk, if there is one; ValueError if it is another run's."""
         if not self.state.exists():
             return
         try:
@@ -107,7 +107,7 @@ class Trainer:
         write_tensors(self.state, tensors, {"run": json.dumps(run)})
 
     def run(self, minutes: float, save_every: int) -> None:
-        """Train until all steps or so many minutes are over; save at the end and every so many steps."""
+        """Train until all steps or `minutes` are over; save at the end and every `save_every` steps."""
         begun, until, told = time.monotonic() - self.seconds, self.seconds + 60 * minutes, 0.0
         over = self.step == self.recipe.steps
         if self.step == 0:
@@ -125,7 +125,7 @@ class Trainer:
                 tell(f"step {self.step} of {self.recipe.steps}, {self.seconds:.0f} s: loss {line['loss']:.3f}")
 
     def update(self) -> dict[str, Any]:
-        """One step; its line of the log: the bound in nats a token, of all that it trained on and by length."""
+        """One step; its line of the log has the bound in nats per token, over all its tokens and by length."""
         rate, batches = self.recipe.rate(self.step), self.recipe.batches(self.ids, self.step, self._mask)
         places, sums = sum(batch.places for batch in batches), []
         for batch in batches:
@@ -156,7 +156,7 @@ class Trainer:
 
     @torch.no_grad()
     def check_held_out(self) -> None:
-        """Log the bound on as many held-out ids as a step has, by length, always of the same windows and masks."""
+        """Log the bound by length on held-out ids, as many as a step has, always with the same windows and masks."""
         if self.held_out is None:
             return
         batches, generator = [], torch.Generator().manual_seed(0)
@@ -173,7 +173,7 @@ def _bound(batches: Sequence[Batch], sums: Sequence[float]) -> float:
 
 
 def _by_length(batches: list[Batch], sums: list[float]) -> dict[str, float]:
-    """Of each length the bound in nats a token: what the masked tokens cost by all that could have been masked."""
+    """For each length the bound in nats per token: the masked tokens' cost over all tokens that could be masked."""
     found = {}
     for length in sorted({batch.ids.shape[1] for batch in batches}):
         pairs = [pair for pair in zip(batches, sums, strict=True) if pair[0].ids.shape[1] == length]

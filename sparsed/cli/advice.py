@@ -1,4 +1,4 @@
-"""`--advise`: time single steps, and say what a whole run would take with full attention and with SparseD."""
+"""`--advise`: time single steps, and say how long a whole run would take with full attention and with SparseD."""
 
 import math
 import shlex
@@ -23,12 +23,13 @@ from .recording import SelectedBlocks
 from .running import Job, StepClock
 from .ways import Forwards, as_record, canvas_of, no_cache, time_few_rows, way_lines, ways
 
-# prompt tokens of the shorter measurement: on a GPU, those from which on the kernels are the ones of long prompts
+# prompt tokens of the shorter measurement: on a GPU, enough that the kernels are those of long prompts
 SHORT_ON_GPU, SHORT = FLASH_FROM, 1024
 # the flags of SparseD, which mean nothing to full attention
 SPARSED = ("skip", "select", "block_size", "dense_answer", "backend")
-# dense answer rows are timed with as many blocks as the paper's rule keeps (nearer to full attention), and with half as
-# many (as near to it); below the share FEWEST no measurement supports that (docs/results.md, "Dense answer rows")
+# dense answer rows are timed with as many blocks as the paper's rule keeps (closer to full attention than it), and with
+# half as many (as close as it); below the share FEWEST no measurement supports that (docs/results.md, "Dense answer
+# rows")
 FEWER_BLOCKS, FEWEST = (1, 2), 0.1
 
 
@@ -110,7 +111,7 @@ def _ways(job: Job, own: StepTimes, whole: tuple[float, float]) -> dict[str, Any
 
 
 def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, Any]]:
-    """What whole runs with dense answer rows would take; their full steps last as long as the job's own."""
+    """How long whole runs with dense answer rows would take; their full steps last as long as the job's own."""
     found: list[dict[str, Any]] = []
     given = job.args.config
     if own.backend == DENSE or given.dense_answer:
@@ -191,7 +192,7 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     origin, sparsed, pays_from = advice["origin_seconds"], advice["sparsed_seconds"], advice["pays_from"]
     short, long = advice["fitted_prompt_tokens"]
     idle = steps - advice["steps_that_run"]
-    some = f"{steps} steps, {idle} of which commit nothing and run no model," if idle else f"{steps} steps"
+    some = f"{steps} steps ({idle} of them commit nothing and run no model)" if idle else f"{steps} steps"
     some = f"at most {some}" if any(way["fewest"] < way["most"] for way in advice["ways"]) else some
     whole = f"{some} with full attention (--origin) would take {origin:.1f} s"
     if own["backend"] == DENSE:

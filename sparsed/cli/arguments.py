@@ -1,4 +1,4 @@
-"""A call of one of the scripts, checked as far as no model is needed.
+"""A call of one of the scripts, with every check that needs no model.
 
 A wrong call ends in one line on stderr that names the option, and exit code 2.
 """
@@ -23,7 +23,7 @@ from .flags import DEFAULT_PROMPT, build_parser
 
 # far beyond any model's context; an endless file is not read to its end
 LONGEST_PROMPT = 2**24
-# names of streams that are open already, a shell's <(...) among them; to open another pipe could wait for ever
+# names of streams that are already open, such as a shell's <(...); opening another pipe could wait forever
 OPEN_STREAMS = ("/dev/stdin", "/dev/fd/")
 
 
@@ -33,8 +33,8 @@ class Call:
 
     Args:
         family: of the script.
-        parser: it words the errors that show only later.
-        flags: all flags by name, as they were used: for the record, and for a command that does the same.
+        parser: words the errors that are found only later.
+        flags: all flags by name, as they were used, for the record and for a command that does the same.
         sampler: how the family samples, with the number of new tokens and of steps.
         config: SparseD's settings, which nothing reads with --origin.
         text: the user's own prompt, None for a preset.
@@ -124,7 +124,7 @@ def parse(family: Family, argv: list[str] | None) -> Call:
 
 
 def _check_backend(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse a named backend that the device, the number format or the block size rules out, whatever the model."""
+    """Refuse a named backend that the device, the number format or the block size rules out for any model."""
     if args.backend == "auto":
         return
     device = resolve_device(args.device)
@@ -155,7 +155,7 @@ def _own_prompt(parser: Parser, option: str, args: argparse.Namespace) -> tuple[
             option = "--system"
             check_text(args.system, "the system turn")
             if args.chat is not None:
-                raise ValueError("not allowed with argument --chat, whose file may begin with a system turn")
+                raise ValueError("not allowed with argument --chat: its file may begin with a system turn")
             earlier = [{"role": "system", "content": args.system}]
     except ValueError as error:
         parser.error(f"argument {option}: {error}")

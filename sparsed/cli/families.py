@@ -62,7 +62,7 @@ def _add_llada(group) -> None:
     weight = "classifier-free guidance weight; 0 is off, anything else doubles the batch"
     add_value(group, "--cfg_scale", weight, 0.0, type=number_in(0, math.inf), metavar="W")
     group.add_argument("--logits_eos_inf", action="store_true", help="never choose the end token")
-    last = "commit the tokens that end the text or the turn after all others, against answers that end too early"
+    last = "commit the tokens that end the text or the turn last, against answers that end too early"
     group.add_argument("--confidence_eos_eot_inf", action="store_true", help=last)
     add_saving(group)
 

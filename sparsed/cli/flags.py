@@ -23,7 +23,7 @@ examples:
   python {script} --demo --compare --prompt 4k --seq_len 32 --steps 32
       the bundled demo checkpoint on a 4,096-token document, full attention against SparseD
   python {script} --demo --show --report run.html --prompt short_context
-      watch the answer come about, and keep the run as a page for the browser
+      watch the answer appear, and keep the run as a page for the browser
   python {script} --prompt 16k --warmup 1 --json run.json
       the published checkpoint with SparseD; times and tokens go to run.json
   python {script} --prompt 64k --advise
@@ -31,14 +31,14 @@ examples:
   python {script} --origin --prompt_text "What is a prime number?"
       full attention in every step, on a prompt of your own
   torchrun --nproc_per_node 2 {script} --prompt 64k
-      two GPUs, each of which has half of the heads of every layer
+      two GPUs, each with half of the heads of every layer
 
 units: lengths are in tokens, shares are numbers from 0 to 1, all times are seconds
 
 environment:
   HF_HOME            folder of downloaded models (default: ~/.cache/huggingface)
   HF_HUB_OFFLINE     1: use what is downloaded, and no network
-  HF_TOKEN           for models whose access is restricted; or log in once with: hf auth login
+  HF_TOKEN           for models with restricted access; or log in once with: hf auth login
 
 exit codes:
   0    done
@@ -128,8 +128,8 @@ def _add_sparsed(group) -> None:
     group.add_argument(
         "--dense_answer",
         action="store_true",
-        help="in the sparse steps, the answer's queries read every key, and only the prompt's their kept blocks: much "
-        "nearer to full attention, at next to no cost; not part of the paper's method",
+        help="in the sparse steps, the answer's queries read every key, and only the prompt's follow their kept "
+        "blocks: much closer to full attention, at next to no cost; not part of the paper's method",
     )
     kernel = (
         "kernel of the sparse steps: flash, triton and flex need a GPU, gather runs anywhere; auto takes the fastest "
@@ -142,7 +142,7 @@ def _add_running(group) -> None:
     modes = {
         "--origin": "the original model: full attention in every step, no SparseD",
         "--compare": "run full attention, then SparseD, and say where the answers differ and how the times compare",
-        "--advise": "generate nothing: time a step of each kind, and print what the whole run would take with full "
+        "--advise": "generate nothing: time a step of each kind, and print how long the whole run would take with full "
         "attention and with SparseD, from which length on SparseD pays, and the flags to use",
     }
     which = group.add_mutually_exclusive_group()
@@ -151,8 +151,8 @@ def _add_running(group) -> None:
     warmup = "untimed whole runs first, of each mode; the first use of a GPU kernel compiles it"
     add_value(group, "--warmup", warmup, 0, type=whole(0), metavar="N")
     repeat = (
-        "timed runs of each mode, all with the same seed; the one of median time counts, of an even number the faster "
-        "of the middle two"
+        "timed runs of each mode, with the same seed; the median run is reported (for an even count, the faster of the "
+        "two middle runs)"
     )
     add_value(group, "--repeat", repeat, 1, type=whole(1), metavar="N")
 
@@ -160,12 +160,12 @@ def _add_running(group) -> None:
 def _add_output(group) -> None:
     record = "write the complete record (tokens, times, settings, versions) to this file"
     group.add_argument("--json", metavar="FILE", help=record)
-    page = "write a page about the run, to be looked at in a browser, to this HTML file"
+    page = "write a page about the run, for a browser, to this HTML file"
     group.add_argument("--report", metavar="FILE", help=page)
     which = group.add_mutually_exclusive_group()
-    watch = 'watch the answer come about in the terminal, step by step (needs rich: pip install ".[show]")'
+    watch = 'watch the answer appear in the terminal, step by step (needs rich: pip install ".[show]")'
     which.add_argument("--show", action="store_true", help=watch)
-    which.add_argument("--quiet", action="store_true", help="only the answer: nothing on stderr but errors")
-    completion = "print the completion of the flags for a shell, and end"
+    which.add_argument("--quiet", action="store_true", help="print only the answer, and errors on stderr")
+    completion = "print the flags' completion for a shell, and exit"
     hidden = argparse.SUPPRESS
     group.add_argument("--print-completion", choices=SHELLS, action=PrintCompletion, default=hidden, help=completion)

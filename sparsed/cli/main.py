@@ -59,7 +59,7 @@ def _main(family: Family, argv: list[str] | None) -> int:
 
 
 def _of_rank(args: Call, ranks: Ranks) -> Call:
-    """The call as one of several processes does it: on a device of its own, and only the first one writes files."""
+    """The call for one of several processes: on its own device; only the first process writes files."""
     if ranks.count == 1:
         return args
     with blame(args, "--device"):
@@ -121,7 +121,7 @@ def _generate(args: Call, ranks: Ranks) -> None:
 
 
 def _model_path(args: Call) -> str:
-    """The folder or hub id to load, refused early if it holds the other family or what is not supported."""
+    """The folder or hub id to load; refused early if it holds the other family or something unsupported."""
     family = args.family
     if args.demo:
         with blame(args, "--demo"):
@@ -135,7 +135,7 @@ def _model_path(args: Call) -> str:
 
 
 def _check_checkpoint_kept(args: Call, checkpoint: str) -> None:
-    """Refuse to write over, or to add, a file that is read with the checkpoint's folder."""
+    """Refuse to overwrite, or to add, a file that is read as part of the checkpoint's folder."""
     folder = Path(os.path.realpath(Path(checkpoint).expanduser()))
     patterns = (*DESCRIPTION_FILES, *WEIGHT_FILES)
     read = [file for pattern in patterns for file in (folder / pattern, *folder.glob(pattern))]
@@ -159,7 +159,7 @@ def _answers(job: Job, stdout: Stdout) -> dict[str, Any]:
                 tell(f"note: for one sparse forward or none, selecting blocks does not pay{hint}")
             if not run.answer_tokens:
                 tell("warning: the answer is empty: its tokens are only ends and masks")
-            if run.expected is not None and not args.compare:  # the comparison says it of both
+            if run.expected is not None and not args.compare:  # the comparison says it about both
                 tell(expected_line(run))
         stdout.say(run.text)
     if args.compare:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # rich is optional
 # called before each forward and after the last step: what is computed, or DONE; the steps that are over, their seconds
 Show = Callable[[str, list[Step], float], None]
 
-# seconds between two drawings; and as a multiple of what a drawing took, so that watching costs less than 1/25
+# seconds between two drawings: at least PAUSE, and REST times what a drawing took, so that watching costs below 1/25
 PAUSE, REST = 0.1, 24
 
 
@@ -42,14 +42,14 @@ def bar(steps: int, label: str, quiet: bool) -> Iterator[Show]:
 
 @contextlib.contextmanager
 def screen(console: Console, title: str, steps: int, answer: Answer) -> Iterator[Show]:
-    """The answer as it comes about; its last state stays on the terminal."""
+    """The answer as it appears; its last state stays on the terminal."""
     from rich.live import Live
 
-    # without a thread of its own, which would take its turns from the run's
+    # without its own thread, which would take time from the run
     live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
     with unbroken():
         live.start()
-        console.show_cursor()  # which nothing would bring back after a signal
+        console.show_cursor()  # nothing would bring it back after a signal
     shown = Screen(live, title, steps, answer)
     try:
         yield shown.show
@@ -86,7 +86,7 @@ class Answer:
         self.newest: set[int] = set()
 
     def follow(self, done: list[Step]) -> None:
-        """Take in the steps that are new among those that are over; waits for the device."""
+        """Take in the finished steps that are new; waits for the device."""
         new = {
             flat - self._prompt_tokens: (token, probability)
             for step in done[self._told :]
@@ -98,7 +98,7 @@ class Answer:
         self.newest = set(new) or self.newest
 
     def tokens(self) -> list[Token | None]:
-        """Of every position, None where it is masked; committed neighbours are spelt together."""
+        """The text of every position, None where it is masked; committed neighbours are decoded together."""
         tokens: list[Token | None] = [None] * self._length
         for committed, group in groupby(range(self._length), self._committed.__contains__):
             positions = list(group) if committed else []
@@ -110,7 +110,7 @@ class Answer:
 
 
 class Screen:
-    """Draws a run on a terminal, not too often; a change of phase and the end always."""
+    """Draws a run on a terminal: not too often, but always when the phase changes, and at the end."""
 
     def __init__(self, live: Live, title: str, steps: int, answer: Answer):
         self._live, self._title, self._steps, self._answer = live, title, steps, answer

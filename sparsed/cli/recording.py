@@ -1,4 +1,4 @@
-"""What the record keeps of a run beside its times: what the layers selected, and how the answer came about."""
+"""What the record keeps of a run in addition to its times: the selected blocks, and every step's commits."""
 
 import base64
 import math
@@ -18,10 +18,10 @@ MOST_CELLS = 128
 
 
 class SelectedBlocks:
-    """Shown every layer's choice (`watching.watched`), notes what the record says of it; waits for no device.
+    """Sees every layer's choice (`watching.watched`), and keeps what the record says about it; waits for no device.
 
     Args:
-        ranks: the processes among which the layers' heads are shared; noted is what all of them chose.
+        ranks: the processes that share the layers' heads; what all of them chose is kept.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
@@ -63,8 +63,8 @@ class SelectedBlocks:
 def history(steps: list[Step], token_ids: list[int], prompt_tokens: int) -> list[list[Commit]]:
     """The commits (position, token id, confidence) of every step, every position of the generated region once.
 
-    A model may draw the mask token itself, and the position then stays open: its last commit counts. One that nobody
-    ever filled goes to the last step. The confidence has 4 digits, and is None where there is none.
+    A model may draw the mask token itself. The position then stays open, and its last commit counts. A position that
+    was never filled goes to the last step. The confidence has 4 digits, or is None if there is none.
 
     Args:
         steps: of a run of one row, or of the first row.

@@ -25,13 +25,13 @@ from .arguments import Call
 from .progress import Answer, Show, bar, screen, terminal
 from .recording import SelectedBlocks, history
 
-# prompt tokens of forwards that are run for their kernels' sake
+# prompt tokens of forwards that are run only to compile kernels
 SHORT = 256
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every run of one call of a script shares; `expected` is the answer that the prompt asks for, if known."""
+    """What all runs of one call share; `expected` is the answer that the prompt asks for, if known."""
 
     model: DiffusionLM
     tokenizer: Any
@@ -43,7 +43,7 @@ class Job:
 class StepClock:
     """Times the denoising steps and shows the progress; the device is waited for at step ends only.
 
-    The compile time that `run` reports is taken out of the step in which it was spent, and showing is in none.
+    The compile time that `run` reports is taken out of the step in which it was spent. Showing counts in no step.
     """
 
     def __init__(self, device: torch.device, run: SparseRun | None, show: Show):
@@ -81,8 +81,7 @@ class StepClock:
 
 @torch.no_grad()
 def first_forward(job: Job) -> float:
-    """Seconds of one forward, and of cached ones if there will be some, so that no timed run pays for the libraries'
-    start."""
+    """Seconds of one forward, and of cached ones if the run has some: so no timed run pays for the libraries' start."""
     started = time.perf_counter()
     ids = torch.tensor([job.input_ids], device=job.model.device)
     ids = F.pad(ids, (0, job.args.sampler.gen_length), value=job.model.config.mask_token_id)
@@ -94,8 +93,7 @@ def first_forward(job: Job) -> float:
 
 
 def first_cached_forwards(job: Job, ids: Tensor) -> None:
-    """A block's rows and the generated region's over a cache, after the end of a prompt: their kernels are those of any
-    length."""
+    """Run a block's rows and the generated region's over a cache: the kernels are those of any length."""
     sampler = job.args.sampler
     ids = ids[:, -sampler.gen_length - SHORT :].repeat(sampler.sequences, 1)
     cache, start = job.model.kv_cache(*ids.shape), ids.shape[1] - sampler.gen_length
@@ -165,13 +163,13 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
 
 
 def cached_kernels(job: Job, sampler: Settings, steps: list[Step]) -> list[str]:
-    """What computed the attention of the cached steps; with prefix they have ever fewer rows."""
+    """The kernels that computed the cached steps' attention; with prefix, later steps have fewer rows."""
     length, rows = len(job.input_ids) + sampler.gen_length, {step.computed for step in steps if step.phase == CACHED}
     return sorted({job.model.attention_kernel(sampler.sequences, count, length) for count in rows})
 
 
 def sampler_of(job: Job, mode: Mode) -> Settings:
-    """How a mode samples; what SparseD is compared with has none of what saves rows and steps."""
+    """How a mode samples; full attention in a comparison has no cache, threshold or early stop."""
     sampler = job.args.sampler
     return sampler.plain() if job.args.compare and mode == "origin" else sampler
 

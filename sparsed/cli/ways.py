@@ -1,4 +1,4 @@
-"""What `--advise` says of caches: whole runs put together from a forward of each kind, ranked."""
+"""The ranking of `--advise`, with caches: whole runs, put together from one forward of each kind."""
 
 import time
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ from .running import Job
 
 @dataclass(frozen=True)
 class Forwards:
-    """Seconds of one forward of each kind: of all rows with full attention, of one that also selects, of a sparse one;
-    of the answer's rows over the cached prompt, and of a block's over cached keys."""
+    """Seconds of one forward of each kind: of all rows, with full attention, selecting and sparse; of the answer's rows
+    over the cached prompt; and of a block's rows over cached keys."""
 
     full: float
     selecting: float
@@ -40,9 +40,9 @@ class Way:
     """A way to generate, and what it takes.
 
     Args:
-        flags: what its command has beside the call's own.
-        fewest, most: seconds; the same unless a threshold or factor leaves the number of steps open: `fewest` has one
-            step a block, `most` all of them.
+        flags: what its command has in addition to the call's flags.
+        fewest, most: seconds. They differ only if a threshold or factor leaves the number of steps open: `fewest` has
+            one step per block, `most` all steps.
         whole: forwards of all rows, at most.
         tokens_a_forward: those that `fewest` and `most` assume.
     """
@@ -100,7 +100,11 @@ def every_way(
 
 
 def whole_rows(count: int, sampler: Settings, config: SparseDConfig | None, forwards: Forwards) -> float:
-    """Seconds of so many forwards of all rows, each of which commits as many tokens; None for full attention."""
+    """Seconds of `count` forwards of all rows, if each commits the same number of tokens.
+
+    Args:
+        config: None for full attention.
+    """
     if config is None:
         return count * forwards.full
     schedule = sampler.schedule(config, count, sampler.blocks, needs_scores=True)

@@ -22,7 +22,7 @@ EXIT_WRONG, EXIT_OUT_OF_MEMORY, EXIT_BROKEN_PIPE = 2, 3, 141
 
 
 class TooLittleMemory(MemoryError):
-    """Memory that would run out; the message says of what there is too little, and what would help."""
+    """Memory would run out; the message says which memory is too small, and what would help."""
 
 
 def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool) -> int:
@@ -31,10 +31,10 @@ def guarded(work: Callable[[], None], program: str, *, advice: str, ending: bool
     Args:
         program: its name, for the line.
         advice: what to try when memory runs out.
-        ending: whether only Python's own exit comes afterwards. Ctrl-C then ends the process at once, as SIGTERM does,
-            even in a long call of PyTorch: a file is whole or not there, so nothing has to be undone.
+        ending: whether only Python's own exit comes afterwards. Then Ctrl-C ends the process at once, as SIGTERM does,
+            even in a long call of PyTorch. Files are written whole or not at all, so nothing has to be undone.
     """
-    # where Ctrl-C is ignored, as in a shell's background job, it stays so
+    # if Ctrl-C is ignored, as in a shell's background job, it stays ignored
     if ending and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -81,7 +81,7 @@ def blame(args: Parsed, option: str, errors: tuple[type[Exception], ...] = (Valu
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
-    """Let a signal that ends the process wait, so that half a drawing does not leave the terminal in its colours."""
+    """Let signals that end the process wait, so that half a drawing does not leave the terminal in its colours."""
     waiting: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     deadly = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
@@ -97,7 +97,7 @@ def unbroken() -> Iterator[None]:
 
 
 def _quiet_libraries() -> None:
-    """No advice from the libraries: what the user should know, the commands say."""
+    """Silence the libraries' advice: the commands say what the user should know."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""What a record says of where it was made: versions, device, processor, commit."""
+"""Where a record was made: versions, device, processor, commit."""
 
 import contextlib
 import platform

@@ -59,10 +59,10 @@ def bytes_of(name: str, *, most: int = LARGEST_FILE, streams: tuple[str, ...] = 
 
     Args:
         most: bytes that it may have.
-        streams: beginnings of names that are read although they are no ordinary files.
+        streams: names with these beginnings are read although they are no ordinary files.
 
     Raises:
-        ValueError: in one line, why there is none.
+        ValueError: it cannot be read; one line says why.
     """
     try:
         path = Path(name).expanduser()

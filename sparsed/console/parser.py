@@ -10,7 +10,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 class Manual(argparse.RawDescriptionHelpFormatter):
-    """Help that wraps a text of one line, and leaves one that has lines already as it is."""
+    """Help that wraps texts of one line, and leaves texts of several lines as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text.strip():
@@ -19,7 +19,7 @@ class Manual(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage, and whose flags are written in full."""
+    """An argument parser with errors of one line, without the usage. Flags cannot be abbreviated."""
 
     def __init__(self, **described: Any):
         super().__init__(formatter_class=Manual, allow_abbrev=False, **described)
@@ -48,5 +48,5 @@ class PrintCompletion(argparse.Action):
 
 
 def add_value(group: Any, name: str, text: str, default: object, **more: Any) -> None:
-    """Add a flag with a value to a parser or a group of it; its help is the text and the default."""
+    """Add a flag with a value to a parser or one of its groups; the help is the text and the default."""
     group.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **more)

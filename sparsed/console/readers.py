@@ -58,12 +58,12 @@ def config_field(name: str, kind: type) -> Callable[[str], float]:
 
 
 def list_of(read: Callable[[str], object]) -> Callable[[str], list]:
-    """A reader of values with commas between, each once."""
+    """A reader of values separated by commas; repeated ones count once."""
     return lambda words: list(dict.fromkeys(read(word) for word in words.split(",")))
 
 
 def some_of(allowed: Iterable[str]) -> Callable[[str], list[str]]:
-    """A reader of names with commas between, each once."""
+    """A reader of names separated by commas; repeated ones count once."""
 
     def name(word: str) -> str:
         if word not in allowed:

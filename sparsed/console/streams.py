@@ -1,4 +1,4 @@
-"""What the scripts print: answers to stdout, everything else to stderr, either of which may be closed, full or left."""
+"""Printing: answers to stdout, everything else to stderr. Either may be closed, full, or without a reader."""
 
 import os
 import re
@@ -14,7 +14,7 @@ class StdoutLost(Exception):
 
 
 def printable(text: str) -> str:
-    """The text with ? for control characters but tabs and line ends: names in a file may not steer the terminal."""
+    """The text with ? for control characters but tabs and line ends: names in a file must not steer the terminal."""
     return CONTROL.sub("?", text)
 
 
@@ -33,10 +33,10 @@ def tell(text: str) -> None:
 
 
 class Stdout:
-    """Prints to stdout: to a terminal `printable`, elsewhere what is given.
+    """Prints to stdout: on a terminal `printable`, elsewhere unchanged.
 
     Args:
-        keep_going: an error waits for `finish`, because there is more to do than to print.
+        keep_going: raise an error only in `finish`, because there is more to do than to print.
     """
 
     def __init__(self, keep_going: bool = False):
@@ -60,7 +60,7 @@ class Stdout:
 
 
 def settle() -> None:
-    """Drop what the streams could not take, or Python fails when it writes it again at exit."""
+    """Drop what the streams could not take; otherwise Python fails when it writes it again at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -19,19 +19,19 @@ from ..ranks import ALONE, Ranks
 from .endings import EXIT_WRONG, guarded
 from .streams import one_line, settle, tell
 
-# in the launcher's store: the first failure of a process, and how many have learned of it
+# keys in the launcher's store: the first failure of a process, and how many processes have learned of it
 FAILURE, LEARNED = "sparsed/failure", "sparsed/learned"
-# seconds between two looks there; that the first process has to fail by itself before it says what another one said;
-# and that a process waits for the others to learn of a failure, lest the launcher stops them before
+# seconds between two looks there; that the first process gets to report a failure of its own before it repeats another
+# one's; that a process waits until the others know of a failure, because the launcher stops them once one has ended
 PAUSE, OWN_WORDS, FAREWELL = 0.1, 1.0, 2.5
 
 
 def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: bool) -> int:
-    """`guarded` work of a command, alone or in the WORLD_SIZE processes of `torchrun` or `accelerate launch`.
+    """`guarded` work of a command, in one process or in the WORLD_SIZE processes of `torchrun` or `accelerate launch`.
 
-    Of several processes each has its LOCAL_RANK-th GPU as the current one, where there are enough, and all but the
-    first print nothing. If one of them fails, then all end with its exit code within a few seconds, wherever they are,
-    and the first one prints its line.
+    With several processes, the LOCAL_RANK-th GPU is the current one, if there are enough GPUs, and only the first
+    process prints. If one process fails, all end with its exit code within a few seconds, wherever they are, and the
+    first one prints its line.
 
     Args:
         work: called with the processes that run it.
@@ -58,19 +58,19 @@ def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: 
             traceback.print_exc()
         if code:
             watch.fail(code, said.getvalue())
-        ranks.gathered(None)  # until all are done, one of them may fail
+        ranks.gathered(None)  # wait: until all are done, one of them may fail
     watch.stop()
     dist.destroy_process_group()
     return 0
 
 
 def _together(count: int) -> Ranks:
-    """All processes, once each of them is there; ValueError if the launcher has not said where."""
+    """All processes, once all are there; ValueError if the launcher has not said where they meet."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with_gpus = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", count))
     if with_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # whoever waits for another one waits for as long as it works
+    # a process that waits for another one must wait as long as that one works
     dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=timedelta(days=30))
     return Ranks(dist.group.WORLD)
 
@@ -79,7 +79,7 @@ def own_device(device: str, ranks: Ranks) -> str:
     """The device of this process, where a flag said `device` to all of them.
 
     Raises:
-        ValueError: it names one device for several processes, or there are fewer GPUs than processes.
+        ValueError: the flag names one device for several processes, or there are fewer GPUs than processes.
     """
     if ranks.count == 1:
         return device
@@ -96,11 +96,11 @@ def own_device(device: str, ranks: Ranks) -> str:
 
 
 class Watch:
-    """Looks out, beside the command, for a process that has failed, and ends this one then."""
+    """Watches for a failed process while the command runs, and then ends this process."""
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
-        # a connection of its own, on which nothing waits
+        # its own connection, so that nothing else waits on it
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
         self._stopped, self._failed = threading.Event(), threading.Event()
@@ -111,13 +111,13 @@ class Watch:
         """End all processes with this exit code, if none has failed before; does not return.
 
         Args:
-            words: what this process would have said so far.
+            words: what this process has said on stderr so far.
         """
         self._failed.set()
         with contextlib.suppress(ValueError):  # in a thread that is not the main one
-            # the launcher's word once another process has ended, as this one is about to
+            # the launcher sends it once another process has ended; this one is about to end as well
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with contextlib.suppress(RuntimeError):  # where the store is gone, the others end by themselves
+        with contextlib.suppress(RuntimeError):  # if the store is gone, the others end by themselves
             # a traceback, or the last line
             last = words if code == 1 else "".join(words.splitlines()[-1:])
             self._store.compare_set(FAILURE, "", json.dumps((code, last)))
@@ -139,30 +139,30 @@ class Watch:
             code, words = json.loads(self._store.get(FAILURE))
             self._say(words)
             self._wait()
-        except RuntimeError:  # who kept the store is gone: killed, if the command was not done
+        except RuntimeError:  # the store's keeper is gone; if the command was not done, it was killed
             if self._stopped.wait(OWN_WORDS):
                 return
-        os._exit(code)  # not by way of libraries that would wait for the other processes
+        os._exit(code)  # at once: libraries would wait for the other processes
 
     def _say(self, words: str) -> None:
-        """In the first process, what the one that failed would have said."""
+        """In the first process: print what the failed process said."""
         if self._ranks.index == 0 and not self._failed.wait(OWN_WORDS):
-            stderr, sys.stderr = sys.stderr, io.StringIO()  # which the command may be about to use
+            stderr, sys.stderr = sys.stderr, io.StringIO()  # the command may be using it
             with contextlib.redirect_stderr(stderr):
                 tell(words)
         settle()
 
     def _wait(self) -> None:
-        """Until all processes have learned of the failure, but not for long."""
+        """Wait until all processes know of the failure, but not for long."""
         self._store.add(LEARNED, 1)
         until = time.monotonic() + FAREWELL
         while self._store.add(LEARNED, 0) < self._ranks.count and time.monotonic() < until:
-            time.sleep(PAUSE / 10)  # all end at once, lest the launcher stops the last ones
+            time.sleep(PAUSE / 10)  # all end at once, before the launcher stops the last ones
 
 
 @contextlib.contextmanager
 def _silent(silent: bool) -> Iterator[io.StringIO]:
-    """If so, what is printed to stderr is kept, and what is printed to stdout dropped."""
+    """If `silent`, keep what is printed to stderr, and drop what is printed to stdout."""
     said = io.StringIO()
     with contextlib.ExitStack() as until:
         if silent:

@@ -25,10 +25,10 @@ from .tasks import Sample
 
 @dataclass(frozen=True)
 class Answerer:
-    """What answers all samples of a run.
+    """Answers all samples of a run.
 
     Args:
-        settings: the sampler's, by the number of new tokens and what saves rows and steps.
+        settings: the sampler's, by the number of new tokens and the `Saving`.
         backend: the kernel of the sparse steps.
     """
 
@@ -38,7 +38,7 @@ class Answerer:
     backend: str
 
     def answer(self, samples: list[Sample], variant: Variant, gen_length: int, on_step: OnStep) -> list[Record]:
-        """A line of results for each of the samples, which are of one length and make one batch.
+        """A line of results for each sample; the samples have one length, and are one batch.
 
         Args:
             on_step: called after each step.

@@ -26,7 +26,7 @@ COMPARED = "origin,sparsed,window,streaming"
 METHOD_LINES = "\n".join(f"  {name:<14}{method.title}" for name, method in METHODS.items())
 DENSE_ANSWER = {"no": (False,), "yes": (True,), "both": (False, True)}
 GOES_ON = """\
-The same command goes on where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
+The same command continues where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
 130 interrupted (Ctrl-C), 143 terminated.
 """
 EXAMPLES = """\
@@ -47,11 +47,11 @@ examples:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the flags of the same names ask for.
+    """The values of the flags of the same names.
 
     Args:
         variants: the methods, each with every combination of SparseD's settings, caches and thresholds.
-        parser: for what turns out wrong later.
+        parser: for errors that are found later.
     """
 
     model_path: str | None
@@ -94,7 +94,7 @@ def parse(argv: list[str] | None) -> Arguments:
 
 
 def check_folder(parser: Parser, out: Path) -> None:
-    """Exit with code 2 if a file stands where --out should be; said before a model is loaded."""
+    """Exit with code 2 if --out, or a folder above it, is a file: before a model is loaded."""
     out = out.absolute()
     present = next(place for place in (out, *out.parents) if os.path.lexists(place))
     if not present.is_dir():
@@ -110,7 +110,7 @@ def configs(given: dict[str, Any]) -> list[SparseDConfig]:
 
 @contextmanager
 def blame_setting(parser: Parser) -> Iterator[None]:
-    """Turn a sampler's wrong setting into a line about the flag of its name, and exit code 2."""
+    """Turn a sampler's wrong setting into a line about the flag of that name, and exit code 2."""
     try:
         yield
     except SettingError as error:
@@ -121,15 +121,16 @@ def build_parser() -> Parser:
     """The parser, in groups: model, what to measure, SparseD, generation, running."""
     parser = Parser(
         prog="python -m sparsed.evaluation",
-        description="Measure the accuracy of SparseD and of other ways to attend, side by side on the same tasks with "
-        "long prompts. Every finished sample is a line of samples.jsonl in the folder --out; summary.json, table.md "
-        "and plots are made of these lines.",
+        description="Measure the accuracy of SparseD and of other ways to attend, on the same tasks with long prompts. "
+        "Every finished sample is a line of samples.jsonl in the folder --out; summary.json, table.md and plots are "
+        "made of these lines.",
         epilog=EXAMPLES.format(tasks=", ".join(TASKS), methods=METHOD_LINES, goes_on=GOES_ON),
     )
     add_model(parser)
     _add_measured(parser.add_argument_group("what to measure"))
     add_sparsed(parser)
-    group = parser.add_argument_group("generation, greedy (caches and thresholds: some values, in all combinations)")
+    about = "generation, greedy (caches and thresholds: values separated by commas, in all combinations)"
+    group = parser.add_argument_group(about)
     group.add_argument("--seq_len", type=whole(1), metavar="N", help="new tokens (default: as RULER has it, by task)")
     group.add_argument("--steps", type=whole(1), metavar="N", help="denoising steps (default: as many as new tokens)")
     blocks = "of LLaDA; of Dream with a cache, threshold or factor (default: %(default)s)"
@@ -154,10 +155,10 @@ def add_model(parser: Parser) -> None:
 
 
 def add_running(parser: Parser) -> Any:
-    """Add the kernel, what processes share, and the quiet; the group, for more."""
+    """Add --backend, --parallel and --quiet; returns the group, for more flags."""
     group = parser.add_argument_group("running")
     group.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(default: %(default)s)")
-    about = "what several processes share: the samples, or the model, by heads (default: %(default)s)"
+    about = "what several processes share: data, the samples; tensor, the model by heads (default: %(default)s)"
     group.add_argument("--parallel", choices=(DATA, TENSOR), default=DATA, help=about)
     group.add_argument("--quiet", action="store_true", help="no progress")
     return group
@@ -176,7 +177,7 @@ def _add_measured(group: Any) -> None:
         "--tasks_file",
         type=path,
         metavar="FILE.jsonl",
-        help='tasks of your own, a line each: {"prompt": "...", "answers": ["...", ...]}; all answers must be in the '
+        help='tasks of your own, one per line: {"prompt": "...", "answers": ["...", ...]}; all answers must be in the '
         'text, or one of them with "match": "part"',
     )
     add_methods(group)
@@ -188,14 +189,14 @@ def _add_measured(group: Any) -> None:
         help="tokens of a prompt, chat template included: 1k to 128k, or numbers (default: %(default)s)",
     )
     group.add_argument(
-        "--limit", type=whole(1), default=200, metavar="N", help="samples a cell and seed (default: %(default)s)"
+        "--limit", type=whole(1), default=200, metavar="N", help="samples per cell and seed (default: %(default)s)"
     )
-    about = "of the samples, some with commas between (default: 0)"
+    about = "of the samples, separated by commas (default: 0)"
     group.add_argument("--seed", type=list_of(whole(0)), default=[0], metavar="NUMBERS", help=about)
 
 
 def add_sparsed(parser: Parser) -> None:
-    """Add SparseD's settings, each of which takes several values."""
+    """Add SparseD's settings; each takes several values."""
     add_numbers(parser).add_argument(
         "--dense_answer",
         choices=DENSE_ANSWER,
@@ -208,8 +209,8 @@ def add_sparsed(parser: Parser) -> None:
 
 
 def add_numbers(parser: Parser) -> Any:
-    """Add the paper's three numbers, each of which takes several values; the group, for more."""
-    about = "SparseD (some values with commas between: each of them, in all combinations)"
+    """Add the paper's three numbers; each takes several values. Returns the group, for more flags."""
+    about = "SparseD (values separated by commas, in all combinations)"
     group = parser.add_argument_group(about)
     for name, kind in (("skip", float), ("select", float), ("block_size", int)):
         values, default = list_of(config_field(name, kind)), getattr(SparseDConfig, name)

@@ -32,7 +32,7 @@ def evaluate(args: Arguments, ranks: Ranks) -> None:
     """Everything between the checked flags and the table, by all processes together."""
     option, path = source(args)
     with blame(args, option):
-        family = model_family(path)  # what is not supported is said before its tokenizer is missed
+        family = model_family(path)  # refuses an unsupported model before its tokenizer is found missing
         tokenizer = load_tokenizer(path)
     with blame(args, option, (ChatTemplateError,)):
         batches = plan(args, tokenizer)
@@ -51,7 +51,7 @@ def evaluate(args: Arguments, ranks: Ranks) -> None:
 
 
 def _settings(args: Arguments) -> Record:
-    """What decides a sample's result, beyond the checkpoint and what its line says."""
+    """What decides a sample's result, in addition to the checkpoint and its line's own fields."""
     return {
         "seq_len": args.seq_len,
         "steps": args.steps,
@@ -71,7 +71,7 @@ def _run(
     finished: Container[tuple],
     told: bool,
 ) -> None:
-    """Answer what is not finished of these batches; every finished batch is a few lines in the folder."""
+    """Answer the unfinished samples of these batches; every finished batch adds its lines to the folder."""
     todo = [(batch, variant) for batch in batches for variant in args.variants if batch.missing(variant, finished)]
     made, samples = None, list[Sample]()
     steps = sum(_steps(args, batch) for batch, _ in todo)
@@ -92,5 +92,5 @@ def _run(
 
 
 def _steps(args: Arguments, batch: Batch) -> int:
-    """Steps of an answer, at most."""
+    """The most steps that an answer takes."""
     return args.steps or batch.gen_length

@@ -1,4 +1,4 @@
-"""The folder that an evaluation leaves: a line for every sample, however many processes and calls made them."""
+"""The folder of an evaluation: a line for every sample, however many processes and calls made them."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -10,9 +10,9 @@ from ..console.files import write_json, write_text
 from ..sampling.saving import OFF
 
 SAMPLES, RUN, SUMMARY, TABLE = "samples.jsonl", "run.json", "summary.json", "table.md"
-# what settings mean that a folder does not name
+# the values of settings that a folder does not name
 DEFAULTS: dict[str, Any] = {**OFF, "refresh": 1}
-MEASURE = "measure"  # the setting that tells what the lines are of, whose folder is never taken over; None: answers
+MEASURE = "measure"  # the setting that says what the lines are (None: answers); it never changes within a folder
 
 Record = dict[str, Any]
 
@@ -29,8 +29,8 @@ class Folder:
     plan, so the result does not depend on their number.
 
     Args:
-        identify: what a line is known by; if it is none of ours, None, or an error as of a value that is not there.
-        process: this one's number; None if it writes nothing.
+        identify: a line's key. For a line that is not ours it gives None, or raises what a missing value raises.
+        process: this process's number; None if it writes nothing.
     """
 
     path: Path
@@ -38,14 +38,14 @@ class Folder:
     process: int | None = 0
 
     def claim(self, settings: Record, call: Record) -> None:
-        """Make the folder this run's, or go on with the run that it holds.
+        """Make the folder this run's, or continue the run that it holds.
 
         Args:
             settings: what decides the results.
-            call: what else is worth knowing of this call: command, date, environment.
+            call: about this call: command, date, environment.
 
         Raises:
-            OtherRun: it holds results of other settings, or files that are none of an evaluation's.
+            OtherRun: it holds results of other settings, or files that are not an evaluation's.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / RUN
@@ -63,8 +63,7 @@ class Folder:
             write_json(file, {"settings": settings, "calls": [*calls, call]})
 
     def finished(self) -> dict[tuple, Record]:
-        """The samples that are there, by what they are known by; lines that a crash cut off, or that are none of ours,
-        do not count."""
+        """The finished samples, by key; lines that a crash cut off, or that are not ours, do not count."""
         found = {}
         for file in (self.path / SAMPLES, *self._parts()):
             for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else ():
@@ -111,16 +110,16 @@ def _said(value: Any) -> str:
 
 
 def about(file: Path) -> Record:
-    """What run.json says: settings, and the calls that made the results.
+    """The settings in run.json, and the calls that made the results.
 
     Raises:
-        OtherRun: it is none of an evaluation's.
+        OtherRun: it is not an evaluation's.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {"settings": dict(found["settings"]), "calls": list(found["calls"])}
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise OtherRun(f"{file} is none of an evaluation's: choose another folder") from None
+        raise OtherRun(f"{file} is not an evaluation's: choose another folder") from None
 
 
 def _lines(records: Iterable[Record]) -> str:

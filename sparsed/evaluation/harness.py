@@ -4,7 +4,7 @@
 
 The harness has no plug-ins for models, so this module runs its own command line with an additional model. `torchrun
 --nproc_per_node 4 -m sparsed.evaluation.harness ...`, or `accelerate launch`, spreads the requests over processes, each
-with its own model. A process runs one request at a time: SparseD pays with long prompts, and one of them fills a GPU.
+with its own model. A process runs one request at a time: SparseD pays off with long prompts, and one fills a GPU.
 """
 
 import logging
@@ -91,7 +91,7 @@ class SparseDLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a target without a context."""
+        """The token before a target that has no context."""
         bos = self.tokenizer.bos_token_id
         found = self.eot_token_id if bos is None else bos
         if found is None:
@@ -120,17 +120,17 @@ class SparseDLM(TemplateLM):
         return str(self.tokenizer.apply_chat_template(chat_history, **how))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text whose control tokens, such as those of a chat template, are written out in it."""
+        """Ids of a text that holds its control tokens, such as a chat template's, written out."""
         bos = self.tokenizer.bos_token or ""
         if self.options.add_bos_token and add_special_tokens is not False and not string.startswith(bos):
             string = bos + string
         return self.tokenizer.encode(string, add_special_tokens=False)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context and of its continuation, to which the context's last spaces move.
+        """Ids of a context and of its continuation; the context's last spaces move to the continuation.
 
-        Unlike the harness, it leaves line breaks where they are: masking those at the end of a chat template, which
-        the models have never seen masked, would cost many nats.
+        Unlike the harness, it leaves line breaks where they are. The models have never seen those at the end of a chat
+        template masked: masking them would cost many nats.
         """
         head = self.tok_encode(context.rstrip(" "))
         return head, self.tok_encode(context + continuation)[len(head) :]
@@ -148,7 +148,7 @@ class SparseDLM(TemplateLM):
         return answers
 
     def check(self, tasks: dict[str, Any]) -> None:
-        """Raise OptionError, which names the task, unless the model can do all of these as they are set up."""
+        """Raise OptionError, which names the task, unless the model can do all of these tasks as they are set up."""
         if any(task.OUTPUT_TYPE != "generate_until" for task in tasks.values()):
             self._tell_of_likelihoods()
         for name, task in tasks.items():
@@ -158,14 +158,14 @@ class SparseDLM(TemplateLM):
                 self._settings(task.get_config("generation_kwargs") or {}, f"task {name}, --gen_kwargs")
 
     def _tell_of_likelihoods(self) -> None:
-        """Say once, in one of the processes, that what saves rows and steps of answers saves none of likelihoods."""
+        """Warn once, in one process, that caches and thresholds do not apply to likelihoods."""
         if self.options.saving != OFF and self.rank == 0 and not self.told:
             told = "likelihoods take a forward of all rows each: cache, threshold and the like do not apply to them"
             logging.getLogger(__name__).warning(told)
             self.told = True
 
     def _settings(self, given: dict[str, Any], where: str) -> tuple[int, list[str], sampling.Settings]:
-        """Tokens of an answer, what it stops at, and how the family samples, as a request's settings say."""
+        """Tokens of an answer, its stop strings, and the sampler's settings, from a request's settings."""
         options = self.options
         try:
             settings: dict[str, Any] = {**normalize_gen_kwargs(given, options.max_gen_toks)}
@@ -173,7 +173,7 @@ class SparseDLM(TemplateLM):
             check_numbers(max_gen_toks=length)
             if not isinstance(sampled, bool):
                 raise ValueError(f"do_sample must be True or False, got {sampled!r}")
-            # one beam means nothing, nor do filters where nothing is drawn (the temperature is then 0)
+            # one beam changes nothing, nor do filters if nothing is drawn (the temperature is then 0)
             if settings.get("num_beams") == 1:
                 del settings["num_beams"]
             for name in () if sampled else ("top_p", "top_k"):
@@ -224,8 +224,8 @@ class SparseDLM(TemplateLM):
 
 
 def _evaluate(lm: Any, task_dict: dict[str, Any], evaluate: Any = evaluator.evaluate, **how: Any) -> Any:
-    """The harness' own evaluation, after a look at all tasks, lest one of them fails when others have run."""
-    getattr(lm, "check", lambda _: None)(task_dict["tasks"])  # the harness' own models have no such look
+    """The harness' own evaluation, after a check of all tasks: none may fail after others have run."""
+    getattr(lm, "check", lambda _: None)(task_dict["tasks"])  # the harness' own models have no such check
     return evaluate(lm=lm, task_dict=task_dict, **how)
 
 

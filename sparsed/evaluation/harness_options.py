@@ -1,4 +1,4 @@
-"""What the harness' --model_args may set, checked."""
+"""The options of the harness' --model_args, checked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,21 +14,21 @@ IGNORED = ("max_batch_size", "trust_remote_code")
 
 @dataclass(frozen=True)
 class Options:
-    """What --model_args may set.
+    """The options of --model_args.
 
     Args:
         pretrained: folder or hub id of a Dream or LLaDA checkpoint.
         origin: full attention in every step.
         skip, select, block_size, dense_answer: SparseD's settings.
         backend: kernel of the sparse steps.
-        steps: denoising steps of one answer whose task does not say; None takes as many as it has tokens.
-        max_gen_toks: tokens of an answer whose task does not say.
-        block_length: of LLaDA, and of Dream with a cache, threshold or factor; at most the answer's length; what the
-            last block has too many is cut off.
-        cache, refresh, threshold, factor, early_stop: as for the samplers, for answers; a task's own win.
+        steps: denoising steps of an answer, if its task does not say; None: one per token.
+        max_gen_toks: tokens of an answer, if its task does not say.
+        block_length: of LLaDA, and of Dream with a cache, threshold or factor; at most the answer's length. Tokens of
+            the last block beyond the answer's length are cut off.
+        cache, refresh, threshold, factor, early_stop: as for the samplers, for answers; a task's own settings win.
         mc_num: draws per log-likelihood.
-        check_greedy: whether to find out if the model would write exactly the target, which few metrics ask for and
-            takes as many forwards as it has tokens; else the answer is always no.
+        check_greedy: whether to find out if the model would write exactly the target. Few metrics need it, and it takes
+            one forward per token. Without it the answer is always no.
         add_bos_token: put the tokenizer's bos_token before every context that does not have it.
         device, dtype: as for `load_model`.
         seed: of the draws, which are the same for every log-likelihood, and of sampling above temperature 0.
@@ -77,7 +77,7 @@ class Options:
 
     @classmethod
     def parse(cls, given: dict[str, Any], read: Callable[[str], Any]) -> "Options":
-        """Options from a dict whose numbers and flags may be strings, which `read` turns into values.
+        """Options from a dict; `read` turns numbers and flags that are strings into values.
 
         Raises:
             ValueError: an unknown option, or one that is missing or out of range; the line names it.
@@ -102,10 +102,10 @@ class Options:
 
     @property
     def saving(self) -> dict[str, Any]:
-        """What saves rows and steps of an answer."""
+        """The cache, threshold and early stop of an answer."""
         return {name: getattr(self, name) for name in OFF}
 
     @property
     def attention(self) -> dict[str, Any]:
-        """How a model attends, as arguments of the sampler and of the likelihoods."""
+        """The attention, as arguments of the sampler and of the likelihoods."""
         return {"config": self.config, "backend": self.backend}

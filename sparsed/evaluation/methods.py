@@ -1,7 +1,7 @@
 """The methods that an evaluation compares: each is a schedule, and a rule for the key blocks of its sparse steps.
 
-The baselines and ablations are those of the paper's tables (arXiv 2509.24014), at the density of SparseD's own choice:
-a query block keeps as many key blocks under each of them.
+The baselines and ablations are those of the paper's tables (arXiv 2509.24014), at SparseD's density: a query block
+keeps the same number of key blocks under each.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,8 @@ def joint_top_k(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select:
 def window(q: Tensor, score: Callable[[], Tensor], grid: BlockGrid, select: float, sinks: int = 0) -> Pattern:
     """A window of key blocks centred on the query's own, plus the sequence's first `sinks` blocks.
 
-    Padding blocks are not counted. At the ends the window is shifted inward, so that every query block keeps as many.
+    Padding blocks are not counted. At the ends the window is shifted inward, so that every query block keeps the same
+    number.
     """
     tokens = grid.block_tokens.expand(q.shape[0], -1)
     counts = tuple(sum(row) for row in grid.budgets(select))
@@ -57,7 +58,7 @@ class Method:
     Args:
         title: its name in tables.
         rule: selects the blocks; None for full attention throughout.
-        skips: whether the first `skip` of the steps use full attention; else the pattern is selected at step 0.
+        skips: whether the first `skip` of the steps use full attention; otherwise the pattern is selected at step 0.
     """
 
     title: str
@@ -87,7 +88,7 @@ class Variant:
 
     Args:
         config: SparseD's, None for full attention.
-        saving: what saves rows and steps, where this differs between the variants of a run.
+        saving: cache and threshold, if these differ between the variants of a run.
     """
 
     method: str
@@ -96,8 +97,8 @@ class Variant:
 
     @property
     def names(self) -> dict[str, Any]:
-        """How lines of results name it: None for a setting that means nothing to the method, or was not asked for;
-        nothing of a saving that is off."""
+        """Its fields in lines of results: None for a setting that the method does not have, or that was not wanted; no
+        field for a saving that is off."""
         config, skips = self.config, METHODS[self.method].skips
         return {
             "method": self.method,
@@ -118,6 +119,6 @@ def needs_scores(variant: Variant) -> bool:
 def variants(
     methods: list[str], configs: list[SparseDConfig], savings: Sequence[Saving] = (Saving(),)
 ) -> list[Variant]:
-    """Every method with all the settings that mean something to it, each once, the methods in their order."""
+    """Every method with all settings that apply to it, each once, in the order of the methods."""
     settings = product(methods, configs, savings)
     return list(dict.fromkeys(Variant(name, METHODS[name].config(config), saving) for name, config, saving in settings))

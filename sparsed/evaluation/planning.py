@@ -1,4 +1,4 @@
-"""Which samples are answered, in which order, and how the sampler is set for them."""
+"""Which samples are answered, in which order, and with which settings of the sampler."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ OWN_NEW_TOKENS = 128  # for tasks of the user's own
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one task and length, made when they are needed: their names are known sooner.
+    """Samples of one task and length. Their names are known before the samples are made.
 
     Args:
         ids: the samples' names.
@@ -33,11 +33,11 @@ class Batch:
     gen_length: int
 
     def keys(self, variant: Variant) -> list[tuple]:
-        """What the samples' lines of results are known by."""
+        """The keys of the samples' lines of results."""
         return [key({"id": name, **variant.names}) for name in self.ids]
 
     def missing(self, variant: Variant, finished: Container[tuple]) -> set[str]:
-        """The names of those of the samples that this variant has not answered."""
+        """The names of the samples that this variant has not answered."""
         return {name for name, known in zip(self.ids, self.keys(variant), strict=True) if known not in finished}
 
     def samples(self) -> list[Sample]:
@@ -77,7 +77,7 @@ def of_one_length(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
 
 
 def samplers(args: Arguments, family: str, batches: list[Batch]) -> dict[tuple[int, Saving], Settings]:
-    """How the family's sampler is set, by the number of new tokens and what saves rows and steps."""
+    """The settings of the family's sampler, by the number of new tokens and the `Saving`."""
     found = {}
     lengths, savings = (batch.gen_length for batch in batches), (variant.saving for variant in args.variants)
     for gen_length, saving in product(dict.fromkeys(lengths), dict.fromkeys(savings)):

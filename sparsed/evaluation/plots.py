@@ -12,7 +12,7 @@ from .scoring import Interval
 
 
 def draw(summary: dict[str, list[Record]], folder: Path) -> None:
-    """Write `accuracy.png`, where densities differ `density.png`, and where blocks were selected `recall.png`."""
+    """Write `accuracy.png`; `density.png` if densities differ; `recall.png` if blocks were selected."""
     rows, averages = summary["rows"], summary["averages"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     chart(folder / "accuracy.png", _by_length(rows), partial(_bars, tasks, _titles(rows)), width=3 + 1.3 * len(tasks))
@@ -36,7 +36,7 @@ def _by_length(rows: list[Record]) -> dict[str, list[Record]]:
 def chart(
     path: Path, panels: dict[str, list[Record]], fill: Callable[[Any, list[Record]], None], width: float = 6
 ) -> None:
-    """Write a picture with a panel for each title, which `fill` draws the rows in."""
+    """Write a picture with a panel for each title; `fill` draws the rows in it."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -83,7 +83,7 @@ def curves(
     over: str = "density",
     varied: Sequence[str] = ("select",),
 ) -> None:
-    """A value over a number of the rows, a line for each way to run.
+    """A value of the rows against a number of theirs, one line for each way to run.
 
     Args:
         value: of a row, with its interval.

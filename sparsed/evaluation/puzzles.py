@@ -16,7 +16,7 @@ from .texts import beside, essay, key_names, key_words, keys, noise, number_held
 COMMON = 10
 LONG_LIST, LONG_COUNTS = 400, (30, 3)
 SHORT_COUNTS = (6, 1)
-# fwe: counts fall with the rank to the power of -2, whose sum is pi^2 / 6; the first rank is no name
+# fwe: counts fall with the rank to the power of -2 (their sum is pi^2 / 6); the first rank is no name
 ZIPF_SUM = math.pi**2 / 6
 ASKED_RANKS = 3
 BLANK = "-"
@@ -52,7 +52,7 @@ class Puzzle:
 def _puzzle(
     kind: str, sentences: list[str], places: Sequence[int], question: str, answers: Sequence[str], **more: int
 ) -> Puzzle:
-    """A puzzle with its kind's opening, whose answers make the reply."""
+    """A puzzle with its kind's opening; the answers make the reply."""
     opening = language().tasks["intro"][kind]
     return Puzzle(opening, sentences, tuple(places), question, tuple(answers), reply(answers), **more)
 
@@ -75,7 +75,7 @@ def needles(
         size: sentences of hay.
         hay: "noise", "essay", or "needles" for codes of other keys.
         key, value: "words" or "uuid", "number" or "uuid".
-        told, asked: keys whose codes the text tells, not counting hay, and how many of them are asked.
+        told, asked: how many keys' codes the text tells, not counting hay, and how many of them are asked.
         values: codes per key; if several, they are answered in the text's order.
 
     Raises:
@@ -145,7 +145,7 @@ def common_words(rng: random.Random, size: int, *, held_out: bool) -> Puzzle:
 
 
 def frequent_words(rng: random.Random, size: int, *, held_out: bool) -> Puzzle:
-    """Code names whose counts follow Zipf's law, the first rank blanks; which three are the most frequent?
+    """Code names with counts by Zipf's law, the first rank blanks; which three are the most frequent?
 
     `held_out` changes nothing: each puzzle draws its own frequent names, and the question is always the same.
     """

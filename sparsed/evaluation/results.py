@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a line for every sample, and a summary and a table made only of these lines."""
+"""The results of an evaluation: a line for every sample, and a summary and a table made only of these lines."""
 
 from collections.abc import Iterable, Sequence
 from types import NoneType
@@ -10,19 +10,19 @@ from .folder import Record
 from .methods import METHODS
 from .scoring import mean_of, paired_difference, proportion
 
-# what tells one way to run from another; None where it means nothing to the method or was not asked for
+# the fields that distinguish ways to run; None if the method does not have it, or it was not wanted
 NUMBERS = ("select", "skip", "block_size")
 SAVED = ("cache", "refresh", "threshold", "factor")
 VARIANT = ("method", *NUMBERS, *SAVED, "dense_answer")
 FULL_ATTENTION = {**dict.fromkeys(VARIANT), "method": "origin"}
-# the columns of what an answer took, by their names in a row: the samples of a batch share its forwards and its time
-WORK = {"forwards": "forwards of a batch", "seconds": "seconds a sample"}
+# a row's names and columns of an answer's work: the samples of a batch share its forwards and its time
+WORK = {"forwards": "forwards of a batch", "seconds": "seconds per sample"}
 DIFFERENCES = {
     "difference": "to full attention",
     "gain": "to the same without dense answer rows",
     "sparse": "to full attention with the same cache and threshold",
 }
-# what the summary reads of a line, and of which kinds it may be
+# the fields of a line that the summary reads, and their types
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "task"), (str,)),
     **dict.fromkeys(("length", "seed"), (int, NoneType)),
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 
 def identified(record: Record) -> tuple | None:
-    """What an answer's line is known by; None, or an error of `Folder`'s, if the summary cannot read it."""
+    """The key of an answer's line; None, or an error that `Folder` expects, if the summary cannot read it."""
     return key(record) if _readable(record) else None
 
 
@@ -52,7 +52,7 @@ def _readable(record: Record) -> bool:
 
 
 def key(record: Record) -> tuple:
-    """What a sample's line is known by."""
+    """The key of a sample's line."""
     return (record["id"], *variant_of(record))
 
 
@@ -70,9 +70,9 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
     Returns:
         rows: one per cell: task, length, the variant, seeds, n, accuracy in percent with its Wilson interval (low and
             high), its difference to full attention on the same samples, its gain over the same variant without dense
-            answer rows, and what it is better than full attention with the same cache and threshold (sparse; None where
-            there is nothing to compare with), density, recall (mean over layers, None without a pattern),
-            recall_layers, seconds per sample, forwards of the batch that it was answered in, and these by phase.
+            answer rows, its difference to full attention with the same cache and threshold (sparse; each None if there
+            is nothing to compare with), density, recall (mean over layers, None without a pattern), recall_layers,
+            seconds per sample, forwards of the sample's batch, and these by phase.
         averages: one per length and variant: the means over tasks of accuracy and difference, with 95 % intervals, and
             of density, seconds and forwards; the methods in the order of `METHODS`, whatever order they were run in.
     """
@@ -133,7 +133,7 @@ def _full_alike(record: Record) -> Record:
 
 
 def _forwards(records: list[Record]) -> float | None:
-    """Of a batch, on average over its answers; None among lines of earlier versions, which do not say."""
+    """A batch's forwards, averaged over its answers; None if lines are of earlier versions, which do not say."""
     counts = [record["forwards"] for record in records if record.get("forwards") is not None]
     return float(np.mean(counts)) if len(counts) == len(records) else None
 
@@ -150,7 +150,7 @@ def _difference(name: str, tasks: list[list[Record]], known: dict[tuple, float],
     """How the scores differ from those of the same samples run another way; None unless all of these are known.
 
     Args:
-        other: what of the variant is different there.
+        other: the fields of the variant that differ there.
     """
     first = tasks[0][0]
     same = variant_of({**first, **other}) == variant_of(first)
@@ -198,7 +198,7 @@ def _length_table(length: int | None, summary: Record) -> str:
         line = [title_of(average), f"{average['density']:.2f}", *(cells.get(task, "-") for task in tasks)]
         line += [_figure(average, "accuracy"), *(_figure(average, name) for name in differences)]
         lines.append([*line, *(_work(average, name) for name in work)])
-    text = f"### {title}\n\nAccuracy in %, 95 % intervals, {samples} samples a cell.\n\n"
+    text = f"### {title}\n\nAccuracy in %, 95 % intervals, {samples} samples per cell.\n\n"
     return f"{text}{markdown(columns, lines)}\n"
 
 
@@ -208,7 +208,7 @@ def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _work(average: Record, name: str) -> str:
-    """What an answer took; forwards by phase as well, if some were no full ones."""
+    """An answer's work; forwards also by phase, if not all were full."""
     phases = average.get("phases") or {}
     kinds = ", ".join(f"{count:.3g} {phase}" for phase, count in phases.items())
     return f"{average[name]:.3g}" + (f" ({kinds})" if name == "forwards" and phases.keys() - {"full"} else "")

@@ -1,4 +1,4 @@
-"""What every command of the evaluation does around its samples: the checkpoint, the folder, progress, the report."""
+"""Steps that all commands of the evaluation share: the checkpoint, the folder, progress, the report."""
 
 import importlib.util
 import io
@@ -56,7 +56,7 @@ def source(args: Call) -> tuple[str, str]:
 
 
 def team_and_model(args: Call, ranks: Ranks) -> tuple[Team, DiffusionLM]:
-    """How the processes share the work, and this one's model, or its part of it; wrong flags end with exit code 2."""
+    """How the processes share the work, and this process's model or part; wrong flags end with exit code 2."""
     option, path = source(args)
     team = Team(ranks, args.parallel)
     with blame(args, "--device"):
@@ -66,7 +66,7 @@ def team_and_model(args: Call, ranks: Ranks) -> tuple[Team, DiffusionLM]:
 
 
 def warn_of_length(model: DiffusionLM, what: str, longest: int) -> None:
-    """Say so if the longest of them has more tokens than the model was trained on."""
+    """Warn if the longest has more tokens than the model was trained on."""
     if longest > model.config.max_length:
         tell(f"warning: {what} of {longest} tokens; this model was trained on at most {model.config.max_length}")
 
@@ -82,9 +82,9 @@ def claimed(
     """The folder --out, made this run's.
 
     Args:
-        settings: what decides the results, beyond the checkpoint and what the lines say.
+        settings: what decides the results, in addition to the checkpoint and the lines' own fields.
         identify: as in `Folder`.
-        more: what else is worth knowing of this call.
+        more: more about this call, for the record.
     """
     _, path = source(args)
     folder = Folder(args.out, identify, team.process)
@@ -107,14 +107,14 @@ def claimed(
 
 
 def resumed(args: Call, team: Team, folder: Folder, told: bool) -> dict[tuple, Record]:
-    """The lines that the folder has, once it is ready for more."""
+    """The lines that the folder has; it is then ready for more."""
     with blame(args, "--out", (OSError,)):
         finished: dict[tuple, Record] = team.agreed(folder.finished())
         folder.mend()
     if told:
         if finished:
             tell(f"{args.out}: {len(finished)} samples are there already")
-        tell("if this is interrupted, the same command goes on from there")
+        tell("if this is interrupted, the same command continues from there")
     return finished
 
 
@@ -124,7 +124,7 @@ class Progress(tqdm):
     def __init__(self, steps: int, hidden: bool, unit: str = "step"):
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
         stream = sys.stderr if self.terminal else io.StringIO()
-        # smoothing 0, the mean speed of all steps: those that a batch does not need are done at once
+        # smoothing 0: the mean speed of all steps, because steps that a batch does not need are done at once
         super().__init__(total=steps, unit=unit, disable=hidden, file=stream, smoothing=0, dynamic_ncols=True)
         self.told = time.monotonic()
 
@@ -136,7 +136,7 @@ class Progress(tqdm):
             tell(str(self))
 
     def reach(self, steps: int) -> None:
-        """So many steps are done, or were not needed."""
+        """This many steps are done, or were not needed."""
         self.update(steps - self.n)
 
 
@@ -151,7 +151,7 @@ def report(
     """Put the lines in order, sum them up, print the table.
 
     Args:
-        order: by which names they are known; what an earlier call has measured besides comes last.
+        order: the lines' keys, in order; other lines, of earlier calls, come last.
     """
     with blame(args, "--out", (OSError,)):
         finished = folder.finished()

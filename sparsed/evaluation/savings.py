@@ -1,4 +1,4 @@
-"""Caches and thresholds that every method runs under: their flags, each with several values, and all combinations."""
+"""Caches and thresholds of an evaluation: flags that take several values, and all their combinations."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def add_caches(group: Any) -> None:
 
 
 def add_bounds(group: Any) -> None:
-    """Add --threshold and --factor, whose values are alternatives."""
+    """Add --threshold and --factor; their values are alternatives."""
     sure, surer = number_in(0, math.inf), number_in(0, math.inf, above=True)
     about = "the scripts'; none is the fixed schedule (default: none, or without it if --factor is given)"
     group.add_argument("--threshold", type=list_of(_or_none(sure)), metavar="VALUES", help=about)

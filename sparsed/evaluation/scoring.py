@@ -1,4 +1,4 @@
-"""How answers are scored, and how sure a mean score is."""
+"""Scores of answers, and intervals of mean scores."""
 
 import functools
 import math
@@ -66,7 +66,7 @@ def paired_difference(scores: Sequence[float], others: Sequence[float]) -> Inter
     """The mean difference of two scores of the same samples: what is won less what is lost, each with its interval.
 
     The intervals are combined by the method of variance estimates recovery (G. Y. Zou and A. Donner, Statistics in
-    Medicine 27, 2008), whose result has a width even where nothing differs.
+    Medicine 27, 2008). Its result has a width even if nothing differs.
     """
     changes = [score - other for score, other in zip(scores, others, strict=True)]
     gains, losses = [max(change, 0.0) for change in changes], [max(-change, 0.0) for change in changes]

@@ -106,7 +106,7 @@ def make_sample(task: Task, tokenizer: Any, length: int, seed: int, index: int) 
 
 
 def read_samples(path: str | Path, tokenizer: Any) -> list[Sample]:
-    """Samples of a user's JSONL file: an object a line, with "prompt" (string) and "answers" (list of strings).
+    """Samples of a user's JSONL file: one object per line, with "prompt" (string) and "answers" (list of strings).
 
     A line may also have "id" (string; default: the file's name and the line's number) and "match" ("all", the default,
     or "part"). Empty lines are skipped.

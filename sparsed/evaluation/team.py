@@ -1,4 +1,4 @@
-"""How the processes that a launcher started share the work: each its own samples, or all of them every sample."""
+"""How a launcher's processes share the work: each answers its own samples, or all share every sample."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this process is the one that tells and sums up."""
+        """Whether this process prints and sums up."""
         return self.ranks.index == 0
 
     @property
@@ -37,21 +37,21 @@ class Team:
 
     @property
     def process(self) -> int | None:
-        """By which number this process writes its samples; None if it leaves that to another one."""
+        """The number under which this process writes its samples; None if another process writes them."""
         if self.parallel == TENSOR:
             return 0 if self.leads else None
         return self.ranks.index
 
     def own(self, work: list[Any]) -> list[Any]:
-        """What this process does of the work."""
+        """This process's part of the work."""
         return work if self.parallel == TENSOR else work[self.ranks.index :: self.ranks.count]
 
     def agreed(self, found: Any) -> Any:
-        """What processes that share a model go by, of what each has found: what the first one has."""
+        """What the first of the processes that share a model has found: all of them go by it."""
         return self.model.gathered(found)[0]
 
     def wait(self) -> None:
-        """Until all processes have called it."""
+        """Wait until all processes have called it."""
         self.ranks.gathered(None)
 
     @contextmanager
@@ -65,6 +65,6 @@ class Team:
 
 
 def leave_group() -> None:
-    """End the group of processes, if there is one; its threads would now and then abort a process that exits."""
+    """End the group of processes, if there is one: its threads sometimes abort a process that exits."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

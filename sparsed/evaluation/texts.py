@@ -1,7 +1,7 @@
-"""What the tasks' texts are made of: keys, their values, essays about people and noise, drawn from the caller's rng.
+"""Parts of the tasks' texts: keys, their values, essays about people, and noise, drawn from the caller's rng.
 
-`held_out` says who draws: an evaluation (True) asks about what training never sees, in texts that may hold anything;
-training (False) meets nothing that is held out.
+`held_out` says who draws. An evaluation (True) asks about what training never sees, in texts that may hold anything.
+Training (False) meets nothing that is held out.
 """
 
 import functools
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 @functools.cache
 def key_words() -> tuple[list[str], list[str]]:
-    """The first and the second words that keys such as ("russet", "heron") consist of."""
+    """The first and the second words of keys such as ("russet", "heron")."""
     words = language()
     groups = words.tasks["keys"]
     first, second = ([word for group in groups[part] for word in words.words[group]] for part in ("first", "second"))
@@ -40,7 +40,7 @@ def number_held_out(number: int) -> bool:
 
 
 def beside(held_out: bool) -> bool | None:
-    """The `held_out` of what the text tells besides: anything in an evaluation, nothing held out in training."""
+    """`held_out` for the rest of the text: anything in an evaluation (None), nothing held out in training (False)."""
     return None if held_out else False
 
 
@@ -64,7 +64,7 @@ def take(items: Iterable[Item], count: int) -> list[Item]:
     """
     taken = list(islice(items, count))
     if len(taken) < count:
-        raise ValueError(f"so long a text needs {count} different keys, and there are only {len(taken)}")
+        raise ValueError(f"a text of this length needs {count} different keys, and there are only {len(taken)}")
     return taken
 
 
@@ -81,7 +81,7 @@ def numbers(rng: random.Random, count: int, digits: int = 7) -> list[str]:
 
 
 def uuids(rng: random.Random, count: int) -> list[str]:
-    """Random UUIDs, whose 122 random bits neither repeat nor need to be held out."""
+    """Random UUIDs; with 122 random bits they neither repeat nor need to be held out."""
     return [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(count)]
 
 
@@ -92,7 +92,7 @@ def noise(count: int) -> list[str]:
 
 
 def essay(rng: random.Random, count: int, *, held_out: bool, without: Collection[Fact] = ()) -> list[str]:
-    """Sentences of filler and of facts about people, each of whom has at most one fact of a kind.
+    """Sentences of filler and of facts about people, with at most one fact of a kind per person.
 
     Args:
         without: no fact has the values of these, and no person the last name of one of theirs.

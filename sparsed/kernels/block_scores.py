@@ -25,7 +25,7 @@ def block_scores(
     Args:
         q: [B, Hq, T, D], after rotary embedding.
         k: [B, Hkv, T, D]; query head h reads key head h // (Hq // Hkv).
-        block_size: tokens a block; the last block may be shorter.
+        block_size: tokens per block; the last block may be shorter.
         key_valid: bool [B, T], False where a token is padding: it then adds nothing, as key or as query.
         lse: [B, Hq, T] float32, the log-sum-exp of every query's scaled logits over the valid keys, if it is known.
         compiled: use the Triton kernel on a CUDA device that has Triton; without, plain torch, which needs no compiler.

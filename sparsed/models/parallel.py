@@ -1,10 +1,11 @@
 """Tensor parallelism: every process computes some heads of each attention, and some rows of each MLP.
 
-The weights that make heads and rows keep some of their outputs, those that read them some of their inputs, and what
-the latter give is summed over the processes: two sums a layer. All else is computed by every process.
+Weights that produce heads and rows keep some of their outputs. Weights that read them keep some of their inputs, and
+their products are summed over the processes: two sums per layer. Every process computes all else.
 
-torch.distributed.tensor.parallel does the same at a price in the host's time: in `benchmarks/results/dtensor-cpu.json`
-a cached step of 32 layers takes 0.82 s with it and 0.27 s with the layers here (0.16 s in one process, on a busy CPU).
+torch.distributed.tensor.parallel does the same, but takes more of the host's time: a cached step of 32 layers takes
+0.82 s with it and 0.27 s with the layers here (0.16 s in one process, on a busy CPU;
+`benchmarks/results/dtensor-cpu.json`).
 """
 
 import math
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from ..ranks import Ranks
 from .common import DiffusionLM
 
-# by their names in both families, in the modules that have some of the first
+# names in both families; a module that has one of MAKING may have one of READING
 MAKING = ("q_proj", "k_proj", "v_proj", "gate_proj", "ff_proj", "up_proj")
 READING = ("o_proj", "attn_out", "down_proj", "ff_out")
 
 
 class SummedLinear(nn.Module):
-    """A linear layer without a bias, of which this process has some inputs; the product is summed over the ranks.
+    """A linear layer without a bias. This process has some of its inputs; the product is summed over the ranks.
 
     Args:
         weight: [out, some of the inputs].
@@ -36,8 +37,7 @@ class SummedLinear(nn.Module):
         self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] -> [..., out], the whole product; RuntimeError where a gradient is asked for, which the sum
-        would stop."""
+        """[..., inputs] -> [..., out], the whole product; RuntimeError if a gradient is wanted: the sum stops it."""
         product = F.linear(x, self.weight)
         if product.requires_grad:
             raise RuntimeError("a model that processes share computes no gradients: use torch.no_grad()")
@@ -47,11 +47,11 @@ class SummedLinear(nn.Module):
 def shard(model: DiffusionLM, ranks: Ranks) -> None:
     """Keep this process's part of a whole model, which may be on the meta device.
 
-    Heads stay whole, and rank r of n has the r-th n-th of the query heads, of the key-value heads that they read, and
-    of the MLP's rows. `model.sizes` are those of the part.
+    Heads stay whole. Rank r of n has the r-th of n equal parts of the query heads, of the key-value heads that they
+    read, and of the MLP's rows. `model.sizes` are those of the part.
 
     Raises:
-        ValueError: so many processes do not divide the model's heads; names the numbers that do.
+        ValueError: the number of processes does not divide the model's heads; the line names the numbers that do.
     """
     if ranks.count == 1:
         return
@@ -91,7 +91,7 @@ def own_part(tensor: Tensor, dim: int, ranks: Ranks) -> Tensor:
 
 
 def whole_parameters(model: DiffusionLM) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the whole model's parameters, joined from every rank's part one after the other."""
+    """Names and values of the whole model's parameters, joined from the ranks' parts."""
     ranks = model.ranks
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]

@@ -186,10 +186,10 @@ def run_lines(run: RunRecord) -> list[str]:
 
 
 def work_line(work: Work) -> str:
-    """How many forwards a run took, and what each and a second gave, as it is printed."""
+    """How many forwards a run took, and what each forward and each second gave, as printed."""
     ran = _counted(sum(work.forwards.values()), "forward")
     kinds = ", ".join(f"{count} {phase.value}" for phase, count in work.forwards.items())
-    speed = f", {work.tokens_a_second:.3g} tokens a second" if work.tokens_a_second is not None else ""
+    speed = f", {work.tokens_a_second:.3g} tokens per second" if work.tokens_a_second is not None else ""
     filled = f", and {work.filled} filled in" if work.filled else ""
     return f"{ran} ({kinds}) for {work.tokens} tokens, {work.tokens_a_forward:.3g} each{speed}{filled}"
 

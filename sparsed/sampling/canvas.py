@@ -14,7 +14,7 @@ class PromptError(ValueError):
 
 
 def check_tensor(input_ids: Any) -> None:
-    """Raise ValueError for what is no tensor: lists, arrays, and what a tokenizer returns as a whole."""
+    """Raise ValueError for anything but a tensor: lists, arrays, a tokenizer's whole output."""
     if not isinstance(input_ids, Tensor):
         raise ValueError(
             f"input_ids must be an int64 tensor [batch, prompt], got a {type(input_ids).__name__}: pass "
@@ -41,7 +41,7 @@ def check_prompt(input_ids: Tensor, mask_id: int, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class Canvas:
-    """Token ids [B, T], written in place, of which the first `prompt_len` are the prompt's.
+    """Token ids [B, T], written in place; the first `prompt_len` are the prompt's.
 
     Args:
         valid: bool [B, T], False where a token is left padding; None if nothing is padded.
@@ -91,9 +91,9 @@ class Canvas:
 
     @property
     def committed(self) -> float:
-        """Share of the generated region that is there, of the batch row that has least; waits for the device."""
+        """Share of the generated region that is committed, in the batch row that has least; waits for the device."""
         region = self.length - self.prompt_len
-        # of whole numbers, so that a fifth is exactly what 0.2 is
+        # a quotient of whole numbers, so that a fifth is exactly 0.2
         return (region - int(self.masked(self.prompt_len, self.length).max())) / region
 
     def candidates(self, start: int, end: int) -> Tensor:
@@ -110,8 +110,8 @@ class Canvas:
         flat[rows] = torch.where(chosen, tokens, flat[rows])
 
     def stop(self, start: int, end: int, ends: Collection[int], over: bool) -> Tensor:
-        """Fill the masks behind a block with the first of the end tokens in it, in the rows where it holds one and is
-        complete, or over; returns their flat positions b * T + t, ascending."""
+        """Fill the masks behind a block with its first end token, in the rows where the block holds one and is complete
+        or over; returns their flat positions b * T + t, ascending."""
         block, rest = self.ids[:, start:end], self.ids[:, end:]
         is_end = torch.isin(block, torch.tensor(list(ends), device=block.device))
         stops = is_end.any(-1) & ((self.masked(start, end) == 0) | over)

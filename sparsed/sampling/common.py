@@ -1,4 +1,4 @@
-"""What an observer is told of a step, and SparseD around a sampler's forwards."""
+"""A step as observers see it, and SparseD around a sampler's forwards."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from ..config import SparseDConfig
 from ..patch import run_of, sparsify
 from ..run import SparseRun
 
-# what a step's forward computes where it is not of all rows: over cached keys, the rows of a block, or of the generated
-# region; and that of a step that runs none
+# phases of steps whose forward does not compute all rows: over cached keys, a block's rows, or the generated region's;
+# and of a step that runs none
 CACHED, ANSWER, IDLE = "cached", "answer", "idle"
 
 
 @dataclass(frozen=True)
 class Step:
-    """A denoising step that is over, as an observer is told of it; the tensors stay on the model's device.
+    """A finished denoising step, for observers; the tensors stay on the model's device.
 
     Args:
         index: counted from 0.
@@ -27,7 +27,7 @@ class Step:
         computed: how many rows of every sequence, in all layers but the last.
         rows: int64 [n], the candidates' flat positions b * T + t, ascending.
         tokens: int64 [n], the token that each of them would get.
-        probability: float32 [n], which the model gave that token, whatever the algorithm ranks by.
+        probability: float32 [n], the model's for that token, whatever the algorithm ranks by.
         chosen: bool [n], which of the candidates were committed.
         filled: int64 [m], the flat positions that got an end token because their rows have stopped; `fill` its ids.
     """
@@ -48,8 +48,8 @@ class Step:
         return self.phase != IDLE
 
     def commits(self) -> list[tuple[int, int, float]]:
-        """Flat position, token and probability of what was committed, and then of what was filled, whose probability
-        is NaN; waits for the device."""
+        """Flat position, token and probability: first of what was committed, then of what was filled (probability NaN);
+        waits for the device."""
         if self.chosen is None:
             return []
         columns = (self.rows, self.tokens, self.probability)
@@ -66,7 +66,7 @@ OnStep = Callable[[Step], None]
 def attention_of(
     model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int, **options: Any
 ) -> AbstractContextManager[SparseRun | None]:
-    """SparseD around `steps` steps, with `sparsify`'s options; without a config, what the model is inside of."""
+    """SparseD around `steps` steps, with `sparsify`'s options; without a config, the `sparsify` around the model."""
     if config is None:
         return nullcontext(run_of(model))
     return sparsify(model, config, steps=steps, gen_length=gen_length, **options)
@@ -76,7 +76,7 @@ def attention_of(
 def sequence_of(
     model: nn.Module, config: SparseDConfig | None, steps: int, gen_length: int, shape: tuple[int, ...], **options: Any
 ) -> Iterator[SparseRun | None]:
-    """`attention_of`, whose run, if there is one, is told that its forwards are those of sequences [batch, length]."""
+    """`attention_of`; its run, if there is one, learns that the forwards are of sequences [batch, length]."""
     with attention_of(model, config, steps, gen_length, **options) as run:
         with nullcontext() if run is None else run.sequence(shape):
             yield run

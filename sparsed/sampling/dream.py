@@ -46,16 +46,16 @@ def dream_generate(
         model: a DreamModel.
         input_ids: [B, prompt] int64, without mask tokens.
         attention_mask: [B, prompt], 1 = real, 0 = left padding.
-        gen_length, steps: new tokens, and denoising steps: one forward each, but a step that would commit nothing runs
-            none at temperature 0, unless it selects blocks.
+        gen_length, steps: new tokens, and denoising steps of one forward each. At temperature 0, a step that would
+            commit nothing runs no forward, unless it selects blocks.
         alg: what ranks the positions: maskgit_plus (probability of the drawn token), topk_margin (its lead over the
             second), entropy (negative entropy), or origin (no ranking: each position by chance).
         alg_temp: above 0, positions are drawn from softmax(confidence / alg_temp) instead of taken from the top.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn from softmax(logits / temperature).
         top_p, top_k: keep the likeliest tokens up to a total probability of top_p, the top_k likeliest; None keeps all.
         eps: end of the time grid 1 ... eps that sets how many positions a step commits.
-        block_length: None writes the whole region on that grid; else it is written block after block, each in even
-            shares over its steps; it must divide gen_length, and the number of blocks must divide steps.
+        block_length: None writes the whole region on that grid; otherwise the region is written block after block, each
+            in even shares over its steps. It must divide gen_length, and the number of blocks must divide steps.
         cache, refresh, threshold, factor, early_stop: fewer rows and steps, see `Saving`; with a cache,
             threshold or factor the region is written in blocks, of 32 tokens unless block_length says otherwise.
         mask_id: the mask token, by default the model's.

@@ -7,7 +7,7 @@ from .runner import StepRunner
 
 
 class Guided:
-    """A runner's logits, guided away from those of a second half of the batch whose whole prompt is masked.
+    """A runner's logits, guided away from those of a second half of the batch, where the whole prompt is masked.
 
     Args:
         scale: above 0: logits = unconditional + (scale + 1) * (conditional - unconditional).

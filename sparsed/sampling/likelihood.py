@@ -1,4 +1,4 @@
-"""How likely a masked diffusion model finds a target after a prompt, by Monte Carlo, with full attention or SparseD.
+"""Monte Carlo estimate of a target's likelihood after a prompt, with full attention or SparseD.
 
 The estimate is LLaDA's (arXiv 2502.09992, appendix B.5, and `eval_llada.py` of its repository): hide l of the target's
 L tokens, l uniform on 1 ... L, and take the hidden tokens' cross-entropy times L / l. The mean over many draws bounds
@@ -25,7 +25,7 @@ Ids = Sequence[int]
 
 
 def draw_masks(samples: int, length: int, generator: torch.Generator) -> Tensor:
-    """Which of `length` tokens each of `samples` draws hides: bool [samples, length], those that hide most first.
+    """Which of `length` tokens each of `samples` draws hides: bool [samples, length], draws that hide most first.
 
     The numbers of hidden tokens are uniform on 1 ... length and stratified: evenly spaced from a random start.
 
@@ -53,8 +53,8 @@ def log_likelihood(
     """Monte Carlo estimate of log p(target | prompt), in nats.
 
     The draws are SparseD's steps, in the order of a generation: those that hide most come first, with full attention,
-    and select the blocks. A draw that repeats with the same attention is computed once, so a target of one token takes
-    one forward with full attention, and its estimate is exact.
+    and select the blocks. A repeated draw with the same attention is computed once. So a target of one token takes one
+    forward with full attention, and its estimate is exact.
 
     Args:
         model: a DreamModel or LLaDAModel.
@@ -123,7 +123,7 @@ def _runner(model: DiffusionLM, run: SparseRun | None, prompt: Ids, target: Ids)
 
 
 def _logits(runner: StepRunner, ids: Tensor, hidden: Tensor) -> Tensor:
-    """float32 logits [n, V] of the places [n] of ids [1, T], whose tokens are hidden from the model."""
+    """float32 logits [n, V] of the places [n] of ids [1, T]; their tokens are hidden from the model."""
     model, masked = runner.model, ids.clone()
     masked[0, hidden] = model.config.mask_token_id
     return runner(masked, FAMILIES[model.family].sources(hidden, ids.shape[1])).float()

@@ -45,12 +45,12 @@ def llada_generate(
         model: a LLaDAModel.
         input_ids: [B, prompt] int64, without mask tokens.
         attention_mask: [B, prompt], 1 = real, 0 = left padding.
-        gen_length, steps, block_length: new tokens, denoising steps and tokens a block; block_length must divide
-            gen_length, and the number of blocks must divide steps. A step is one forward, but one that would commit
-            nothing runs none at temperature 0, unless it selects blocks.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        gen_length, steps, block_length: new tokens, denoising steps and tokens per block. block_length must divide
+            gen_length, and the number of blocks must divide steps. A step is one forward. At temperature 0, a step that
+            would commit nothing runs no forward, unless it selects blocks.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn from softmax(logits / temperature).
         cfg_scale: classifier-free guidance: logits = unconditional + (cfg_scale + 1) * (conditional - unconditional).
-        remasking: low_confidence commits the likeliest tokens first, random any.
+        remasking: low_confidence commits the likeliest tokens first, random commits in random order.
         logits_eos_inf: never draw the end-of-text token.
         confidence_eos_eot_inf: commit end-of-text and end-of-turn tokens last.
         cache, refresh, threshold, factor, early_stop: fewer rows and steps, see `Saving`.

@@ -22,7 +22,7 @@ from .unmasking import Turn
 
 
 def check_family(model: nn.Module, family: str) -> None:
-    """Raise ValueError if the model says that it is of the other family, or is `DataParallel`, which says nothing."""
+    """Raise ValueError if the model is of the other family, or is a `DataParallel`, which does not tell."""
     if not hasattr(model, "config"):
         raise ValueError(f"{family}_generate needs the model inside the {type(model).__name__}: pass its .module")
     found = getattr(model, "family", family)
@@ -46,7 +46,7 @@ def generate(
     on_step: OnStep | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Tensor:
-    """What `dream_generate` and `llada_generate` do, by their settings; arguments and errors are described there.
+    """Generate, for `dream_generate` and `llada_generate`, by their settings; arguments and errors are described there.
 
     Args:
         on_phase: called with a step's phase before its forward runs.
@@ -69,8 +69,8 @@ def generate(
 
 
 def schedule_of(settings: Settings, config: SparseDConfig | None, rule: Rule) -> Schedule | None:
-    """When attention is over kept blocks in a generation with these settings; None without SparseD, and for what is no
-    config, which `sparsify` refuses."""
+    """When attention is over kept blocks in a generation with these settings. None without SparseD, or if `config` is
+    no config: `sparsify` refuses that."""
     if not isinstance(config, SparseDConfig):
         return None
     return settings.schedule(config, settings.steps, settings.blocks, rule.needs_scores)
@@ -78,7 +78,7 @@ def schedule_of(settings: Settings, config: SparseDConfig | None, rule: Rule) ->
 
 def check_schedule(settings: Settings, run: SparseRun | None) -> None:
     """Raise ValueError if a caller's own `sparsify` counts other forwards than these settings have: it might never
-    select."""
+    select blocks."""
     if run is None or not isinstance(run.schedule, ByStep):
         return
     if settings.cached and run.schedule.steps != (whole := settings.refreshes(settings.blocks or 1)):
@@ -86,7 +86,7 @@ def check_schedule(settings: Settings, run: SparseRun | None) -> None:
             f"with this cache {whole} forwards compute all rows: give sparsify steps={whole}, or the sampler config="
         )
     if settings.bound is not None and not settings.cached:
-        raise ValueError("with a threshold or factor nobody knows the steps: give the sampler config=, not sparsify")
+        raise ValueError("with a threshold or factor the steps are not known: give the sampler config=, not sparsify")
 
 
 def end_tokens(config: Any) -> set[int]:
@@ -96,7 +96,7 @@ def end_tokens(config: Any) -> set[int]:
 
 
 def reporting(run: SparseRun | None, canvas: Canvas, turns: Iterable[Turn]) -> Iterator[Turn]:
-    """The turns; before each, the run learns how much is committed, where its schedule asks."""
+    """The turns; before each, the run learns how much is committed, if its schedule asks."""
     for turn in turns:
         if run is not None and isinstance(run.schedule, ByCommitted):
             run.committed = canvas.committed
@@ -104,8 +104,8 @@ def reporting(run: SparseRun | None, canvas: Canvas, turns: Iterable[Turn]) -> I
 
 
 def together(ranks: Ranks, canvas: Canvas, turns: Iterable[Turn]) -> Iterator[Turn]:
-    """The turns; after each, every rank takes over rank 0's tokens, so that none goes its own way for a rounding error,
-    and the next turn is the same for all."""
+    """The turns; after each, every rank takes over rank 0's tokens. So a rounding error cannot make ranks differ, and
+    the next turn is the same for all."""
     for turn in turns:
         yield turn
         ranks.share(canvas.ids)
@@ -114,7 +114,7 @@ def together(ranks: Ranks, canvas: Canvas, turns: Iterable[Turn]) -> Iterator[Tu
 def reader(
     model: DiffusionLM, run: SparseRun | None, canvas: Canvas, settings: Settings, halves: int
 ) -> StepRunner | Guided:
-    """What gives the candidates' logits, in one forward a step of as many sequences as the canvas has, or twice."""
+    """The runner that gives the candidates' logits, in one forward per step; guidance doubles the sequences."""
     valid = None if canvas.valid is None else canvas.valid.repeat(halves, 1)
     most_rows = halves * len(canvas.ids) * settings.most_rows
     cache = model.kv_cache(halves * len(canvas.ids), canvas.length) if settings.cached else None
@@ -134,7 +134,7 @@ def denoise(
     on_step: OnStep | None,
     on_phase: Callable[[str], None] | None,
 ) -> None:
-    """Take the turns one after the other, and fill in the canvas."""
+    """Take the turns in order, and fill in the canvas."""
     for index, turn in enumerate(turns):
         step = Step(index, IDLE)
         if not turn.idle or not runner.skip():

@@ -1,4 +1,4 @@
-"""From logits to proposals: the token that each candidate would get, its probability, and what ranks it."""
+"""From logits to proposals: each candidate's token, its probability, and its rank."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ class Proposal(NamedTuple):
 
     Args:
         tokens: int64 [n].
-        probability: float32 [n], which the model gave that token, whatever ranks it.
+        probability: float32 [n], the model's for that token, whatever ranks it.
         ranking: [n], higher commits first.
-        certainty: float32 [n], the token's probability before temperature, filters and noise, where a threshold or
-            factor asks for it.
+        certainty: float32 [n], the token's probability before temperature, filters and noise, if a threshold or factor
+            needs it.
     """
 
     tokens: Tensor
@@ -31,8 +31,8 @@ def pick(probabilities: Tensor, greedy: bool, generator: torch.Generator | None)
 def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     """One token of each row of probabilities [n, V] -> [n] int64.
 
-    The largest probability over exponential noise, as `torch.multinomial` draws; but over a number that is not finite,
-    that one would end the process's use of the GPU.
+    The largest probability over exponential noise, as `torch.multinomial` draws. That one is not used, because over a
+    number that is not finite it would end the process's use of the GPU.
     """
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / noise).argmax(-1)
@@ -52,8 +52,8 @@ def probability_of(tokens: Tensor, probabilities: Tensor) -> Tensor:
 def filtered_probabilities(logits: Tensor, temperature: float, top_p: float | None, top_k: int | None) -> Tensor:
     """softmax of logits [n, V] after temperature, nucleus and top-k filters, float32 [n, V].
 
-    A token stays if the likelier ones leave it room: fewer than top_k, with at most top_p of the probability. Tokens as
-    likely as the last one that stays do, too.
+    A token stays if fewer than top_k tokens are likelier, with at most top_p of the probability. Tokens as likely as
+    the last one that stays also stay.
     """
     logits = logits.float()
     if temperature > 0:

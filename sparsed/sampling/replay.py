@@ -1,4 +1,4 @@
-"""Forwards replayed as CUDA graphs, which take the GPU's time alone and none of the host's."""
+"""Forwards replayed as CUDA graphs, which take only the GPU's time and none of the host's."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,7 +17,7 @@ UNTIL_REPLAYED = 3
 
 @dataclass
 class Replayed:
-    """Forwards of one kind, of tensors of the same shapes, and the graph of them once there is one.
+    """Forwards of one kind, over tensors of the same shapes, and their graph once there is one.
 
     Args:
         inputs: what the graph reads; at first those of a forward that ran as it is.
@@ -35,12 +35,12 @@ class Replayed:
 class Replays:
     """The graphs of one generation's forwards.
 
-    The first forward of a kind runs as it is, and has its kernels compiled; the second is captured, and the later ones
-    replay it. Of inputs with other shapes, a kind begins anew.
+    The first forward of a kind runs as it is, and compiles its kernels. The second is captured, and the later ones
+    replay it. With inputs of other shapes, a kind starts again.
 
     Args:
         model: what the forwards run.
-        aside: a context in which a forward does not count.
+        aside: a context in which forwards do not count.
 
     Attributes:
         possible: whether forwards can be captured at all.
@@ -55,8 +55,8 @@ class Replays:
         """`forward(*inputs)` from a graph, which the next call may overwrite; None if it must run as it is.
 
         Args:
-            kind: forwards of a kind differ in their inputs alone.
-            forward: reads nothing that changes but its inputs.
+            kind: forwards of one kind differ only in their inputs.
+            forward: reads nothing that changes, except its inputs.
         """
         if not self.possible:
             return None
@@ -80,7 +80,7 @@ class Replays:
         return known.logits
 
     def forget(self, kind: str) -> None:
-        """The next forward of that kind reads something else: begin anew."""
+        """The next forward of that kind reads something else: start again."""
         self._kinds.pop(kind, None)
 
     def _capture(self, known: Replayed, forward: Forward) -> None:
@@ -90,7 +90,7 @@ class Replays:
         # other threads may go on using the GPU meanwhile
         capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
         device = inputs[0].device
-        # back on the stream of before, even where torch does not leave its own because the capture failed
+        # back to the stream of before: torch does not leave its own if the capture failed
         here = torch.cuda.stream(torch.cuda.current_stream(device))
         with self.aside(), torch.cuda.device(device), here, capture:
             logits = forward(*inputs)

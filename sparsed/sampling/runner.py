@@ -1,4 +1,4 @@
-"""The model's forward, once a denoising step; where the host would be the slower, it is replayed as a CUDA graph."""
+"""The model's forward, once per denoising step; if the host would be slower than the GPU, from a CUDA graph."""
 
 from contextlib import nullcontext
 
@@ -13,22 +13,22 @@ from ..run import SparseRun
 from ..schedule import FULL, SELECTING, SPARSE
 from .replay import Forward, Replays
 
-# up to this many tokens, of all batch rows, a GPU waits for the host to launch kernels; beyond, a graph gains nothing
+# up to this many tokens, over all batch rows, a GPU waits for the host to launch kernels; beyond, graphs gain nothing
 REPLAYED_TOKENS = 2048
 
 
 class StepRunner:
     """Logits of some rows, step after step, of sequences of one shape.
 
-    Steps of few tokens are replayed, those of a phase from one graph; the step that selects blocks always runs as it
-    is, and so do the few forwards of all rows with a cache.
+    Steps of few tokens are replayed, with one graph per phase. The step that selects blocks always runs as it is, and
+    so do the few forwards of all rows with a cache.
 
     Args:
         model: a DiffusionLM.
-        run: of the `sparsify` that the model is inside of, told the sequence; None outside.
+        run: of the `sparsify` around the model, which knows the sequence; None without one.
         mask: attention mask of the ids, bool [B, T], or None.
         first_row: no logits are wanted of the tokens before it.
-        most_rows: rows of which a step wants logits, at most; a step that wants more is not replayed.
+        most_rows: how many rows' logits a replayed step can give; a step that wants more is not replayed.
         cache: filled by the forwards of all rows, read by those of a few.
     """
 
@@ -43,7 +43,7 @@ class StepRunner:
     ):
         self.model, self.run, self.mask, self.first_row, self.most_rows = model, run, mask, first_row, most_rows
         self.cached = {} if cache is None else {"cache": cache}
-        # nothing is computed in a capture, and nothing may have been captured: no step
+        # a capture computes nothing, and may fail: it is no step
         self.replays = Replays(model, nullcontext if run is None else run.uncounted)
         self.pattern_version: int | None = None
         self.window: Rows | None = None  # of the latest forward of few rows
@@ -83,7 +83,7 @@ class StepRunner:
             raise FloatingPointError("the model's logits are not finite: float32 may hold what another dtype cannot")
 
     def _watch(self, logits: Tensor) -> None:
-        """Have the sum of the logits, which is not finite unless all are, sent to the host."""
+        """Send the sum of the logits to the host; it is finite only if all of them are."""
         total = logits.sum(dtype=torch.float32)
         if total.is_cuda:
             self.total = total.to("cpu", non_blocking=True)
@@ -93,7 +93,7 @@ class StepRunner:
 
     @property
     def phase(self) -> str:
-        """What the next step's forward of all rows computes."""
+        """The phase of the next step's forward of all rows."""
         return FULL if self.run is None else self.run.phase
 
     def _whole(self, ids: Tensor, rows: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class StepRunner:
         """Logits from a graph, if there is one for the step.
 
         Args:
-            spare: a row that the forward computes; its logits fill up those of fewer rows than the graph gives.
+            spare: a row that the forward computes; its logits fill up where fewer rows are wanted than the graph gives.
         """
         if not self.replays.possible or ids.numel() > REPLAYED_TOKENS or len(rows) > self.most_rows:
             return None
@@ -147,7 +147,7 @@ class StepRunner:
         return None if logits is None else logits[: len(rows)]
 
     def _drop_stale(self) -> None:
-        """Forget a graph that reads blocks selected before the present ones."""
+        """Forget a graph that reads blocks of an earlier selection."""
         if self.run is not None and self.run.pattern_version != self.pattern_version:
             self.replays.forget(SPARSE)
             self.pattern_version = self.run.pattern_version

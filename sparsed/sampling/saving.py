@@ -1,6 +1,6 @@
-"""What saves rows and steps: blocks whose keys are cached, and steps that commit all that the model is sure of.
+"""Settings that save rows and steps: cached keys per block, and steps that commit all tokens the model is sure of.
 
-The names are those of Fast-dLLM and dInfer; what they mean, where these differ, is said here.
+The names are those of Fast-dLLM and dInfer. Where these two differ, the meaning is given here.
 """
 
 import math
@@ -17,25 +17,26 @@ Own = TypeVar("Own", bound="Saving")
 
 CACHES = ("none", "prefix", "dual")
 OFF: dict[str, Any] = {"cache": "none", "refresh": None, "threshold": None, "factor": None, "early_stop": False}
-MAKE_BLOCKS = ("cache", "threshold", "factor")  # of Dream's region, too; an early stop needs them
-BLOCK_LENGTH = 32  # of Dream, where something makes blocks of its region and no length is given
+MAKE_BLOCKS = ("cache", "threshold", "factor")  # make blocks of Dream's region too; an early stop needs blocks
+BLOCK_LENGTH = 32  # of Dream, if something makes blocks of its region and no length is given
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """The settings that both families have for it.
+    """The settings, which both families have.
 
     Args:
         cache: with "prefix" or "dual", a block's first step, its refresh, computes all rows and keeps every layer's
-            keys and values; the block's later steps compute the rows from its start on (prefix) or its own (dual),
-            Dream's from one row earlier, and attend to all cached keys.
-        refresh: with a cache, the refresh of every N-th block computes all rows (None: of each; 0: of the first only);
-            the others compute those from the generated region's start on.
-        threshold: a step commits every candidate of its block whose probability is at least this, and at least as many
-            as the block's share of this step, one or more. Above 1 none ever is.
-        factor: instead of it: candidates in the order of their probabilities p, the n-th as long as (n + 1) * (1 - p)
-            is below this.
-        early_stop: after a block that holds an end token, the row's later blocks get that token; it makes no blocks.
+            keys and values. The block's later steps compute the rows from its start on (prefix) or only its own (dual),
+            in Dream from one row earlier, and attend to all cached keys.
+        refresh: with a cache, the refresh of every N-th block computes all rows (None: of every block; 0: only of the
+            first). The others compute the rows from the generated region's start on.
+        threshold: a step commits every candidate of its block with at least this probability, and at least the block's
+            share of this step, one or more. Above 1, no candidate reaches it.
+        factor: instead of threshold: of the candidates, sorted by probability p, the n-th is committed as long as
+            (n + 1) * (1 - p) is below this.
+        early_stop: after a block with an end token, the row's later blocks get that token. It needs blocks, and does
+            not make any.
 
     Raises:
         SettingError: a value outside its range, or two settings that do not go together.
@@ -55,7 +56,7 @@ class Saving:
             if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 0:
                 raise SettingError("refresh", f"must be a whole number of blocks or 0, got {self.refresh!r}")
             if not self.cached:
-                raise SettingError("refresh", "needs a cache, which is filled anew: prefix or dual")
+                raise SettingError("refresh", "needs a cache to refresh: prefix or dual")
         for name, lowest in (("threshold", "0 or above"), ("factor", "above 0")):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value < 0 or (name == "factor" and value == 0)):
@@ -66,7 +67,7 @@ class Saving:
             raise SettingError("early_stop", f"must be True or False, got {self.early_stop!r}")
 
     def plain(self: Own) -> Own:
-        """The same without any of it."""
+        """The same settings with all of this off."""
         return replace(self, **OFF)
 
     @property
@@ -81,7 +82,7 @@ class Saving:
 
     @property
     def bound(self) -> Bound | None:
-        """What a step commits at least, beside its share."""
+        """The rule for what a step commits in addition to its share."""
         if self.threshold is not None:
             return Threshold(self.threshold)
         return None if self.factor is None else Factor(self.factor)
@@ -89,8 +90,8 @@ class Saving:
     def idle_in_blocks(self, steps: int, blocks: int, block_length: int, greedy: bool) -> list[bool]:
         """Which steps of a region in blocks commit nothing.
 
-        A block has as many masks as tokens at first, and commits at least one a step while it has any; where it ends
-        with its last mask, it has no such step.
+        At first every token of a block is masked, and each step commits at least one while any is left. A block that
+        ends with its last mask has no such step.
         """
         if self.cached or self.bound is not None:
             return [False] * steps
@@ -127,13 +128,13 @@ class Saving:
         return canvas.prompt_len - shift, canvas.length
 
     def schedule(self, config: SparseDConfig, steps: int, blocks: int | None, needs_scores: bool) -> Schedule:
-        """When attention is over kept blocks: `skip` counts steps; with a cache, forwards of all rows, which alone
-        select; under a threshold or factor, committed tokens, for nobody knows the number of steps.
+        """When attention is over kept blocks. `skip` counts steps; with a cache, forwards of all rows, because only
+        these select; with a threshold or factor, committed tokens, because the number of steps is not known.
 
         Args:
             steps: at most.
-            blocks: of the generated region; None where it is none of blocks.
-            needs_scores: whether the rule does; a rule that looks at nothing needs no full step.
+            blocks: of the generated region; None if it has none.
+            needs_scores: whether the rule does; a rule without scores needs no full step.
         """
         if self.cached:
             steps = self.refreshes(blocks or 1)

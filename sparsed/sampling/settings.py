@@ -1,6 +1,6 @@
-"""How each family samples: its numbers, checked; the turns of its steps; from logits to proposals.
+"""How each family samples: its checked numbers, the turns of its steps, and proposals from logits.
 
-A settings object is all that the loop knows of a family.
+The loop knows a family only by its settings object.
 """
 
 from collections.abc import Collection, Iterator
@@ -115,7 +115,7 @@ class DreamSettings(Saving):
 
     @property
     def blocks(self) -> int | None:
-        """Of the generated region; None where it is none of blocks."""
+        """Number of blocks in the generated region; None if it has none."""
         return None if self.block_length is None else self.gen_length // self.block_length
 
     @property
@@ -142,8 +142,7 @@ class DreamSettings(Saving):
 
     @staticmethod
     def sources(rows: Tensor, length: int) -> Tensor:
-        """The flat rows whose logits predict the flat positions `rows`: one to the left, but position 0 reads its
-        own."""
+        """The flat rows that predict the flat positions `rows`: one to the left, but position 0 reads its own."""
         return rows - (rows % length != 0).long()
 
     def propose(self, logits: Tensor, config: Any, generator: torch.Generator | None) -> Proposal:
@@ -151,7 +150,7 @@ class DreamSettings(Saving):
         probabilities = filtered_probabilities(logits, self.temperature, self.top_p, self.top_k)
         tokens = pick(probabilities, self.temperature == 0, generator)
         probability = probability_of(tokens, probabilities)
-        if self.alg == "origin":  # which nothing ranks: by chance, in blocks in an order drawn by chance
+        if self.alg == "origin":  # nothing ranks them: committed by chance, in blocks in a random order
             ranking = probability
             if self.block_length is not None:
                 ranking = torch.rand(len(tokens), generator=generator, device=tokens.device)
@@ -197,12 +196,12 @@ class LLaDASettings(Saving):
 
     @property
     def sequences(self) -> int:
-        """That a forward has for each row of the batch: guidance needs two."""
+        """Sequences per batch row in a forward: guidance needs two."""
         return 2 if self.cfg_scale else 1
 
     @property
     def blocks(self) -> int:
-        """Of the generated region."""
+        """Number of blocks in the generated region."""
         return self.gen_length // self.block_length
 
     @property
@@ -221,7 +220,7 @@ class LLaDASettings(Saving):
 
     @staticmethod
     def sources(rows: Tensor, length: int) -> Tensor:
-        """The flat rows whose logits predict the flat positions `rows`: the same."""
+        """The flat rows that predict the flat positions `rows`: the same."""
         return rows
 
     def propose(self, logits: Tensor, config: Any, generator: torch.Generator | None) -> Proposal:
@@ -270,7 +269,7 @@ def settings_for(family: str, *, gen_length: int, steps: int, block_length: int,
 
     Args:
         family: "dream" or "llada", as `model.family` says it.
-        block_length: at most the whole region; where Dream has no blocks, it means nothing.
+        block_length: at most the whole region; ignored if Dream has no blocks.
         options: the family's own.
 
     Raises:
@@ -288,7 +287,7 @@ def settings_for_answer(family: str, length: int, steps: int | None, block_lengt
     """The settings of a sampler that fills an answer of `length` tokens to the end of its last block.
 
     Args:
-        steps: None for as many as it then has tokens.
+        steps: None for one step per token, up to that end.
         block_length, options: as for `settings_for`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Which of the masked tokens a denoising step commits: rules that give a turn for every step.
 
-A rule is a generator, which looks at the canvas when its next turn is asked for: how many turns there will be need not
-be known before.
+A rule is a generator that looks at the canvas when its next turn is asked for. So the number of turns need not be known
+beforehand.
 """
 
 from collections.abc import Collection, Iterator
@@ -30,7 +30,7 @@ class Bound(Protocol):
 
 @dataclass(frozen=True)
 class Threshold:
-    """Those of at least this probability."""
+    """Candidates with at least this probability."""
 
     probability: float
 
@@ -40,7 +40,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Factor:
-    """The n likeliest of a row of which every one has (rank + 1) * (1 - probability) below this."""
+    """The likeliest candidates of a row, as long as (rank + 1) * (1 - probability) is below this."""
 
     factor: float
 
@@ -61,9 +61,9 @@ class Turn:
         chance: instead of counts: the probability with which each candidate is committed, whatever its rank.
         idle: nothing would be committed, so no logits are needed.
         start: its candidates are those from this position on.
-        opens: the number of the block whose first step this is; None inside a block, or where there are none.
-        bound: with counts: commits all that are sure enough, and only as many more as the counts demand.
-        ends: in the rows where its block is complete or over then and holds one of these, the later blocks get that.
+        opens: the number of the block that begins with this step; None inside a block, or if there are none.
+        bound: with counts: commits all that are sure enough, and more only up to the counts.
+        ends: end tokens; in the rows where its block is then complete or over and holds one, the later blocks get it.
         over: this is the block's last step, whatever is still masked.
         rows: the candidates, as `Canvas.candidates` gives them, if the rule has looked at them.
     """
@@ -88,7 +88,7 @@ class Turn:
         """
         if self.counts is None:
             return torch.rand(len(rows), generator=generator, device=rows.device) < self.chance
-        # ranked among the turn's own positions, of which there may be far fewer
+        # ranked among the turn's own positions, which may be far fewer
         width = self.end - self.start
         rows = rows - self.start - rows // shape[1] * (shape[1] - width)
         shape = torch.Size((shape[0], width))
@@ -108,9 +108,9 @@ def most_confident(shape: torch.Size, rows: Tensor, confidence: Tensor, counts: 
         shape: (B, T) of the canvas.
         rows: [n] int64, flat positions b * T + t of the candidates, ascending.
         confidence: [n].
-        counts: [B] how many to take; of a row with fewer candidates, all.
+        counts: [B] how many to take; from a row with fewer candidates, all.
     """
-    # a ranking of -inf is above that of what is no candidate
+    # a ranking of -inf is still above what is no candidate
     _, ranks = _ranked(shape, rows, confidence.clamp_min(torch.finfo(confidence.dtype).min))
     return ranks.flatten()[rows] < counts[rows // shape[1]]
 
@@ -162,7 +162,7 @@ def even_shares(canvas: Canvas, idle: list[bool], block_length: int, ends: Colle
     """LLaDA's rule: the region is written block after block, a block's tokens in even shares over its steps.
 
     Args:
-        idle: of each step of the generation, of which every block has as many.
+        idle: of each step of the generation; every block has the same number of steps.
         ends: as in `Turn`; no turn is left once all rows have stopped.
     """
     each = steps_a_block(canvas.length - canvas.prompt_len, len(idle), block_length)
@@ -181,10 +181,10 @@ def even_shares(canvas: Canvas, idle: list[bool], block_length: int, ends: Colle
 def while_masked(
     canvas: Canvas, steps: int, block_length: int, bound: Bound | None, ends: Collection[int]
 ) -> Iterator[Turn]:
-    """`even_shares` of blocks that end once nothing in them is masked, and only whose masks are candidates.
+    """`even_shares` of blocks that end once nothing in them is masked; only the block's own masks are candidates.
 
     Args:
-        steps: at most, of which every block has as many.
+        steps: at most; every block has the same number.
         ends: as in `Turn`.
     """
     each = steps_a_block(canvas.length - canvas.prompt_len, steps, block_length)
@@ -201,12 +201,12 @@ def while_masked(
 
 
 class SettingError(ValueError):
-    """A setting of a sampler that is wrong, or does not go with others.
+    """A sampler's setting is wrong, or does not go with others.
 
     Args:
         argument: its name.
         must: what would be right for it, to be read after the name.
-        line: the whole message, where it is not just these two.
+        line: the whole message, if it is not just these two.
     """
 
     def __init__(self, argument: str, must: str, line: str = ""):
@@ -215,7 +215,7 @@ class SettingError(ValueError):
 
 
 def steps_a_block(gen_length: int, steps: int, block_length: int) -> int:
-    """Steps of each block; raises SettingError where they do not divide."""
+    """Steps per block; raises SettingError if the numbers do not divide."""
     if gen_length % block_length:
         line = f"gen_length must be a multiple of block_length {block_length}, got {gen_length}"
         raise SettingError("block_length", f"must divide the {gen_length} new tokens, got {block_length}", line)

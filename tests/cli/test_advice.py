@@ -115,7 +115,7 @@ def test_advice_for_people():
     for part in parts:
         assert part in text
     assert "128 steps with full attention" in text and text.endswith("\nuse: run it")
-    assert "1024 steps, 896 of which commit nothing" in "\n".join(advice_lines(found, 4096, 1024))
+    assert "1024 steps (896 of them commit nothing" in "\n".join(advice_lines(found, 4096, 1024))
     assert "or fewer" in "\n".join(advice_lines(found | {"pays_from": 1024}, 4096, 128))
     assert "nothing shows" in "\n".join(advice_lines(found | {"pays_from": None}, 4096, 128))
     steps[1] |= {"backend": FULL, "density": 1.0}

@@ -144,7 +144,8 @@ def test_an_early_stop_is_in_the_last_step_without_a_probability(checkpoints, tm
     assert (run["work"]["tokens"], run["work"]["filled"], run["work"]["tokens_a_forward"]) == (32, 32, 1.0)
     for said in (capsys.readouterr().err, page(record)):
         assert (
-            "32 forwards (1 full, 31 cached) for 32 tokens, 1 each, " in said and " a second, and 32 filled in" in said
+            "32 forwards (1 full, 31 cached) for 32 tokens, 1 each, " in said
+            and " tokens per second, and 32 filled in" in said
         )
 
 

@@ -85,7 +85,7 @@ def test_the_table_has_a_line_for_each_variant_and_a_column_for_each_task():
              for n in range(4)]  # fmt: skip
     lines += [line("own", "origin", 0.0, task="mine", length=None)]
     text = table(summarize(lines))
-    assert "### 512 tokens" in text and "### prompts of your own" in text and "4 samples a cell" in text
+    assert "### 512 tokens" in text and "### prompts of your own" in text and "4 samples per cell" in text
     rows = [row for row in text.splitlines() if row.startswith("| ")]
     assert rows[0] == "| method | density | qa_1 | vt | average | to full attention |"
     assert rows[3].startswith("| SparseD, select 0.3, skip 0.2, block_size 32 | 0.30 | 100.0 (51.0 to 100.0) |")
@@ -133,7 +133,7 @@ def test_forwards_are_told_by_phase_where_some_were_none_of_all_rows():
 def test_the_table_says_that_forwards_are_a_batch_s_and_seconds_a_sample_s():
     lines = [line(f"s{n}", "origin", 1.0, forwards=32, seconds=2.0) for n in range(4)]
     rows = [row for row in table(summarize(lines)).splitlines() if row.startswith("| ")]
-    assert rows[0].endswith("| forwards of a batch | seconds a sample |") and rows[2].endswith("| 32 | 2 |")
+    assert rows[0].endswith("| forwards of a batch | seconds per sample |") and rows[2].endswith("| 32 | 2 |")
 
 
 def test_the_gain_of_dense_answer_rows_is_over_the_same_without():
@@ -213,7 +213,7 @@ def test_a_line_without_what_the_summary_needs_does_not_count(tmp_path, field):
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"settings": 3, "calls": []}', '{"settings": {}}'])
 def test_a_file_of_somebody_elses_is_refused(tmp_path, content):
     (tmp_path / RUN).write_text(content)
-    with pytest.raises(OtherRun, match="none of an evaluation's"):
+    with pytest.raises(OtherRun, match="is not an evaluation's"):
         Folder(tmp_path).claim({"seed": 0}, {})
     assert (tmp_path / RUN).read_text() == content
 
@@ -374,7 +374,7 @@ def test_wrong_caches_are_one_line_before_the_model_is_loaded(tmp_path, capsys, 
 def test_wrong_caches_are_refused_with_the_flags(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.parse([*SMALL, "--refresh", "1", "--out", str(tmp_path)])
-    assert capsys.readouterr().err.endswith("argument --refresh: needs a cache, which is filled anew: prefix or dual\n")
+    assert capsys.readouterr().err.endswith("argument --refresh: needs a cache to refresh: prefix or dual\n")
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,7 @@ def test_a_damaged_line_does_not_count(tmp_path, changes):
     (tmp_path / SAMPLES).write_text(f"{json.dumps(good)}\n{json.dumps(good | {'id': 's1'} | changes)}\n{nested}\n")
     assert list(Folder(tmp_path).finished().values()) == [good]
     (tmp_path / RUN).write_text(nested)
-    with pytest.raises(OtherRun, match="none of an evaluation's"):
+    with pytest.raises(OtherRun, match="is not an evaluation's"):
         Folder(tmp_path).claim({"seed": 0}, {})
 
 
@@ -546,7 +546,7 @@ def test_a_log_gets_lines_with_the_time_left(monkeypatch, tmp_path, capsys):
     words += ["--tasks", "qa_1", "--methods", "origin", "--limit", "1", "--out", str(tmp_path / "r")]
     assert command.main(words) == 0
     told = capsys.readouterr().err.splitlines()
-    assert sum("the same command goes on from there" in text for text in told) == 1
+    assert sum("the same command continues from there" in text for text in told) == 1
     lines = [text for text in told if "step" in text]
     assert len(lines) == 2 and "qa_1 origin 1/1" in lines[0] and "1/2 [" in lines[0] and "\r" not in lines[0]
 

@@ -161,7 +161,7 @@ def test_dense_answer_rows_are_compared_with_the_same_without():
 
 
 def gate_lines(planted=20.0, anyway=10.0, repeated=None, documents=6):
-    """Full attention at one nat a token, the window at the sums given."""
+    """Full attention at one nat per token, the window at the sums given."""
     lines = []
     for name in "abcdefgh"[:documents]:
         pairs = (("planted", planted), ("text", anyway), ("repeated", repeated))
@@ -183,7 +183,7 @@ def gate_lines(planted=20.0, anyway=10.0, repeated=None, documents=6):
         (gate_lines(repeated=10.5), "happens to be repeated"),
         # one document alone shows it: the mean is high, and its interval holds nothing
         (gate_lines(10.0) + [line("f", "window", "planted", 60.0)], "where the evidence was planted"),
-        ([line(name) for name in "abcdef"], "out of a window's reach"),
+        ([line(name) for name in "abcdef"], "beyond a window's reach"),
     ],
 )
 def test_the_gate(lines, why):
@@ -207,7 +207,7 @@ def test_the_table_of_what_can_tell():
     lines = gate_lines() + [line(name, "sparsed", nll=11.0, kl=0.5, same=9) for name in "abcdef"]
     text = table(summary_of(lines + [line(name, rate=0.25, n=5) for name in "abcdef"], too_short=3))
     assert text.startswith(
-        "### 4,096 tokens, the last 20 of them generated\n\nThe gate, 50% masked, evidence 1,024 and "
+        "### 4,096 tokens, the last 20 of them generated\n\nThe gate, 50% masked, evidence 1,024 or "
     )
     assert "1.00 (1.00 to 1.00) where the evidence was planted (60 tokens of 6 documents)" in text
     assert "Left out as too short: 3." in text and "cannot tell" not in text

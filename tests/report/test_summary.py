@@ -64,7 +64,7 @@ def test_work_is_counted_without_idle_steps_and_fills():
         {Phase.FULL: 1, Phase.SPARSE: 2}, tokens=4, filled=2, tokens_a_forward=4 / 3, tokens_a_second=2.0
     )
     assert summary.work_line(work) == (
-        "3 forwards (1 full, 2 sparse) for 4 tokens, 1.33 each, 2 tokens a second, and 2 filled in"
+        "3 forwards (1 full, 2 sparse) for 4 tokens, 1.33 each, 2 tokens per second, and 2 filled in"
     )
 
 

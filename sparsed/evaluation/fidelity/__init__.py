@@ -1,1 +1,1 @@
-"""How near does it keep to full attention, on any text? `python -m sparsed.evaluation.fidelity --help`."""
+"""How close does it stay to full attention, on any text? `python -m sparsed.evaluation.fidelity --help`."""

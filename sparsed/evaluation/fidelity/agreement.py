@@ -1,4 +1,4 @@
-"""The sums of whole generations: a row for each setting, and the table and pictures."""
+"""Whole generations summed up: a row for each setting, the table, and the pictures."""
 
 from functools import partial
 from numbers import Real
@@ -17,9 +17,9 @@ from ..scoring import bootstrap
 from .results import figure
 from .writing import key
 
-GRAM = 4  # tokens of what counts as repeated
+GRAM = 4  # tokens of a run that counts as repeated
 FEW_ROWS = (ANSWER, CACHED)  # forwards that do not compute all rows
-# what the summary reads of a line, and of which kinds it may be
+# the fields of a line that the summary reads, and their types
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("id", "document"), str),
     **dict.fromkeys(("length", "steps"), int),
@@ -31,16 +31,16 @@ KINDS: dict[str, Any] = {
 }
 COLUMNS = {  # a row's name: the table's, the factor, the format
     "same": ("same tokens as full attention, %", 100, ".1f"),
-    "prefix": ("tokens up to the first other", 1, ".1f"),
+    "prefix": ("tokens before the first difference", 1, ".1f"),
     "repeated": (f"repeated {GRAM}-grams, %", 100, ".1f"),
     "bound": ("bound on the text's NLL", 1, ".3f"),
     "difference": ("to full attention's text", 1, "+.3f"),
 }
-DRAWN = {"same": "same tokens as full attention", "bound": "bound on the text's NLL, nats a token"}
+DRAWN = {"same": "same tokens as full attention", "bound": "bound on the text's NLL, nats per token"}
 
 
 def identified(record: Record) -> tuple | None:
-    """What a line is known by; None, or an error of `Folder`'s, if the summary cannot read it."""
+    """The key of a line; None, or an error that `Folder` expects, if the summary cannot read it."""
     readable = (
         all(isinstance(record[name], kinds) for name, kinds in KINDS.items())
         and all(isinstance(token, int) for token in record["tokens"])
@@ -53,12 +53,12 @@ def identified(record: Record) -> tuple | None:
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:
-    """Tokens up to the first that differs."""
+    """Tokens before the first that differs."""
     return next((n for n, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
 
 
 def repeated_share(tokens: list[int]) -> float:
-    """Share of the runs of `GRAM` tokens that stood before: 1 less what is known as distinct-4."""
+    """Share of the runs of `GRAM` tokens that occurred before: 1 minus distinct-4."""
     grams = list(zip(*(tokens[start:] for start in range(GRAM)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -66,16 +66,16 @@ def repeated_share(tokens: list[int]) -> float:
 def summarize(records: list[Record]) -> dict[str, list[Record]]:
     """Means over documents with 95 % bootstrap intervals.
 
-    What a text is compared with is full attention's that saves nothing: a step a token.
+    Each text is compared with that of full attention without a cache or threshold, in one step per token.
 
     Args:
         records: lines of the samples file.
 
     Returns:
-        rows: one for each length, number of steps and variant: documents, same (share of the tokens, place by place),
-            prefix (tokens), repeated (share of runs of four), bound (nats a token) and its difference to full
-            attention's texts, all of them [value, low, high]; bounded: of how many documents both texts have a bound
-            (of none: None); forwards, by kind, of which `whole` compute all rows; seconds, the median.
+        rows: one for each length, number of steps and variant: documents; same (share of the tokens, place by place),
+            prefix (tokens), repeated (share of runs of four), bound (nats per token) and its difference to full
+            attention's texts, all of them [value, low, high]; bounded: how many documents have a bound for both texts
+            (if none, bound and difference are None); forwards, by kind; whole: those of all rows; seconds, the median.
     """
     lines = {key(record): record for record in records}
     ordered = sorted(records, key=lambda record: (record["length"], -record["steps"]))
@@ -124,15 +124,15 @@ def _of_length(rows: list[Record], summary: Record) -> str:
         lines.append([title_of(row), str(row["steps"]), *took, *figures])
     title = f"### {rows[0]['length']:,} tokens, the last {settings['seq_len']} of them written"
     about = (
-        f"In blocks of {settings['block_length']}, greedily; means over documents with 95 % intervals, of seconds the "
-        "median. The bound is on the negative log-likelihood of the text under full attention, in nats a token: read "
-        "it beside the repetitions, which are likely."
+        f"In blocks of {settings['block_length']}, greedily; means over documents with 95 % intervals, for seconds the "
+        "median. The bound is on the negative log-likelihood of the text under full attention, in nats per token. Read "
+        "it together with the repetitions: repeated text is likely."
     )
     return f"{title}\n\n{about}\n\n{markdown(columns, lines)}\n"
 
 
 def draw(summary: Record, folder: Path) -> None:
-    """Write `same.png` and `bound.png`: against seconds, a panel for each length."""
+    """Write `same.png` and `bound.png`, against seconds, with a panel for each length."""
     for name, label in DRAWN.items():
         rows = [row for row in summary["rows"] if row[name] is not None]
         panels = {f"{found[0]['length']:,} tokens": found for found in groups(rows, "length")}

@@ -38,11 +38,11 @@ examples:
 
 @dataclass(frozen=True)
 class TextArguments:
-    """What the flags of the same names ask for that both measures have.
+    """The values of the flags that all measures have.
 
     Args:
-        variants: every method with all settings that mean something to it; full attention that saves nothing first.
-        parser: for what turns out wrong later.
+        variants: every method with all settings that apply to it; full attention without a cache comes first.
+        parser: for errors that are found later.
     """
 
     model_path: str | None
@@ -63,10 +63,10 @@ class TextArguments:
 
 @dataclass(frozen=True)
 class Arguments(TextArguments):
-    """The same with this measure's own.
+    """These, and this measure's own flags.
 
     Args:
-        block_length: None where the region is one block.
+        block_length: None if the region is one block.
         configs: every combination of SparseD's settings.
     """
 
@@ -75,7 +75,7 @@ class Arguments(TextArguments):
     configs: list[SparseDConfig]
 
     def masked(self, rate: float) -> float:
-        """Share of the region that is masked, at least, where this share of a block is."""
+        """The least share of the region that is masked when this share of a block is."""
         return rate * (self.block_length or self.seq_len) / self.seq_len
 
 
@@ -99,7 +99,7 @@ def parse(argv: list[str] | None) -> Arguments:
     with blame_setting(parser):
         blocks = args.seq_len // steps_a_block(args.seq_len, args.seq_len, block)
     if not round(lowest * block):
-        parser.error(f"argument --mask_rates: {lowest:g} of {block} tokens is none")
+        parser.error(f"argument --mask_rates: {lowest:g} of {block} tokens is no token")
     args = replace(args, variants=compared(parser, methods, settings, saved, blocks))
     for variant in args.variants:
         if not sparse_at(variant, args.masked(lowest)):
@@ -109,7 +109,7 @@ def parse(argv: list[str] | None) -> Arguments:
 
 
 def check_lengths(parser: Parser, seq_len: int, lengths: list[int]) -> None:
-    """Exit with code 2 if the new tokens leave nothing of a document before them."""
+    """Exit with code 2 if the new tokens are a whole document, with nothing before them."""
     if seq_len >= min(lengths):
         parser.error(f"argument --seq_len: {seq_len} new tokens leave nothing of {min(lengths)} before them")
 
@@ -117,8 +117,8 @@ def check_lengths(parser: Parser, seq_len: int, lengths: list[int]) -> None:
 def compared(
     parser: Parser, methods: list[str], settings: list[SparseDConfig], saved: list[Saving], blocks: int
 ) -> list[Variant]:
-    """Full attention that saves nothing, and every other combination but those that are full attention as well; exit
-    code 2 if a method has no other."""
+    """Full attention without a cache, and every other combination, except those that are full attention as well; exit
+    with code 2 if a method has no other."""
     found = [*variants(["origin"], settings), *variants(["origin", *methods], settings, saved)]
     kept = list(dict.fromkeys(variant for variant in found if not idle(variant, blocks)))
     for method in methods:
@@ -128,7 +128,7 @@ def compared(
 
 
 def idle(variant: Variant, blocks: int) -> bool:
-    """Whether none of the forwards that fill a variant's cache is sparse: it is full attention with that cache."""
+    """Whether no forward that fills a variant's cache is sparse: the variant is then full attention with that cache."""
     if variant.config is None or not variant.saving.cached or not needs_scores(variant):
         return False
     fills = variant.saving.refreshes(blocks)
@@ -136,7 +136,7 @@ def idle(variant: Variant, blocks: int) -> bool:
 
 
 def sparse_at(variant: Variant, rate: float) -> bool:
-    """Whether a run has left its full steps behind when this share of the region is masked."""
+    """Whether a run is past its full steps when this share of the region is masked."""
     return variant.saving.cached or (variant.names["skip"] or 0) + rate <= 1 + 1e-9
 
 
@@ -144,18 +144,18 @@ def build_parser() -> Parser:
     """The parser, in groups: model, what to measure, SparseD, running."""
     parser = Parser(
         prog="python -m sparsed.evaluation.fidelity",
-        description="Measure how near SparseD and other ways to attend keep to full attention on any text: negative "
+        description="Measure how close SparseD and other ways to attend stay to full attention on any text: negative "
         "log-likelihood and accuracy of masked tokens, KL divergence to full attention, agreement of the top token, "
-        "with bootstrap intervals over documents. No answers are needed. Figures are shown only if, on tokens whose "
-        "evidence lies far back, full attention clearly beats a window that reads as much. A method is left out at "
-        "mask rates at which its --skip has attention full. Every result is a line of samples.jsonl in the folder "
-        "--out; summary.json, table.md and plots are made of these lines.",
+        "with bootstrap intervals over documents. No answers are needed. Figures are shown only if full attention "
+        "clearly beats a window that reads as many keys on tokens with evidence far back. A method is left out at mask "
+        "rates at which its --skip makes attention full. Every result is a line of samples.jsonl in the folder --out; "
+        "summary.json, table.md and plots are made of these lines.",
         epilog=EXAMPLES.format(methods=METHOD_LINES, goes_on=GOES_ON),
     )
     add_model(parser)
     group = parser.add_argument_group("what to measure")
     add_texts(group)
-    about = "shares of the new tokens that are masked, of those of each block (default: 0.75,0.5,0.25)"
+    about = "shares of each block's new tokens that are masked (default: 0.75,0.5,0.25)"
     rates = list_of(number_in(0, 1, above=True))
     group.add_argument("--mask_rates", type=rates, default=[0.75, 0.5, 0.25], metavar="VALUES", help=about)
     add_methods(group)
@@ -166,27 +166,27 @@ def build_parser() -> Parser:
 
 
 def add_texts(group: Any) -> None:
-    """Add the documents, how much of them is read, and how much of that is taken for new."""
+    """Add the documents, how many tokens of them are read, and how many of those count as new."""
     group.add_argument(
         "--texts",
         type=path,
         nargs="+",
         required=True,
         metavar="FILE",
-        help="UTF-8 texts, a document each; or .bin and .bin.xz, 16-bit token ids of documents that end with id 0",
+        help="UTF-8 texts, one document each; or .bin and .bin.xz, 16-bit token ids of documents that end with id 0",
     )
-    about = "tokens of a document that are read, the new ones included: 1k to 128k, or numbers (default: %(default)s)"
+    about = "tokens read of each document, the new ones included: 1k to 128k, or numbers (default: %(default)s)"
     group.add_argument("--lengths", type=list_of(length), default="4k", metavar="LENGTHS", help=about)
     about = "documents of each length, at most (default: %(default)s)"
     group.add_argument("--limit", type=whole(1), default=50, metavar="N", help=about)
-    about = "new tokens: the last of each document's, taken for the generated region (default: %(default)s)"
+    about = "new tokens: the last ones of each document, which count as the generated region (default: %(default)s)"
     group.add_argument("--seq_len", type=whole(2), default=128, metavar="N", help=about)
 
 
 def add_blocks(parser: Parser) -> Any:
-    """Add the flags for caches, and for the blocks that these are filled in; returns the group."""
-    group = parser.add_argument_group("caches (some values with commas between: each of them, in all combinations)")
+    """Add the flags for caches, and for the blocks in which they are filled; returns the group."""
+    group = parser.add_argument_group("caches (values separated by commas, in all combinations)")
     add_caches(group)
-    about = f"of the new tokens, one written after the other (default: with a cache {BLOCK_LENGTH}, else one of all)"
+    about = f"new tokens per block, one block after the other (default: with a cache {BLOCK_LENGTH}, otherwise all)"
     group.add_argument("--block_length", type=whole(1), metavar="N", help=about)
     return group

@@ -30,18 +30,18 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """A window, and what is measured on it."""
+    """A window, and the variants and rates that are measured on it."""
 
     window: Window
     asked: Asked
 
     @property
     def keys(self) -> list[tuple]:
-        """What the lines of results are known by, in their order."""
+        """The keys of the lines of results, in their order."""
         return [self._key(variant, rate) for variant, rates in self.asked.items() for rate in rates]
 
     def missing(self, finished: Container[tuple]) -> Asked:
-        """What is not finished."""
+        """The variants and rates that are not finished."""
         left = {v: [rate for rate in rates if self._key(v, rate) not in finished] for v, rates in self.asked.items()}
         return {variant: rates for variant, rates in left.items() if rates}
 
@@ -61,9 +61,9 @@ def measure(args: Arguments, ranks: Ranks) -> None:
 
 
 def plan(args: Arguments, documents: list[Document], length: int) -> list[Piece]:
-    """What is measured on documents of at least `length` tokens.
+    """All measurements on documents of at least `length` tokens.
 
-    On the text every variant and the gate's window, at all rates; on planted and repeated passages the gate's window
+    On the text: every variant and the gate's window, at all rates. On planted and repeated passages: the gate's window
     and full attention, at the middle rate.
     """
     gate = Gate.of(args.configs, length, args.seq_len)
@@ -92,7 +92,7 @@ def _measures(window: Window, block_length: int, rate: float) -> bool:
 def _run(
     args: Arguments, meter: Meter, folder: Folder, pieces: list[Piece], finished: Container[tuple], told: bool
 ) -> None:
-    """Measure what is not finished; every finished window is a few lines in the folder."""
+    """Measure what is not finished; every finished window adds its lines to the folder."""
     todo = [(piece.window, missing) for piece in pieces if (missing := piece.missing(finished))]
     with Progress(sum(meter.forwards(*one) for one in todo), hidden=not told, unit="forward") as bar:
         for number, (window, missing) in enumerate(todo, 1):

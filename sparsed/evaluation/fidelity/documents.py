@@ -1,4 +1,4 @@
-"""The documents that are measured on, as token ids: from files of ids and from plain text."""
+"""The documents of a measurement, as token ids: from files of ids and from plain text."""
 
 import lzma
 from collections.abc import Iterable
@@ -29,10 +29,10 @@ class Document:
 
 
 def read_documents(files: Iterable[Path], tokenizer: Any) -> list[Document]:
-    """The documents of all files: many of one of ids, one of any other, which must be UTF-8 text.
+    """The documents of all files: many from a file of ids, one from any other file, which must be UTF-8 text.
 
     Raises:
-        ValueError: a file cannot be read, or two have one name, by which lines of results know them.
+        ValueError: a file cannot be read, or two have the same name, which lines of results use.
     """
     found: dict[str, Document] = {}
     for file in files:
@@ -48,7 +48,7 @@ def read_documents(files: Iterable[Path], tokenizer: Any) -> list[Document]:
 
 
 def check_ids(documents: Iterable[Document], vocabulary: int) -> None:
-    """Raise ValueError unless every id is in a vocabulary of so many."""
+    """Raise ValueError unless every id is below `vocabulary`."""
     for document in documents:
         if len(document.tokens) and document.tokens.max() >= vocabulary:
             raise ValueError(

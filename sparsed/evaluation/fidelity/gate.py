@@ -1,9 +1,9 @@
 """Whether a model and a text can judge at all.
 
-On tokens whose evidence lies far back, full attention must beat a window that reads as much as what is measured.
+On tokens with evidence far back, full attention must beat a window that reads as many keys as the measured methods.
 
-Where it does not, as with a model that never learned to read far, or a text in which nothing far back matters, losing
-what lies far back costs nothing, and every method looks good.
+Otherwise losing what lies far back costs nothing, and every method looks good. This happens if the model never learned
+to read far back, or if nothing far back matters in the text.
 """
 
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from ..scoring import bootstrap
 from .measuring import FULL, key
 from .windows import LEAD, PLANTED, REPEATED, TEXT, window_id
 
-FAR = 1024  # tokens between a passage and its repetition, in windows of twice as many; half of a shorter window
-MARGIN = 0.1  # nats a token that the interval of full attention's advantage must lie above
-FEWEST = 5  # documents: were there no advantage, all of five would seldom show one
+FAR = 1024  # tokens from a passage to its repetition; in windows shorter than 2 * FAR, half of the window
+MARGIN = 0.1  # nats per token; the interval of full attention's advantage must lie above
+FEWEST = 5  # documents: without an advantage, all of five would seldom show one
 SAID = {
     PLANTED: "where the evidence was planted",
     "copy": "by what the planted copy tells",
@@ -29,11 +29,11 @@ SAID = {
 
 @dataclass(frozen=True)
 class Gate:
-    """A window, and how far back evidence is out of its reach.
+    """A window, and how far back evidence is beyond its reach.
 
     Args:
-        window: keeps as many blocks as the densest variant that is measured and leaves room for such evidence.
-        far: tokens from the evidence to the token, at least.
+        window: as dense as the densest measured variant that leaves room for such evidence.
+        far: the least number of tokens from the evidence to the token.
     """
 
     window: Variant
@@ -41,7 +41,7 @@ class Gate:
 
     @staticmethod
     def of(configs: list[SparseDConfig], length: int, new_tokens: int) -> "Gate | None":
-        """That of windows of `length` tokens; None if no evidence could be out of any window's reach."""
+        """The gate for texts of `length` tokens; None if no evidence could be beyond any window's reach."""
         shortest = max(min(FAR, length // 2), LEAD + new_tokens)
         windows = variants(["window"], [replace(config, dense_answer=False) for config in configs])
         reaches = {window: _reach(window, length, new_tokens) for window in windows}
@@ -61,15 +61,15 @@ def _reach(window: Variant, length: int, new_tokens: int) -> int:
 
 
 def judge(records: list[Record]) -> list[Record]:
-    """What the gates of one length came to: one for each window and mask rate with planted passages.
+    """The results of the gates of one length: one for each window and mask rate with planted passages.
 
     Args:
         records: lines of results of this length.
 
     Returns:
-        mask_rate, far, the variant, and `planted`, `copy` and `repeated`: documents, n, and `advantage`, by how much
-        full attention's negative log-likelihood is lower than the window's, in nats a token, with its 95 % interval
-        (None without documents). `copy` is that of `planted` less that of the same tokens where there is no copy.
+        mask_rate, far, the variant, and `planted`, `copy` and `repeated`: documents, n, and `advantage`: how much lower
+        full attention's negative log-likelihood is than the window's, in nats per token, with its 95 % interval (None
+        without documents). `copy` is the advantage in `planted` minus that of the same tokens without a copy.
     """
     lines = {key(record): record for record in records}
     evidence = [record for record in records if record["kind"] != TEXT and record["method"] != "origin"]
@@ -94,7 +94,7 @@ def _text_id(record: Record) -> str:
 
 
 def _advantage(record: Record, lines: dict[tuple, Record]) -> float:
-    """By how many nats full attention finds the tokens of a window's line likelier."""
+    """How many nats likelier full attention finds the tokens of a window's line."""
     return lines[key(record)]["nll"] - lines[key({**record, **FULL.names})]["nll"]
 
 
@@ -104,9 +104,9 @@ def _mean(records: list[Record], sums: list[float]) -> Record:
 
 
 def why_not(gates: list[Record]) -> str | None:
-    """Why a length's figures say nothing of quality; None if they do."""
+    """Why a length's figures say nothing about quality; None if they do."""
     if not gates:
-        return "no evidence can lie out of a window's reach"
+        return "no evidence can lie beyond a window's reach"
     for gate in gates:
         documents = gate["planted"]["documents"]
         if documents < FEWEST:
@@ -127,6 +127,6 @@ def report(gate: Record) -> str:
             parts.append(f"{value:.2f} ({low:.2f} to {high:.2f}) {said} ({count})")
     few = "" if gate["repeated"]["documents"] >= FEWEST else " Too few documents repeat themselves to judge by that."
     return (
-        f"The gate, {gate['mask_rate']:.0%} masked, evidence {gate['far']:,} and more tokens back: full attention's NLL"
-        f" is lower than that of the {title_of(gate)}, in nats a token, by {'; '.join(parts)}.{few}"
+        f"The gate, {gate['mask_rate']:.0%} masked, evidence {gate['far']:,} or more tokens back: full attention's NLL"
+        f" is lower than that of the {title_of(gate)}, in nats per token, by {'; '.join(parts)}.{few}"
     )

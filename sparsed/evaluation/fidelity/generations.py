@@ -1,4 +1,4 @@
-"""`python -m sparsed.evaluation.fidelity.generations`: whole texts under every setting, beside full attention's."""
+"""`python -m sparsed.evaluation.fidelity.generations`: whole texts under every setting, and full attention's."""
 
 import sys
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ example:
 
 @dataclass(frozen=True)
 class Arguments(TextArguments):
-    """The same with this measure's own."""
+    """These, and this measure's own flags."""
 
     block_length: int
     steps: list[int]
@@ -84,10 +84,10 @@ def _build_parser() -> Parser:
     parser = Parser(
         prog=PROGRAM,
         description="Continue documents under SparseD, caches and thresholds, and compare the texts with full "
-        "attention's, a step a token: tokens that are the same, repetitions, an upper bound on the text's negative "
+        "attention's in one step per token: equal tokens, repetitions, an upper bound on the text's negative "
         "log-likelihood under full attention, forwards by kind, seconds. Fewer --steps without a cache show what few "
-        "steps cost alone. Every text is a line of samples.jsonl in the folder --out; summary.json, table.md and plots "
-        "are made of these lines. Whether model and text can tell anything, the gate of `fidelity` says.",
+        "steps cost by themselves. Every text is a line of samples.jsonl in the folder --out; summary.json, table.md "
+        "and plots are made of these lines. The gate of `fidelity` says whether model and text can tell anything.",
         epilog=EXAMPLES,
     )
     add_model(parser)
@@ -104,7 +104,7 @@ def _build_parser() -> Parser:
 
 
 def plan(args: Arguments, work: Work) -> list[Task]:
-    """Every text: of each document full attention's first, with which the others are compared."""
+    """Every text; each document's first one is full attention's, with which the others are compared."""
     ways = [(args.seq_len, FULL), *product(args.steps, args.variants)]
     return [
         Task(document, length, steps, variant)
@@ -124,7 +124,7 @@ def _write(args: Arguments, ranks: Ranks) -> None:
 
 
 def _run(args: Arguments, work: Work, tasks: list[Task]) -> None:
-    """Write what the folder lacks; every text is a line in it."""
+    """Write the texts that the folder lacks; each is a line in it."""
     writer = Writer(work.model, args.seq_len, args.block_length, args.backend)
     todo = [task for task in tasks if task.key not in work.finished]
     with Progress(sum(task.steps for task in todo), hidden=not work.told) as bar:

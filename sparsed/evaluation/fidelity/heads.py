@@ -1,7 +1,7 @@
-"""`python -m sparsed.evaluation.fidelity.heads`: what a model's heads look at, the paper's observations on any text.
+"""`python -m sparsed.evaluation.fidelity.heads`: the paper's observations about heads and steps, on any text.
 
-By layer and head the share of the attention that the selected blocks hold, in the step that selects and in later ones;
-how alike the blocks of a layer's heads are, and of the steps.
+It measures, by layer and head, the share of the attention that the selected blocks hold, in the step that selects and
+in later ones; how alike the blocks of a layer's heads are; and how alike those of different steps.
 """
 
 import importlib.util
@@ -58,13 +58,13 @@ KINDS: dict[str, Any] = {
     **dict.fromkeys(NUMBERS, (int, float, NoneType)),
     **dict.fromkeys(SHARES, list),
 }
-DRAWN_STEPS = 16  # of a run that are looked at, about
+DRAWN_STEPS = 16  # about how many steps of a run are looked at
 TITLES = {"held": "the step that selects", "later": "later steps"}
 
 
 @dataclass(frozen=True)
 class Arguments(TextArguments):
-    """The same with this measure's own."""
+    """These, and this measure's own flags."""
 
     steps: int
 
@@ -88,9 +88,10 @@ def parse(argv: list[str] | None) -> Arguments:
     parser = Parser(
         prog=PROGRAM,
         description="Continue documents with full attention, and see what SparseD would select in some of the steps: "
-        "by layer and head the share of the attention that the selected blocks hold, how alike the blocks of a layer's "
-        "heads are, and those of a head in different steps. Leaves heads.png and steps.png of the first document, "
-        "recall.png, samples.jsonl with a line for each document, summary.json and table.md in the folder --out.",
+        "by layer and head, the share of the attention that the selected blocks hold; how alike the blocks of a "
+        "layer's heads are, and those of a head in different steps. Writes heads.png and steps.png of the first "
+        "document, recall.png, samples.jsonl with a line for each document, summary.json and table.md to the folder "
+        "--out.",
         epilog=f"example:\n  {PROGRAM} --model_path FOLDER --texts *.txt --limit 5 --out runs/heads\n\n{GOES_ON}",
     )
     add_model(parser)
@@ -114,20 +115,20 @@ def parse(argv: list[str] | None) -> Arguments:
 
 
 def key(record: Record) -> tuple:
-    """What a line of results is known by."""
+    """The key of a line of results."""
     return (record["id"], *variant_of(record))
 
 
 def identified(record: Record) -> tuple | None:
-    """What a line is known by; None, or an error of `Folder`'s, if the summary cannot read it."""
+    """The key of a line; None, or an error that `Folder` expects, if the summary cannot read it."""
     readable = all(isinstance(record[name], kinds) for name, kinds in KINDS.items()) and record["method"] in METHODS
     return key(record) if readable else None
 
 
 def shares(seen: Seen) -> dict[str, list]:
-    """held, later: of the attention that the selected blocks hold, [layers][heads]; heads: of the blocks that two heads
-    of a layer have in common, [layers]; steps_alike: of a head's that it would select again in a later step,
-    [layers][heads]."""
+    """Shares. held, later: of the attention, that the selected blocks hold, [layers][heads]; heads: of the blocks, that
+    two heads of a layer have in common, [layers]; steps_alike: of a head's blocks, that it would select again in a
+    later step, [layers][heads]."""
     alike = common(seen.kept, seen.selected)  # [steps, layers, heads]
     found = {
         "held": seen.held[seen.now],
@@ -139,8 +140,8 @@ def shares(seen: Seen) -> dict[str, list]:
 
 
 def summarize(records: list[Record]) -> dict[str, list[Record]]:
-    """A row for each length and setting: documents; of each of `SHARES` the mean with its 95 % bootstrap interval over
-    documents, and `by_head`, its means over documents as `shares` has them.
+    """A row for each length and setting: documents; the mean of each of `SHARES` with its 95 % bootstrap interval over
+    documents; and `by_head`, the means over documents in the form of `shares`.
 
     Args:
         records: lines of the samples file.
@@ -188,7 +189,7 @@ def _names(document: Document, length: int, variant: Variant) -> Record:
 
 
 def _run(args: Arguments, work: Work, pairs: list[tuple[Document, int]], drawn: tuple[Document, int]) -> None:
-    """Look at what the folder lacks; every document is a line for each setting, and the first one is drawn."""
+    """Look at the documents that the folder lacks: a line for each document and setting. The first one is drawn."""
     plotted = importlib.util.find_spec("matplotlib") is not None
     with Progress(len(pairs), hidden=not work.told, unit="document") as bar:
         for document, length in pairs:

@@ -1,9 +1,9 @@
-"""The model's forwards over a window, under full attention and under other ways to attend, and how far these are apart.
+"""The model's forwards over a window, under full attention and under other ways to attend, and their distance.
 
-Nothing is sampled, so no error adds up: each forward has its share of a block of the region masked, all blocks behind
-it too, and the true tokens elsewhere. Key blocks are selected as in a run, by the package's own SparseD: when the share
-`skip` of the region is there, with a cache in the forwards of all rows. A cache is the sampler's own, and as stale as
-in a run: filled while its block is masked, and read until the block's end.
+Nothing is sampled, so errors do not add up: in each forward a share of one block of the region is masked, and all
+blocks behind it; the other tokens are the true ones. Key blocks are selected as in a run, by the package's own SparseD:
+once the share `skip` of the region is there, or, with a cache, in the forwards of all rows. A cache is the sampler's
+own, and as stale as in a run: filled while its block is masked, and read until the block's end.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ Asked = dict[Variant, list[float]]  # the mask rates that each variant is measur
 
 
 def key(record: Record) -> tuple:
-    """What a line of results is known by."""
+    """The key of a line of results."""
     return (record["id"], record["mask_rate"], *variant_of(record))
 
 
@@ -41,23 +41,23 @@ def sampler_of(family: str, saving: Saving, new_tokens: int, block_length: int, 
     """The family's sampler that writes block after block.
 
     Args:
-        steps: None for as many as new tokens.
+        steps: None for one step per new token.
 
     Raises:
-        SettingError: the blocks do not divide the tokens, or not the steps.
+        SettingError: the blocks do not divide the tokens or the steps.
     """
     return FAMILIES[family](new_tokens, steps or new_tokens, block_length=block_length, **saving.given)
 
 
 class State(NamedTuple):
-    """What is there in a forward.
+    """What is masked in a forward.
 
     Args:
         number: of the block.
         block: the window with this block for its region.
         rate: share of the block that is masked.
         opens: whether it is the block's first forward, which fills a cache.
-        committed: share of the whole region that is there.
+        committed: share of the whole region that is not masked.
     """
 
     number: int
@@ -68,7 +68,7 @@ class State(NamedTuple):
 
 
 def states_of(window: Window, block_length: int, rates: list[float], cached: bool = False) -> list[State]:
-    """In the order of a run; a cache is filled where all of a block is masked, whether or not that is measured."""
+    """The states in the order of a run. A cache is filled while a block is fully masked, measured or not."""
     ordered = sorted({*rates, 1.0} if cached else rates, reverse=True)
     blocks = window.in_blocks(block_length)
     return [
@@ -79,12 +79,12 @@ def states_of(window: Window, block_length: int, rates: list[float], cached: boo
 
 
 def selects_first(variant: Variant) -> bool:
-    """Whether a forward of its own selects the variant's blocks."""
+    """Whether a separate forward selects the variant's blocks."""
     return needs_scores(variant) and not variant.saving.cached
 
 
 def has_full(variant: Variant, state: State) -> bool:
-    """Whether a run computes full attention over all rows there."""
+    """Whether a run computes full attention over all rows in this state."""
     if variant.saving.cached:
         return False
     return variant.config is None or state.committed < variant.config.skip - 1e-9
@@ -92,11 +92,11 @@ def has_full(variant: Variant, state: State) -> bool:
 
 @dataclass(frozen=True)
 class Meter:
-    """What measures.
+    """Measures windows.
 
     Args:
         backend: the kernel of sparse attention.
-        block_length: tokens of the blocks in which the region is written; None: it is one.
+        block_length: tokens per block of the region; None if the region is one block.
     """
 
     model: DiffusionLM
@@ -105,7 +105,7 @@ class Meter:
 
     @torch.no_grad()
     def measure(self, window: Window, asked: Asked, on_forward: Callable[[], None] = lambda: None) -> list[Record]:
-        """A line of results for each variant and rate, the sums over all blocks.
+        """A line of results for each variant and rate, summed over all blocks.
 
         Args:
             on_forward: called after each forward.
@@ -128,7 +128,7 @@ class Meter:
         return lines
 
     def forwards(self, window: Window, asked: Asked) -> int:
-        """How many forwards it takes to measure all of this."""
+        """How many forwards these measurements take."""
         count = len(states_of(window, self._length(window), _rates(asked)))
         for variant, rates in asked.items():
             states = states_of(window, self._length(window), rates, variant.saving.cached)
@@ -149,7 +149,7 @@ class Meter:
         """State, log-probabilities float32 [n, V] of the measured places, and density of attention.
 
         Args:
-            full: these of full attention, by block and rate, as far as they are known.
+            full: the log-probabilities of full attention, by block and rate, as far as they are known.
         """
         states = states_of(window, self._length(window), rates, variant.saving.cached)
         settings = sampler_of(self.model.family, variant.saving, len(window.order), self._length(window))
@@ -183,12 +183,12 @@ class Meter:
         return Canvas(window.canvas(rate, mask_id).to(self.model.device), None, window.region[0], mask_id)
 
     def _sequence(self, variant: Variant, settings: Settings, length: int) -> AbstractContextManager[SparseRun | None]:
-        """SparseD around the forwards over a window; without a cache the first one selects."""
+        """SparseD around the forwards over a window; without a cache, the first one selects."""
         rule, config = METHODS[variant.method].rule, variant.config
         options: dict[str, Any] = {} if rule is None else {"backend": self.backend, "rule": rule}
         if rule is not None and settings.cached:
             options["schedule"] = schedule_of(settings, config, rule)
-        elif config is not None:  # at which share of the region, its canvas says
+        elif config is not None:  # the canvas says at which share of the region
             config = replace(config, skip=0.0)
         return sequence_of(self.model, config, settings.steps, settings.gen_length, (1, length), **options)
 
@@ -202,7 +202,7 @@ def compare(full: Tensor, found: Tensor, truth: Tensor) -> dict[str, float]:
     nats, and how many have the same top token.
 
     Args:
-        full, found: log-probabilities [n, V] of full attention and of what is measured.
+        full, found: log-probabilities [n, V] of full attention and of the measured way.
         truth: the true tokens [n].
     """
     return {

@@ -11,7 +11,7 @@ DRAWN = {"kl": "KL to full attention, nats", "nll": "negative log-likelihood, na
 
 
 def draw(summary: Record, folder: Path) -> None:
-    """Write `kl.png` and `nll.png`, a panel for each mask rate of the lengths that can tell; if none can, neither."""
+    """Write `kl.png` and `nll.png`, with a panel for each mask rate of each length that can tell; none without one."""
     able = [found["length"] for found in summary["lengths"] if not found["cannot_tell"]]
     panels: dict[str, list[Record]] = {}
     for row in summary["rows"]:

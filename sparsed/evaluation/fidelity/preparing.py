@@ -1,4 +1,4 @@
-"""What a measure of fidelity needs before its first forward: documents, the model, the folder of its results."""
+"""The preparation of a measure of fidelity: documents, the model, the folder of its results."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,12 +19,12 @@ from .documents import Document, check_ids, read_documents
 
 
 class Work(NamedTuple):
-    """What is measured, with what, and where the results go.
+    """The documents, what measures them, and where the results go.
 
     Args:
         documents: by the length at which they are measured.
-        finished: the lines that the folder had, by what they are known by.
-        told: whether this process says how far it is.
+        finished: the lines that the folder had, by their keys.
+        told: whether this process shows its progress.
     """
 
     documents: dict[int, list[Document]]
@@ -40,12 +40,12 @@ def prepare(args: TextArguments, ranks: Ranks, settings: Record, identify: Calla
 
     Args:
         ranks: all processes of this call.
-        settings: what decides the results beyond the flags of `TextArguments`.
+        settings: what decides the results, in addition to the flags of `TextArguments`.
         identify: as in `Folder`.
     """
     option, path = source(args)
     with blame(args, option):
-        model_family(path)  # what is not supported is said before its tokenizer is missed
+        model_family(path)  # refuses an unsupported model before its tokenizer is found missing
         tokenizer = load_tokenizer(path)
     with blame(args, "--texts", (ValueError, ChatTemplateError)):
         documents = read_documents(args.texts, tokenizer)
@@ -64,7 +64,7 @@ def prepare(args: TextArguments, ranks: Ranks, settings: Record, identify: Calla
 
 
 def choose(args: TextArguments, documents: list[Document]) -> tuple[dict[int, list[Document]], Record]:
-    """The documents that are measured at each length, and their numbers, with those of the ones that are too short."""
+    """The documents that are measured at each length, and how many there are, and how many are too short."""
     chosen, counts = {}, {}
     for length in args.lengths:
         long_enough = [document for document in documents if len(document.tokens) >= length]

@@ -1,4 +1,4 @@
-"""The sums of a run: a row for each variant at each length and mask rate, and the table."""
+"""A run summed up: a row for each variant at each length and mask rate, and the table."""
 
 from numbers import Real
 from types import NoneType
@@ -12,7 +12,7 @@ from .gate import judge, report, why_not
 from .measuring import FULL, key
 from .windows import PLANTED, REPEATED, TEXT
 
-# what the summary reads of a line, and of which kinds it may be
+# the fields of a line that the summary reads, and their types
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("id", "document"), str),
     **dict.fromkeys(("length", "n", "correct", "same"), int),
@@ -32,7 +32,7 @@ COLUMNS = {  # a row's name: the table's, the factor, the format
 
 
 def identified(record: Record) -> tuple | None:
-    """What a line is known by; None, or an error of `Folder`'s, if the summary cannot read it."""
+    """The key of a line; None, or an error that `Folder` expects, if the summary cannot read it."""
     readable = (
         all(isinstance(record[name], kinds) for name, kinds in KINDS.items())
         and record["kind"] in (TEXT, PLANTED, REPEATED)
@@ -50,12 +50,12 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
         records: lines of the samples file.
 
     Returns:
-        lengths: length, its gates (see `judge`), and `cannot_tell`: why its rows say nothing of quality, or None.
-        rows: one for each length, mask rate and variant: documents, n, nll in nats a token, its difference to full
-            attention, accuracy and same (top token) as shares, kl to full attention in nats a token, its gain: how much
-            lower or higher it is than without dense answer rows (None if these were not measured), sparse: the
-            difference of nll to full attention with the same cache (None likewise), and density. All but the counts
-            and the density are [value, low, high].
+        lengths: length, its gates (see `judge`), and `cannot_tell`: why its rows say nothing about quality, or None.
+        rows: one for each length, mask rate and variant: documents, n, nll in nats per token, its difference to full
+            attention, accuracy and same (top token) as shares, kl to full attention in nats per token, gain (kl minus
+            kl without dense answer rows), sparse (nll minus that of full attention with the same cache), and density.
+            gain and sparse are None if the other was not measured. All but the counts and the density are [value, low,
+            high].
     """
     lines = {key(record): record for record in records}
     ordered = sorted(records, key=lambda record: (record["length"], -record["mask_rate"]))
@@ -68,7 +68,7 @@ def summarize(records: list[Record]) -> dict[str, list[Record]]:
 
 
 def _row(cell: list[Record], lines: dict[tuple, Record]) -> Record:
-    """One row, of a variant's lines for one length and mask rate, a document each."""
+    """One row: a variant's lines for one length and mask rate, one line per document."""
     first = cell[0]
     full = _others(cell, lines, FULL_ATTENTION)
     plain = _others(cell, lines, {"dense_answer": None}) if first["dense_answer"] else None
@@ -89,13 +89,13 @@ def _row(cell: list[Record], lines: dict[tuple, Record]) -> Record:
 
 
 def _others(cell: list[Record], lines: dict[tuple, Record], other: Record) -> list[Record] | None:
-    """The lines of the same tokens under a variant that differs in this; None unless all are there."""
+    """The lines of the same tokens under a variant that differs in the fields `other`; None unless all are there."""
     names = [key({**record, **other}) for record in cell]
     return [lines[name] for name in names] if lines.keys() >= set(names) else None
 
 
 def _mean(name: str, cell: list[Record], others: list[Record] | None = None) -> Interval:
-    """A sum's mean over tokens, less that of other lines for the same tokens."""
+    """A sum's mean over tokens, minus that of other lines for the same tokens."""
     sums = [record[name] for record in cell]
     if others is not None:
         sums = [value - other[name] for value, other in zip(sums, others, strict=True)]
@@ -103,7 +103,7 @@ def _mean(name: str, cell: list[Record], others: list[Record] | None = None) -> 
 
 
 def table(summary: Record) -> str:
-    """Markdown: for each length what the gates say, and if they let it pass a table for each mask rate."""
+    """Markdown: for each length what the gates say, and, if they let it pass, a table for each mask rate."""
     return "\n".join(_of_length(found, summary) for found in summary["lengths"])
 
 
@@ -116,7 +116,7 @@ def _of_length(found: Record, summary: Record) -> str:
         parts.append(f"**This cannot tell: {found['cannot_tell']}.** Nothing is claimed.{left_out}")
     parts += map(report, found["gates"])
     if not found["cannot_tell"]:
-        parts.append(f"NLL and KL in nats a masked token, 95 % intervals over documents.{left_out}")
+        parts.append(f"NLL and KL in nats per masked token, 95 % intervals over documents.{left_out}")
         parts += map(_of_rate, groups([row for row in summary["rows"] if row["length"] == length], "mask_rate"))
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,8 @@
-"""What is measured on: a piece of a document whose last tokens are taken for the generated region.
+"""Windows: pieces of documents; the last tokens of a window count as the generated region.
 
-Three kinds. TEXT is the document as it is. In PLANTED, the region and the tokens that lead into it stand a second time,
-far before. In REPEATED, the region holds passages that the document itself has far before and nowhere nearer.
+There are three kinds. TEXT is the document as it is. In PLANTED, a copy of the region and of the tokens that lead into
+it stands far before. In REPEATED, the region holds passages that the document itself has far before, and nowhere
+nearer.
 """
 
 import zlib
@@ -14,7 +15,7 @@ from torch import Tensor
 from .documents import Document
 
 TEXT, PLANTED, REPEATED = "text", "planted", "repeated"
-LEAD = 16  # tokens before the region that a planted copy begins with
+LEAD = 16  # tokens before the region with which a planted copy begins
 PASSAGE = 8  # tokens that must be the same for a passage to be a repetition
 
 
@@ -23,12 +24,12 @@ class Window:
     """Tokens of one document.
 
     Args:
-        document: whose they are.
+        document: name of the document.
         tokens: int64 [T].
         order: int64 [N], the places of the generated region in the order in which they are unmasked.
         kind: TEXT, PLANTED or REPEATED.
-        counted: bool [T], the places whose tokens count; None if all of the region's do.
-        far: how many tokens before the region's the evidence is, at least; None where it may be anywhere.
+        counted: bool [T], the places that count; None if all of the region's do.
+        far: the least number of tokens from the evidence to the region's tokens; None if it may be anywhere.
     """
 
     document: str
@@ -48,7 +49,8 @@ class Window:
         return int(self.order.min()), int(self.order.max()) + 1
 
     def in_blocks(self, length: int) -> list["Window"]:
-        """The same window once for each block of its region: the block alone is the region, those before it are there.
+        """The same window once for each block of its region. Only this block is the region; those before it are not
+        masked.
 
         Args:
             length: tokens of a block; divides the region's.
@@ -62,12 +64,12 @@ class Window:
         return self.order[len(self.order) - round(rate * len(self.order)) :].sort().values
 
     def measured(self, rate: float) -> Tensor:
-        """Those of `masked` whose tokens count."""
+        """The places of `masked` that count."""
         places = self.masked(rate)
         return places if self.counted is None else places[self.counted[places]]
 
     def canvas(self, rate: float, mask_id: int) -> Tensor:
-        """The tokens [1, T] as a model sees them, with this share of the region masked, and all behind the region."""
+        """The tokens [1, T] for the model: this share of the region is masked, and everything behind the region."""
         tokens = self.tokens.clone()
         tokens[self.masked(rate)] = mask_id
         tokens[self.region[1] :] = mask_id
@@ -85,14 +87,14 @@ def shuffled(length: int, new_tokens: int, seed: int) -> Tensor:
 
 
 def text_window(document: Document, length: int, new_tokens: int, stop: int | None = None) -> Window:
-    """The `length` tokens that end before `stop`, by default the document's first ones."""
+    """The `length` tokens before `stop`; by default the document's first ones."""
     stop = length if stop is None else stop
     tokens = torch.from_numpy(document.tokens[stop - length : stop])
     return Window(document.name, tokens, shuffled(length, new_tokens, _seed(document.name, length)))
 
 
 def planted(window: Window, far: int) -> Window | None:
-    """The same with a copy of the region and its lead, at least `far` tokens before them; None if there is no room."""
+    """The window with a copy of the region and its lead, at least `far` tokens before; None if there is no room."""
     first = int(window.order.min()) - LEAD
     room = first - far + 1
     if room < 1:
@@ -119,7 +121,7 @@ def repeated(document: Document, length: int, new_tokens: int, far: int) -> Wind
 
 
 def repetitions(tokens: np.ndarray, far: int, most: int) -> np.ndarray:
-    """Which tokens lie in a passage that stood there `far` to `most` tokens before, and nowhere nearer: bool [n].
+    """Which tokens lie in a passage that also stands `far` to `most` tokens before, and nowhere nearer: bool [n].
 
     Args:
         tokens: int64 [n].
@@ -136,5 +138,5 @@ def repetitions(tokens: np.ndarray, far: int, most: int) -> np.ndarray:
 
 
 def _seed(name: str, number: int) -> int:
-    """The same in every run."""
+    """A seed that is the same in every run."""
     return zlib.crc32(f"{name} {number}".encode())

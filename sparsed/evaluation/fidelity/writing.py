@@ -1,4 +1,4 @@
-"""Whole generations: documents are continued, and what came of it and what it took is a line each."""
+"""Whole generations: continue documents, with a line for each text and its work."""
 
 import time
 from collections import Counter
@@ -20,11 +20,11 @@ from ..results import variant_of
 from .documents import Document
 from .measuring import sampler_of
 
-DRAWS = 16  # of the likelihood's estimate, the same ones for all texts of a length
+DRAWS = 16  # of the likelihood's estimate, the same for all texts of a length
 
 
 def key(record: Record) -> tuple:
-    """What a line of results is known by."""
+    """The key of a line of results."""
     return (record["id"], record["steps"], *variant_of(record))
 
 
@@ -32,7 +32,7 @@ class Task(NamedTuple):
     """A document that is continued in one way.
 
     Args:
-        length: its tokens that are taken, the places of the new ones included.
+        length: how many of its tokens are used, the places of the new ones included.
     """
 
     document: Document
@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
     @property
     def names(self) -> Record:
-        """What tells its line from others."""
+        """The fields that distinguish its line from others."""
         name = f"{self.length}-{self.document.name}"
         return {"id": name, "document": self.document.name, "length": self.length, "steps": self.steps}
 
@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Writer:
-    """What writes.
+    """Writes texts.
 
     Args:
         new_tokens, block_length: of every generation.
@@ -66,10 +66,10 @@ class Writer:
     backend: str = "auto"
 
     def write(self, task: Task, on_step: Callable[[], None] = lambda: None) -> Record:
-        """A greedy generation's line: its tokens, the forwards that it took by kind, its seconds, and the text's bound.
+        """A greedy generation's line: its tokens, forwards by kind, seconds, and the text's bound.
 
         `bound` is an upper bound on the negative log-likelihood in nats, under full attention, by LLaDA's estimate
-        from `DRAWS` maskings of the text; None where the model wrote its own mask.
+        from `DRAWS` maskings of the text; None if the model wrote its own mask token.
 
         Args:
             on_step: called after each step.

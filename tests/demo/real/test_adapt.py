@@ -97,7 +97,7 @@ def test_another_run_in_the_same_folder_and_wrong_calls_are_refused(base, ids_fi
     capsys.readouterr()
     said = refused(capsys, adapt.main, training(base, ids_file, tmp_path, "--lr", "0.1"))
     assert "another --lr: 0.0005" in said
-    assert "another folder than --out" in refused(capsys, adapt.main, training(base, ids_file, base))
+    assert "a different folder than --out" in refused(capsys, adapt.main, training(base, ids_file, base))
     wrong = training(base, ids_file, tmp_path)
     for option, value, why in (
         ("--lengths", "x:1", "whole number"),
