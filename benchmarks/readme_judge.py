@@ -86,10 +86,10 @@ def found(rows: list[Row], wanted: Row) -> Row:
     return row
 
 
-def judge_row(wanted: Row, size: int, length: int = 4096, skip: float = 0.2) -> Row:
-    """A row of the judge's table."""
+def judge_row(wanted: Row, size: int | None, skip: float = 0.2) -> Row:
+    """A row of the judge's table, at 4,096 tokens."""
     skips = {"skip": skip if wanted["method"] in ("sparsed", "no_isolation") else None}
-    return found(judged("table")["rows"], {**wanted, **skips, "block_size": size, "length": length})
+    return found(judged("table")["rows"], {**wanted, **skips, "block_size": size, "length": 4096})
 
 
 def cached_row(wanted: Row, rate: float = HALF) -> Row:
@@ -110,16 +110,6 @@ def judge_table() -> str:
         rows = [judge_row(wanted, size) for size in SIZES]
         lines.append([title, *(interval(row["difference"]) for row in rows), f"{100 * rows[0]['same'][0]:.1f}"])
     return markdown(["", *(f"blocks of {size}" for size in SIZES), "same token, %"], lines)
-
-
-def judge_longer_table() -> str:
-    """Markdown: the same at 8,192 tokens, as far as it was measured there."""
-    lines = [
-        [title, *(interval(judge_row(wanted, size, 8192)["difference"]) for size in (128, 32))]
-        for title, wanted in JUDGED.items()
-        if wanted["select"] in (0.3, 0.1) and wanted["method"] != "no_isolation"
-    ]
-    return markdown(["8,192 tokens", "blocks of 128", "blocks of 32"], lines)
 
 
 def caches_table() -> str:
@@ -182,7 +172,6 @@ def judge_tables() -> dict[str, str]:
     """Every table here, by name."""
     return {
         "judge": judge_table(),
-        "judge-8k": judge_longer_table(),
         "caches-judge": caches_table(),
         "caches-written": written_table(),
         "caches-demo": answered_table(),
@@ -192,7 +181,8 @@ def judge_tables() -> dict[str, str]:
 def judge_figures() -> dict[str, str]:
     """Every figure here, by name."""
     paper, dense = ({"method": "sparsed", "select": 0.3, "dense_answer": which} for which in (None, True))
-    gate = judged("table")["lengths"][0]["gates"][0]
+    cached = {"dual": DUAL, "once": DUAL | {"refresh": 0}, "fast": FAST, "near": NEAR}
+    (gate,), (longer,) = (length["gates"] for length in judged("table")["lengths"])
     heads = found(judged("heads")["rows"], {"method": "sparsed", "block_size": 128})
     values = {
         **{f"judge.paper.{name}": judge_row(paper, 128, skip=skip)["difference"] for name, skip in SKIPS.items()},
@@ -200,17 +190,21 @@ def judge_figures() -> dict[str, str]:
         "judge.full": judge_row(FULL | {"skip": None}, None)["nll"],
         "judge.isolated": judge_row(paper | {"select": 0.2}, 32)["difference"],
         "judge.shared": judge_row(paper | {"method": "no_isolation", "select": 0.2}, 32)["difference"],
+        "judge.paper.32": judge_row(paper, 32)["difference"],
+        "judge.dense.32": judge_row(dense, 32)["difference"],
         "judge.dense.2": judge_row(dense | {"select": 0.2}, 128)["difference"],
         "judge.dense.1": judge_row(dense | {"select": 0.1}, 128)["difference"],
         **{f"judge.gate.{name}": gate[name]["advantage"] for name in ("planted", "copy", "repeated")},
-        **{f"caches.{name}": cached_row(row)["difference"] for name, row in (("dual", DUAL), ("fast", FAST), ("near", NEAR))},
-        "caches.once": cached_row(DUAL | {"refresh": 0})["difference"],
-        **{f"caches.{name}.added": cached_row(row)["sparse"] for name, row in (("fast", FAST), ("near", NEAR))},
+        "judge.gate.8k": longer["copy"]["advantage"],
+        **{f"caches.{name}": cached_row(row)["difference"] for name, row in cached.items()},
+        **{f"caches.{name}.added": cached_row(cached[name])["sparse"] for name in ("fast", "near")},
         "written.half": written_row(FULL | {"steps": 64})["difference"],
         "written.quarter": written_row(FULL | {"steps": 32})["difference"],
     }
+    nearer = judge_row(paper, 128)["kl"][0] / judge_row(dense, 128)["kl"][0]
     percents = {f"heads.{name}": heads[name] for name in ("held", "later", "heads", "steps_alike")}
     return {
         **{name: f"{value[0]:.3f}" for name, value in values.items()},
+        "judge.nearer": f"{nearer:.1f}",
         **{name: f"{100 * value[0]:.0f}" for name, value in percents.items()},
     }

@@ -12,10 +12,11 @@ import numpy as np
 from sparsed import SparseDConfig
 from sparsed.evaluation.results import markdown
 
+from . import readme_judge
 from .phases import derive
 from .plot import overview
 from .readme_generation import generation_figures, generation_table, generation_table_short
-from .readme_judge import judge_figures, judge_tables
+from .readme_judge import answered_row, cached_row, interval, judge_row, points
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -28,29 +29,15 @@ METHODS = {
     "window": "sliding window",
     "streaming": "StreamingLLM",
 }
-PAPER, DENSE = "SparseD, select {}, block_size {}", "SparseD, dense answer rows, select {}, block_size {}"
-LATER = ", selected at 0.2"
-FIDELITY = {  # the README's line: the record's title
-    "the paper's rule, `--select` 0.3": PAPER.format(0.3, 128),
-    **{f"the paper's rule, {select}": PAPER.format(select, 128) for select in (0.15, 0.1)},
-    **{f"dense answer rows, {select}": DENSE.format(select, 128) for select in (0.5, 0.3, 0.2, 0.15, 0.1, 0.05)},
-    "selected after a fifth of the answer: the paper's rule, 0.3": PAPER.format(0.3, 128) + LATER,
-    **{f"the same, dense answer rows, {select}": DENSE.format(select, 128) + LATER for select in (0.3, 0.15, 0.1)},
-    "blocks of 32: the paper's rule, 0.3": PAPER.format(0.3, 32),
-    "blocks of 32: dense answer rows, 0.3": DENSE.format(0.3, 32),
-    "sliding window, 0.3": "sliding window, select 0.3, block_size 128",
-    "sliding window with dense answer rows, 0.3": "sliding window, dense answer rows, select 0.3, block_size 128",
-    "StreamingLLM, 0.3": "StreamingLLM, select 0.3, block_size 128",
-    "StreamingLLM with dense answer rows, 0.3": "StreamingLLM, dense answer rows, select 0.3, block_size 128",
-}
-WINDOW, STREAMING = "sliding window, select {}, block_size {}", "StreamingLLM, select {}, block_size {}"
 QUALITY = (  # the README's line, method, share of blocks, dense answer rows
-    ("full attention", "origin", None, False),
-    ("SparseD, the paper's, select 0.3", "sparsed", 0.3, False),
+    ("SparseD, the paper's, select 0.3", "sparsed", 0.3, None),
     ("SparseD, dense answer rows, select 0.3", "sparsed", 0.3, True),
     ("SparseD, dense answer rows, select 0.2", "sparsed", 0.2, True),
-    ("sliding window, as dense as select 0.3", "window", 0.3, False),
-    ("StreamingLLM, as dense as select 0.3", "streaming", 0.3, False),
+    ("sliding window, as dense as select 0.3", "window", 0.3, None),
+)
+QUALITY_CACHED = (
+    ("dual cache", readme_judge.DUAL),
+    ("dual cache, SparseD, dense answer rows, select 0.15", readme_judge.FAST),
 )
 FAST, PAPERS = "dense answer rows, select 0.15", "the paper's, select 0.3"
 # folder, length, new tokens, blocks, the shares that are shown
@@ -100,7 +87,6 @@ def speeds(family: str, length: str) -> dict[str, Record]:
 def tables() -> dict[str, str]:
     """Every table in Markdown, by name."""
     return {
-        "fidelity": _fidelity(),
         "dense-answer-speed": _dense_answer_speed(),
         "demo-accuracy": _demo_accuracy(),
         "demo-others": _demo_others(),
@@ -110,7 +96,7 @@ def tables() -> dict[str, str]:
         "generation": generation_table(_generation(), TITLES),
         "generation-short": generation_table_short(_generation(), TITLES),
         "quality-short": _quality(),
-        **judge_tables(),
+        **readme_judge.judge_tables(),
     }
 
 
@@ -127,53 +113,36 @@ def figures() -> dict[str, str]:
         **generation_figures(_generation()),
         **_released_figures(),
         **_parity_figures(),
-        **judge_figures(),
+        **readme_judge.judge_figures(),
         **{f"show.{family}": f"{100 * benchmark(f'show-{family}-cpu')['cost']:.1f}" for family in TITLES},
     }
 
 
-def _fidelity() -> str:
-    settings = [fidelity(new_tokens) for new_tokens in (128, 256)]
-    columns = ["", *(name for n in (128, 256) for name in (f"{n} new tokens: KL", "same token, %"))]
-    lines = [
-        [label, *(cell for found in settings for cell in _distance(found[title]))] for label, title in FIDELITY.items()
-    ]
-    return markdown(columns, lines)
-
-
-def _distance(found: Record) -> list[str]:
-    return ["{:.3f} ({:.3f} to {:.3f})".format(*found["kl"]), f"{100 * found['same_token'][0]:.1f}"]
-
-
 def _quality() -> str:
-    """Accuracy of the demo models and distance on the real one, of some ways to attend."""
+    """What some ways to attend, and caches, lose on the demo models and on the real one."""
     lines = []
     for title, method, select, dense in QUALITY:
-        cells = []
-        for family in TITLES:
-            found = answered(family, "dense", 4096, method)
-            row = found[128 if select else None, select, 0.2 if method == "sparsed" else None, dense]
-            cells.append(f"{row['accuracy']:.1f}")
-        name = {"sparsed": DENSE if dense else PAPER, "window": WINDOW, "streaming": STREAMING}.get(method)
-        cells += ["-", "-"] if name is None else _distance(fidelity(128)[name.format(select, 128)])
-        lines.append([title, *cells])
-    return markdown(["", *(f"{title}, %" for title in TITLES.values()), "distance", "same token, %"], lines)
+        skip = 0.2 if method == "sparsed" else None
+        rows = [answered(family, "dense", 4096, method)[128, select, skip, bool(dense)] for family in TITLES]
+        row = judge_row({"method": method, "select": select, "dense_answer": dense}, 128)
+        lines.append([title, *map(points, rows), *_lost(row)])
+    for place, (title, wanted) in enumerate(QUALITY_CACHED, len(lines) - 1):  # the window comes last
+        rows = [answered_row(family, wanted) for family in TITLES]
+        lines.insert(place, [title, *map(points, rows), *_lost(cached_row(wanted))])
+    return markdown(["", *(f"{title}, points" for title in TITLES.values()), "nats", "same token, %"], lines)
+
+
+def _lost(row: Record) -> list[str]:
+    return [interval(row["difference"]), f"{100 * row['same'][0]:.1f}"]
 
 
 def _fidelity_figures() -> dict[str, str]:
+    """What the paper's rule loses by its parts, one at a time; selected in the first step."""
     short, long = ({title: row["kl"][0] for title, row in fidelity(n).items()} for n in (128, 256))
-    paper, dense = PAPER.format(0.3, 128), DENSE.format(0.3, 128)
-    window = "sliding window, dense answer rows, select 0.3, block_size 128"
     part = "only the {}, select 0.3, block_size 128"
     parts = {"rows": "prompt's rows", "keys": "answer's rows: prompt keys", "own": "answer's rows: answer keys"}
     return {
-        "fidelity.nearer": f"{short[paper] / short[dense]:.0f}",
-        "fidelity.nearer-256": f"{long[paper] / long[dense]:.0f}",
-        "fidelity.nearer-later": f"{short[paper + LATER] / short[dense + LATER]:.0f}",
-        "fidelity.windows": f"{short[window] / short[dense]:.0f}",
-        "fidelity.paper": f"{short[paper]:.3f}",
-        "fidelity.dense": f"{short[dense]:.3f}",
-        "fidelity.fast": f"{short[DENSE.format(0.15, 128)]:.3f}",
+        "fidelity.paper": f"{short['SparseD, select 0.3, block_size 128']:.3f}",
         **{f"fidelity.{name}": f"{short[part.format(what)]:.3f}" for name, what in parts.items()},
         **{f"fidelity.{name}-256": f"{long[part.format(what)]:.3f}" for name, what in parts.items()},
     }
@@ -226,9 +195,7 @@ def _demo_others() -> str:
 
 
 def _difference(row: Record, name: str = "difference") -> str:
-    if row[name] is None:
-        return "-"
-    return f"{row[name]:+.1f} ({row[f'{name}_low']:+.1f} to {row[f'{name}_high']:+.1f})"
+    return "-" if row[name] is None else points(row, name)
 
 
 def _accuracy_figures() -> dict[str, str]:

@@ -2,20 +2,19 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import readme, readme_values
-from benchmarks.readme_values import TITLES, answered, evaluation, fidelity, speeds
+from benchmarks import readme, readme_judge, readme_values
+from benchmarks.readme_values import TITLES, answered, evaluation, speeds
 from docs.make import composition
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in readme.PAGES}
 ALL = "\n".join(TEXTS.values())
-PAPER, DENSE = "SparseD, select {}, block_size {}", "SparseD, dense answer rows, select {}, block_size {}"
-LATER = ", selected at 0.2"
 
 
 @pytest.fixture(params=TEXTS, ids=lambda page: page.name)
@@ -139,9 +138,16 @@ def table(name):
 def test_cells_are_the_record_s():
     """One row of some tables, from the record's own file."""
     results = ROOT / "benchmarks/results"
-    rows = json.loads((results / "fidelity-smollm2-h200.json").read_text())["rows"][1]["settings"]
-    kl = next(row["kl"][0] for row in rows if row["title"] == DENSE.format(0.15, 128))
-    assert float(table("fidelity")["dense answer rows, 0.15"][2].split()[0]) == pytest.approx(kl, abs=5e-4)
+    rows = json.loads((ROOT / "demo/real/results/table/summary.json").read_text())["rows"]
+    nats = [row["difference"][0] for row in rows if setting_of(row) == (4096, "sparsed", 0.1, 0.2, 32, True)]
+    assert [float(table("judge")["dense answer rows, 0.1"][2].split()[0])] == pytest.approx(nats, abs=5e-4)
+    rows = json.loads((ROOT / "demo/real/results/caches/summary.json").read_text())["rows"]
+    nats = [
+        row["difference"][2] for row in rows if (row["mask_rate"], row["cache"], row["refresh"]) == (0.25, "prefix", 0)
+    ]
+    assert [float(table("caches-judge")["prefix cache, all rows once"][2].split()[3][:-1])] == pytest.approx(
+        nats, abs=5e-4
+    )
     runs = json.loads((results / "dense-answer-llada-h200.json").read_text())["rows"][1]["runs"]
     seconds, whole = (
         runs["full attention"]["full_step"]["median"],
@@ -157,14 +163,56 @@ def test_cells_are_the_record_s():
     assert table("demo-others")["Dream, 8,192 tokens"][2].startswith(f"{sum(scores) / len(scores):.1f}, ")
 
 
+def setting_of(row):
+    return tuple(row[name] for name in ("length", "method", "select", "skip", "block_size", "dense_answer"))
+
+
+def test_what_follows_from_the_losses():
+    """The sentences about the real model that compare."""
+    found = readme_judge.judged("table")
+    assert [(length["length"], bool(length["cannot_tell"])) for length in found["lengths"]] == [
+        (4096, False),
+        (8192, True),
+    ]
+    assert {(row["length"], row["documents"]) for row in found["rows"]} == {(4096, 50), (8192, 20)}
+    lost = {setting_of(row): row["difference"] and row["difference"][0] for row in found["rows"]}
+    paper, dense = (
+        {select: lost[4096, "sparsed", select, 0.2, 128, which] for select in (0.1, 0.2, 0.3)} for which in (None, True)
+    )
+    assert dense[0.2] < paper[0.3] < dense[0.1] < paper[0.1] and paper[0.1] == pytest.approx(0.15, abs=0.005)
+    assert min(lost[4096, "window", 0.3, None, size, None] for size in (128, 64, 32)) > 10 * paper[0.3]
+    assert lost[4096, "sparsed", 0.2, 0.2, 32, True] < lost[4096, "no_isolation", 0.2, 0.2, 32, None]
+    caches = {
+        setting: readme_judge.cached_row(readme_judge.DUAL | {"refresh": setting})["difference"][0]
+        for setting in (None, 0)
+    }
+    assert caches[0] - caches[None] == pytest.approx(0.012, abs=0.0005)
+
+
+def test_what_follows_from_the_written_texts():
+    rows = readme_judge.judged("written")["rows"]
+    assert {row["documents"] for row in rows} == {20}
+    saved = [row for row in rows if row["steps"] == 128 and row["method"] == "origin" and row["difference"]]
+    assert len(saved) > 10 and all(row["difference"][1] <= 0 <= row["difference"][2] for row in saved)
+    few = [row for row in rows if row["steps"] < 128]
+    assert len(few) == 2 and all(row["difference"][1] > 0 for row in few)
+
+
+def test_what_follows_from_the_answers_under_caches():
+    for family, folder in product(TITLES, ("caches", "caches-ragged")):
+        rows = readme_judge.answers(f"{family}-{folder}")["averages"]
+        dual = [row for row in rows if row["cache"] == "dual" and row["method"] == "sparsed" and row["dense_answer"]]
+        near = [row["sparse"] for row in dual if row["select"] == 0.3]
+        fast = [row["sparse"] for row in dual if row["select"] == 0.15]
+        assert near and fast and min(near) > -0.2 and min(fast) > -1.2
+        sure = [row["difference"] for row in rows if row["threshold"] == 0.9 and row["method"] == "origin"]
+        assert sure and min(sure) > -0.25
+
+
 def test_what_follows_from_the_distances():
     rows = readme_values.benchmark("fidelity-smollm2-h200")["rows"]
     assert [(row["new_tokens"], row["windows"], row["documents"]) for row in rows] == [(128, 31, 18), (256, 31, 18)]
-    one, two = ({title: setting["kl"][0] for title, setting in fidelity(n).items()} for n in (128, 256))
-    paper, dense, fewer = PAPER.format(0.3, 128), DENSE.format(0.3, 128), DENSE.format(0.15, 128) + LATER
-    assert one[dense] == pytest.approx(one[dense + LATER], abs=1e-3)
-    assert one[fewer] == pytest.approx(one[paper + LATER], rel=0.03) and two[fewer] < two[paper + LATER]
-    assert one[DENSE.format(0.1, 128)] < one[paper] and two[DENSE.format(0.1, 128)] < two[paper]
+    one = {title: setting["kl"][0] for title, setting in readme_values.fidelity(128).items()}
     part = "only the answer's rows{}, select 0.3, block_size 128"
     assert one[part.format(": answer keys")] < 1e-9, "one block, which is kept"
     assert one[part.format(": prompt keys")] == one[part.format("")]

@@ -179,11 +179,16 @@ def table(summary: Record) -> str:
     return "\n".join([*above, *(_length_table(length, summary) for length in lengths)])
 
 
+def between(counts: list[int]) -> str:
+    """The lowest and the highest of counts, or the only one."""
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
 def _length_table(length: int | None, summary: Record) -> str:
     rows, averages = ([row for row in summary[name] if row["length"] == length] for name in ("rows", "averages"))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    counts = sorted({row["n"] for row in rows})
-    samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    samples = between([row["n"] for row in rows])
     title = "prompts of your own" if length is None else f"{length:,} tokens"
     differences = {
         name: title

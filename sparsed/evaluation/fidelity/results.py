@@ -6,7 +6,7 @@ from typing import Any
 
 from ..folder import Record
 from ..methods import METHODS
-from ..results import FULL_ATTENTION, NUMBERS, VARIANT, groups, markdown, title_of, variant_of
+from ..results import FULL_ATTENTION, NUMBERS, VARIANT, between, groups, markdown, title_of, variant_of
 from ..scoring import Interval, bootstrap
 from .gate import judge, report, why_not
 from .measuring import FULL, key
@@ -127,7 +127,8 @@ def _of_rate(rows: list[Record]) -> str:
     for row in rows:
         figures = (figure(row[name], *COLUMNS[name][1:]) for name in shown)
         lines.append([title_of(row), f"{row['density']:.2f}", *figures])
-    title = f"#### {rows[0]['mask_rate']:.0%} masked: {rows[0]['n']} tokens of {rows[0]['documents']} documents"
+    tokens, documents = (between([row[name] for row in rows]) for name in ("n", "documents"))
+    title = f"#### {rows[0]['mask_rate']:.0%} masked: {tokens} tokens of {documents} documents"
     return f"{title}\n\n{markdown(columns, lines)}"
 
 
