@@ -1,6 +1,8 @@
 """How much memory a run will take, known before the weights are loaded, and how much there is."""
 
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from math import ceil
 
 import psutil
@@ -98,13 +100,19 @@ def check_memory(outline: DiffusionLM, ranks: Ranks, args: Call, prompt_tokens: 
     needed = peak(part)
     if needed <= free:
         return
-    ways = []
-    if device.type == "cuda" and (gpus := other_gpus(outline, peak, ranks.count)):
-        ways.append(gpus)
-    for preset in reversed(PRESETS):  # the tokens of short_context are too few to count
-        if peak(part, tokens=LENGTHS.get(preset, 0)) <= free:
-            ways.append(f"--prompt {preset} is the largest preset that fits")
-            break
+
+    def elsewhere(tokens: int) -> str | None:
+        needed = partial(peak, tokens=tokens)
+        return other_gpus(outline, needed, ranks.count) if device.type == "cuda" else None
+
+    ways = [gpus] if (gpus := elsewhere(prompt_tokens)) else []
+    # the largest first; the tokens of short_context are too few to count
+    presets = [(preset, LENGTHS.get(preset, 0)) for preset in reversed(PRESETS)]
+    if fitting := [preset for preset, tokens in presets if peak(part, tokens=tokens) <= free]:
+        ways.append(f"--prompt {fitting[0]} is the largest preset that fits")
+    elif not ways:
+        shorter = (f"{gpus}, with --prompt {preset}" for preset, tokens in presets if (gpus := elsewhere(tokens)))
+        ways.extend(islice(shorter, 1))
     if args.sampler.cached and peak(part, replace(args.sampler, cache="none", refresh=None)) <= free:
         ways.append("without --cache it fits")
     way = "; ".join(ways) or "no preset fits: try a shorter --seq_len, --dtype bfloat16, or a device with more memory"

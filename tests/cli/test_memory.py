@@ -104,14 +104,27 @@ def test_enough_memory_says_nothing(checkpoint, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("lacking", [0, 1])
-def test_two_gpus_that_can_share_the_run_are_named(tmp_path, monkeypatch, capsys, lacking):
-    """If each has what a process takes, the prompt's part included."""
+SHARED = "2 GPUs can share it: torchrun --nproc_per_node 2"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lacking", "says"),
+    [
+        (65536, 0, f"{SHARED}; --prompt 32k is the largest preset that fits"),
+        (65536, 1, "--prompt 32k is the largest preset that fits"),
+        (4096, 0, f"{SHARED}, with --prompt 4k"),
+        (0, 1, "no preset fits: try a shorter --seq_len, --dtype bfloat16, or a device with more memory"),
+    ],
+)
+def test_two_gpus_that_can_share_a_run_are_named(tmp_path, monkeypatch, capsys, tokens, lacking, says):
+    """Each has what a process of two takes with so many tokens, or a byte less; one process takes more."""
     folder = tiny_folder(tmp_path / "dream", "dream")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 120}))  # so that weights count
     half = main_module.empty_model(folder).to(torch.bfloat16)
     shard(half, Place(count=2))
-    needed = peak(half, 65536, "cuda", seq_len=32, config=SparseDConfig())
-    free = [needed, needed - lacking]
+    free = [peak(half, tokens, "cuda", seq_len=32, config=SparseDConfig())] * 2
+    free[1] -= lacking
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -120,6 +133,4 @@ def test_two_gpus_that_can_share_the_run_are_named(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(main_module, "load_model", lambda *_, **__: pytest.fail("loaded"))
     assert call(("dream", folder), "--device", "auto", "--prompt", "64k") == endings.EXIT_OUT_OF_MEMORY
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and f"; cuda:0 has {needed / GIB:.1f} GiB free; " in err
-    assert ("2 GPUs can share it: torchrun --nproc_per_node 2; --prompt" in err) == (not lacking)
-    assert err.endswith("is the largest preset that fits\n")
+    assert out == "" and err.count("\n") == 1 and err.endswith(f"; cuda:0 has {free[0] / GIB:.1f} GiB free; {says}\n")
