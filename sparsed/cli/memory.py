@@ -102,8 +102,7 @@ def check_memory(outline: DiffusionLM, ranks: Ranks, args: Call, prompt_tokens: 
         return
 
     def elsewhere(tokens: int) -> str | None:
-        needed = partial(peak, tokens=tokens)
-        return other_gpus(outline, needed, ranks.count) if device.type == "cuda" else None
+        return other_gpus(outline, partial(peak, tokens=tokens), ranks.count) if device.type == "cuda" else None
 
     ways = [gpus] if (gpus := elsewhere(prompt_tokens)) else []
     # the largest first; the tokens of short_context are too few to count
