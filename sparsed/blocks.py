@@ -35,7 +35,7 @@ class BlockGrid:
     dense_answer: bool = False
 
     def to(self, device: torch.device) -> "BlockGrid":
-        """The grid with its tensor on `device`: the layers of one model can lie on several GPUs."""
+        """The grid with its tensor on `device`: the layers of somebody else's model can lie on several GPUs."""
         if self.key_valid is None or self.key_valid.device == device:
             return self
         return replace(self, key_valid=self.key_valid.to(device))

@@ -64,3 +64,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Place(Ranks):
+    """A place among processes that are not there, for what can be said of them beforehand."""
+
+    index: int = 0
+    count: int = 1

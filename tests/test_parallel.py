@@ -14,11 +14,11 @@ from sparsed.cli.recording import SelectedBlocks
 from sparsed.models.joint import joint_product, lay_projections_together
 from sparsed.models.parallel import shard, whole_parameters
 from sparsed.patch import sparsify
-from sparsed.ranks import ALONE, Ranks
+from sparsed.ranks import ALONE, Place, Ranks
 from sparsed.sampling.replay import Replays
 from sparsed.watching import watched
 from tests.helpers.checkpoints import FAMILIES
-from tests.helpers.processes import Place, on_ranks
+from tests.helpers.processes import on_ranks
 from tests.helpers.sampling_cases import GENERATE
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks")

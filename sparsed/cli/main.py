@@ -23,7 +23,7 @@ from ..models.common import DiffusionLM
 from ..models.description import DESCRIPTION_FILES
 from ..models.files import checkpoint_folder
 from ..models.loading import empty_model, model_family, resolve_device, resolve_dtype
-from ..models.parallel import shard
+from ..models.parallel import check_count
 from ..models.weights import WEIGHT_FILES
 from ..prompts import demo_path, make_prompt
 from ..ranks import Ranks
@@ -82,11 +82,11 @@ def _generate(args: Call, ranks: Ranks) -> None:
     device = resolve_device(args.device)
     with blame(args, args.source):
         outline = empty_model(checkpoint_folder(path, DESCRIPTION_FILES)).to(resolve_dtype(args.dtype, device))
-        shard(outline, ranks)
+        check_count(outline, ranks.count)
     with blame(args, args.prompt_option, (PromptError,)):
         check_prompt(torch.tensor([prompt.input_ids]), outline.config.mask_token_id, outline.config.vocab_size)
     tokens = len(prompt.input_ids)
-    check_memory(outline, args, fitted_lengths(tokens, device)[1] if args.advise else tokens)
+    check_memory(outline, ranks, args, fitted_lengths(tokens, device)[1] if args.advise else tokens)
     started = time.perf_counter()
     with blame(args, args.source):
         model = load_model(path, device=args.device, dtype=args.dtype, tensor_parallel=ranks.group)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from math import ceil
 
 import psutil
@@ -11,7 +12,8 @@ from ..blocks import BlockGrid
 from ..config import SparseDConfig, ceil_share
 from ..console.endings import TooLittleMemory
 from ..models.common import CHUNK, DiffusionLM, Sizes
-from ..models.loading import GIB, free_bytes, resolve_device, weight_bytes
+from ..models.loading import GIB, free_bytes, other_gpus, resolve_device, weight_bytes
+from ..models.parallel import part_of
 from ..prompts import LENGTHS, PRESETS
 from ..ranks import Ranks
 from ..sampling import Settings
@@ -70,38 +72,51 @@ def _layer(sizes: Sizes, head_dim: int, tokens: int, mlp_rows: int) -> int:
     return max(attention, (MLP_HELD_ROWS * tokens + computed) * sizes.width + inner)
 
 
-def available_bytes(device: torch.device, *, spread: bool) -> int:
-    """Bytes that are free on the device: a GPU's own, all GPUs' if a model may be spread, else the machine's."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    return sum(free_bytes(index) for index in (range(torch.cuda.device_count()) if spread else [device.index]))
+def available_bytes(device: torch.device) -> int:
+    """Bytes that are free on the device: a GPU's own, else the machine's."""
+    return free_bytes(device.index) if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def free_for_all(ranks: Ranks, device: torch.device, *, spread: bool) -> int:
+def free_for_all(ranks: Ranks, device: torch.device) -> int:
     """Bytes that every one of the processes which share a model has free."""
-    free = available_bytes(device, spread=spread)
+    free = available_bytes(device)
     return min(ranks.gathered(free if device.type == "cuda" else free // ranks.count))
 
 
-def check_memory(model: DiffusionLM, args: Call, prompt_tokens: int) -> None:
-    """Raise TooLittleMemory, which names the largest preset that fits, if the run needs more than is free."""
+def check_memory(outline: DiffusionLM, ranks: Ranks, args: Call, prompt_tokens: int) -> None:
+    """Raise TooLittleMemory, which says what would fit, if the run needs more than is free.
+
+    Args:
+        outline: the whole model, on the meta device.
+        ranks: the processes that will share it.
+    """
     device = resolve_device(args.device)
-    ranks = model.ranks
-    free = free_for_all(ranks, device, spread=args.device == "auto")
-    peak = partial(peak_bytes, model, config=None if args.origin else args.config, device=device)
-    needed = peak(args.sampler, prompt_tokens=prompt_tokens)
+    free = free_for_all(ranks, device)
+    part = part_of(outline, ranks.count)
+
+    def peak(model: DiffusionLM, sampler: Settings = args.sampler, tokens: int = prompt_tokens) -> int:
+        return peak_bytes(model, sampler, None if args.origin else args.config, device, tokens)
+
+    needed = peak(part)
     if needed <= free:
         return
-    way = "no preset fits: try a shorter --seq_len, --dtype bfloat16, or a device with more memory"
-    for preset in reversed(PRESETS):  # the tokens of short_context are too few to count
-        if peak(args.sampler, prompt_tokens=LENGTHS.get(preset, 0)) <= free:
-            way = f"--prompt {preset} is the largest preset that fits"
-            break
-    without = replace(args.sampler, cache="none", refresh=None)
-    if args.sampler.cached and peak(without, prompt_tokens=prompt_tokens) <= free:
-        way += "; without --cache it fits"
+
+    def elsewhere(tokens: int) -> str | None:
+        return other_gpus(outline, partial(peak, tokens=tokens), ranks.count) if device.type == "cuda" else None
+
+    ways = [gpus] if (gpus := elsewhere(prompt_tokens)) else []
+    # the largest first; the tokens of short_context are too few to count
+    presets = [(preset, LENGTHS.get(preset, 0)) for preset in reversed(PRESETS)]
+    if fitting := [preset for preset, tokens in presets if peak(part, tokens=tokens) <= free]:
+        ways.append(f"--prompt {fitting[0]} is the largest preset that fits")
+    elif not ways:
+        shorter = (f"{gpus}, with --prompt {preset}" for preset, tokens in presets if (gpus := elsewhere(tokens)))
+        ways.extend(islice(shorter, 1))
+    if args.sampler.cached and peak(part, replace(args.sampler, cache="none", refresh=None)) <= free:
+        ways.append("without --cache it fits")
+    way = "; ".join(ways) or "no preset fits: try a shorter --seq_len, --dtype bfloat16, or a device with more memory"
     each = f" in each of {ranks.count} processes" if ranks.count > 1 else ""
     raise TooLittleMemory(
         f"{prompt_tokens} prompt tokens and {args.sampler.gen_length} new ones would take about {needed / GIB:.1f} "
-        f"GiB{each}, {weight_bytes(model) / GIB:.1f} GiB of it weights; {device} has {free / GIB:.1f} GiB free; {way}"
+        f"GiB{each}, {weight_bytes(part) / GIB:.1f} GiB of it weights; {device} has {free / GIB:.1f} GiB free; {way}"
     )

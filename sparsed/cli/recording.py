@@ -44,7 +44,7 @@ class SelectedBlocks:
         """The first batch row's kept blocks; None if nothing was selected."""
         if self._grid is None:
             return None
-        cells = torch.stack([layer.cpu() for layer in self._cells])
+        cells = torch.stack(self._cells).cpu()
         layers, heads, rows, columns = cells.shape
         return KeptBlocks(
             block_size=self._grid.block_size,

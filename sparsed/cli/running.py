@@ -122,12 +122,11 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
     config, rule = args.config if mode == "sparsed" else None, watched(choices)
     how = {"backend": args.backend, "rule": rule, "schedule": schedule_of(sampler, config, rule)}
     attention = attention_of(job.model, config, sampler.steps, sampler.gen_length, **how)
-    # all if the model is on one, for it may be spread, or each have a part; elsewhere nothing counts what PyTorch holds
-    gpus = range(torch.cuda.device_count() if device.type == "cuda" else 0)
+    on_gpu = device.type == "cuda"  # elsewhere nothing counts what PyTorch holds
     with attention as run, _progress(job, mode, label) as show:
         clock = StepClock(device, run, show)
-        for gpu in gpus:
-            torch.cuda.reset_peak_memory_stats(gpu)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
         clock.start()
         output = generate(job, sampler, clock)
         clock.begin(DONE)
@@ -136,7 +135,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
         forwards = forwards_of(clock.phases, clock.step_seconds, [step.computed for step in clock.steps], committed)
         length = answer_length(token_ids, stop_ids(job.model.config, job.tokenizer), job.model.config.mask_token_id)
         text = decode(job.tokenizer, token_ids[:length]).strip()
-        peak = sum(map(torch.cuda.max_memory_allocated, gpus))
+        peak = torch.cuda.max_memory_allocated(device) if on_gpu else 0
         return RunRecord(
             mode=mode,
             token_ids=token_ids,
@@ -155,7 +154,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             text=text,
             expected=job.expected,
             answer_found=None if job.expected is None else answer_found(text, job.expected),
-            peak_memory_bytes=sum(job.model.ranks.gathered(peak)) if gpus else None,
+            peak_memory_bytes=sum(job.model.ranks.gathered(peak)) if on_gpu else None,
             backend=None if run is None else run.backend,
             backend_reason=None if run is None else run.backend_reason,
             cached_kernels=cached_kernels(job, sampler, clock.steps),

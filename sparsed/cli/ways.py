@@ -122,7 +122,7 @@ def no_cache(job: Job, prompt_tokens: int) -> str | None:
         return f"a cache needs blocks: --{error.argument} {error.must}"
     device = job.model.device
     needed = peak_bytes(job.model, cached, None, device, prompt_tokens) - weight_bytes(job.model)
-    free = free_for_all(job.model.ranks, device, spread=job.args.device == "auto")
+    free = free_for_all(job.model.ranks, device)
     return None if needed <= free else f"caching takes {needed / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
 
 

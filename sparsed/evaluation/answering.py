@@ -69,7 +69,7 @@ class Answerer:
         generated = out[:, ids.shape[1] :].tolist()
         seconds = (time.perf_counter() - start) / len(samples)
         # without a pattern no step was sparse
-        density = torch.stack([found.cpu() for found, _ in layers]).mean().item() if layers else 1.0
+        density = torch.stack([found for found, _ in layers]).mean().item() if layers else 1.0
         lines = []
         for row, (sample, tokens) in enumerate(zip(samples, generated, strict=True)):
             text = decode(self.tokenizer, tokens[: answer_length(tokens, stops)]).strip()

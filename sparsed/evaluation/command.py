@@ -19,7 +19,10 @@ from .results import identified, summarize, table
 from .running import Progress, claimed, report, resumed, source, team_and_model, warn_of_length
 from .tasks import Sample
 
-ADVICE = "try a smaller --batch_size, shorter --lengths, --dtype bfloat16, or a device with more memory"
+ADVICE = (
+    "try a smaller --batch_size, shorter --lengths, --dtype bfloat16, a device with more memory, or torchrun with "
+    "--parallel tensor"
+)
 
 
 def main(argv: list[str] | None = None) -> int:

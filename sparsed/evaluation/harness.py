@@ -22,6 +22,7 @@ from ..chat import answer_length, decode, stop_ids
 from ..config import check_numbers
 from ..console.streams import tell
 from ..models import load_model, load_tokenizer
+from ..models.loading import ModelTooLarge
 from ..sampling.likelihood import is_greedy, log_likelihood
 from ..sampling.saving import OFF
 from .harness_options import Options
@@ -66,6 +67,8 @@ class SparseDLM(TemplateLM):
             device = self.options.device if self.world_size == 1 else self.processes.device
             self.model = load_model(self.options.pretrained, device=device, dtype=self.options.dtype)
             self.tokenizer = load_tokenizer(self.options.pretrained)
+        except ModelTooLarge as error:  # what would help is a model that processes share, which these do not
+            raise OptionError(f"--model_args: {error.args[0]}") from error
         except ValueError as error:
             raise OptionError(f"--model_args: {error}") from error
         self.told = False  # that likelihoods know no caches

@@ -55,7 +55,7 @@ class KVCache:
         elif layer not in self._filled:
             raise ValueError("the cache is not filled: a forward must compute all tokens of the sequence first")
         keys, values = self._memory(layer, k)
-        store_rotated(k, v, *rope, rows.slots.to(keys.device), keys, values)
+        store_rotated(k, v, *rope, rows.slots, keys, values)
         return keys, values
 
     def _memory(self, layer: int, like: Tensor) -> Tensor:

@@ -249,8 +249,7 @@ def take_rows(hidden: Tensor, rows: Tensor | None, slots: Tensor, length: int) -
     """
     if rows is None:
         return hidden
-    rows, first = rows.to(hidden.device), slots[-hidden.shape[1]].to(hidden.device)
-    return hidden.flatten(0, 1)[rows - first - rows // length * (length - hidden.shape[1])]
+    return hidden.flatten(0, 1)[rows - slots[-hidden.shape[1]] - rows // length * (length - hidden.shape[1])]
 
 
 def _check_mask(mask: Tensor | None, length: int, batch: int | None = None) -> None:

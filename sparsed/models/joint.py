@@ -22,7 +22,7 @@ def lay_together(layers: Sequence[nn.Linear]) -> None:
 
 
 def lay_projections_together(model: nn.Module) -> None:
-    """`lay_together` of the query, key and value projections of every attention; each must be on one device.
+    """`lay_together` of the query, key and value projections of every attention.
 
     They share their memory then: safetensors' `save_model` refuses that, `save_file(model.state_dict(), ...)` does not.
     """

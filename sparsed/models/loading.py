@@ -1,6 +1,7 @@
 """Loading a published checkpoint into the models of this package: safetensors only, no remote code, no pickle."""
 
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from torch.overrides import TorchFunctionMode
 from ..ranks import Ranks
 from .common import DiffusionLM
 from .description import DESCRIPTION_FILES, read_config
-from .dream import DreamConfig, DreamLayer, DreamModel
+from .dream import DreamConfig, DreamModel
 from .files import checkpoint_folder
 from .illada import ILLaDAConfig, ILLaDAModel
 from .joint import lay_projections_together
-from .llada import LLaDABlock, LLaDAConfig, LLaDAModel
-from .parallel import check_count, shard
+from .llada import LLaDAConfig, LLaDAModel
+from .parallel import check_count, dividing_counts, part_of, shard
 from .special_ids import with_special_ids
 from .weights import WEIGHT_FILES, checked_weights, fill
 
@@ -34,7 +35,10 @@ GIB = 2**30
 
 
 class ModelTooLarge(ValueError, MemoryError):
-    """The weights need more memory than the device has."""
+    """The weights need more memory than the device has: how much, then what would help."""
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
 
 
 def load_model(
@@ -51,8 +55,7 @@ def load_model(
 
     Args:
         path: folder with config.json and model.safetensors (or its shards and index), or a hub id (owner/name).
-        device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu. With auto, a model larger than one GPU's
-            free memory is spread over all GPUs.
+        device: auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu.
         dtype: auto (bfloat16 on cuda, else float32), bfloat16, float16 or float32.
         tensor_parallel: the processes that share the model by heads, each on a device of its own; every one of them
             makes this call, reads its part of the weights, and then makes the same calls of the model and the samplers.
@@ -60,7 +63,8 @@ def load_model(
     Raises:
         ValueError: one line that names what is wrong with an argument or with a file, or which numbers of processes
             divide the model's heads.
-        ModelTooLarge: a ValueError and MemoryError; the weights do not fit into the device's memory.
+        ModelTooLarge: a ValueError and MemoryError; the weights do not fit into the device's memory. Its line says
+            which other GPU, or how many of them together, would hold them.
     """
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
@@ -69,14 +73,10 @@ def load_model(
     ranks = Ranks(tensor_parallel)
     check_count(model, ranks.count)
     stored = checked_weights(model, checkpoint_folder(path, WEIGHT_FILES), path)
+    _check_room(model, target, ranks.count)
     shard(model, ranks)
-    placement = _place(model, target, spread=str(device) == "auto" and ranks.count == 1)
-    fill(model, stored, placement, ranks.index)
-    if len(placement) > 1:
-        from accelerate import dispatch_model
-
-        dispatch_model(model, placement)
-    elif target.type == "cuda":
+    fill(model, stored, target, ranks.index)
+    if target.type == "cuda":
         lay_projections_together(model)
         torch.cuda.empty_cache()  # where they lay before
     return model.eval()
@@ -158,24 +158,34 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _place(model: nn.Module, target: torch.device, *, spread: bool) -> dict[str, torch.device]:
-    """Device of each module: all on `target`, or spread over the GPUs if the model does not fit there."""
-    needed = weight_bytes(model)
+def _check_room(model: DiffusionLM, target: torch.device, count: int) -> None:
+    """Raise ModelTooLarge if the device is too small for what each of so many processes has of a whole model."""
+    needed = weight_bytes(part_of(model, count))
     if target.type == "cpu" and needed > (memory := psutil.virtual_memory().total):
         raise ModelTooLarge(
             f"this machine has {memory / GIB:.1f} GiB of memory, the weights need {needed / GIB:.1f} GiB"
         )
-    if target.type != "cuda":
-        return {"": target}
-    free = free_bytes(target.index)
-    if needed <= free:
-        return {"": target}
-    if not spread or torch.cuda.device_count() == 1:
+    if target.type == "cuda" and needed > (free := free_bytes(target.index)):
+        way = other_gpus(model, weight_bytes, count) or "use more GPUs, a smaller dtype, or device cpu"
         raise ModelTooLarge(
-            f"device {target} has {free / GIB:.1f} GiB free, the weights need {needed / GIB:.1f} GiB; "
-            "use device auto with more GPUs, a smaller dtype, or device cpu"
+            f"device {target} has {free / GIB:.1f} GiB free, the weights need {needed / GIB:.1f} GiB", way
         )
-    return plan_placement(model, {index: int(0.9 * free_bytes(index)) for index in range(torch.cuda.device_count())})
+
+
+def other_gpus(model: DiffusionLM, needed: Callable[[DiffusionLM], int], count: int) -> str | None:
+    """The GPUs of this machine that hold what so many of them do not, in words; None if it has too few.
+
+    Args:
+        model: whole, on the meta device.
+        needed: bytes that a process takes which has this part of it.
+    """
+    free = [free_bytes(index) for index in range(torch.cuda.device_count())]
+    if count == 1 and needed(model) <= max(free):
+        return f"it fits on cuda:{free.index(max(free))}"
+    for more in dividing_counts(model):
+        if count < more <= len(free) and needed(part_of(model, more)) <= min(free[:more]):
+            return f"{more} GPUs can share it: torchrun --nproc_per_node {more}"
+    return None
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -187,31 +197,3 @@ def free_bytes(index: int) -> int:
     """Bytes that this process can still have of a GPU's memory."""
     unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
     return torch.cuda.mem_get_info(index)[0] + unused
-
-
-def plan_placement(model: nn.Module, max_memory: dict[int, int]) -> dict[str, torch.device]:
-    """Spread a model over GPUs, whole layers at a time and evenly where it can.
-
-    Args:
-        model: may be on the meta device; its parameters' dtype counts.
-        max_memory: bytes for weights on each GPU, by index.
-
-    Returns:
-        Module name -> device, for `accelerate.dispatch_model`.
-
-    Raises:
-        ModelTooLarge: the GPUs together are too small.
-    """
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
-
-    layers = [DreamLayer.__name__, LLaDABlock.__name__]
-    balanced = get_balanced_memory(model, max_memory=dict(max_memory), no_split_module_classes=layers)
-    for budget in (balanced, max_memory):
-        placement = infer_auto_device_map(model, max_memory=dict(budget), no_split_module_classes=layers)
-        if set(placement.values()) <= set(max_memory):
-            return {name: torch.device("cuda", index) for name, index in placement.items()}
-    raise ModelTooLarge(
-        f"the model does not fit into the {sum(max_memory.values()) / GIB:.1f} GiB "
-        f"that {len(max_memory)} GPUs have free; use a smaller dtype or device cpu"
-    )

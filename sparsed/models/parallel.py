@@ -8,6 +8,7 @@ torch.distributed.tensor.parallel does the same, but takes more of the host's ti
 `benchmarks/results/dtensor-cpu.json`).
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ranks import Ranks
+from ..ranks import Place, Ranks
 from .common import DiffusionLM
 
 # names in both families; a module that has one of MAKING may have one of READING
@@ -74,15 +75,34 @@ def shard(model: DiffusionLM, ranks: Ranks) -> None:
 
 def check_count(model: DiffusionLM, count: int) -> None:
     """Raise ValueError unless so many processes divide the heads, and the MLP, of a whole model."""
-    sizes = model.config.sizes
-    kv_heads = sizes.kv_width // model.config.head_dim
-    common = math.gcd(sizes.heads, kv_heads, sizes.mlp_width)
-    if common % count:
-        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    counts = dividing_counts(model)
+    if count not in counts:
+        sizes = model.config.sizes
         raise ValueError(
-            f"{count} processes do not divide {sizes.heads} attention heads, {kv_heads} key-value heads and an MLP of "
-            f"{sizes.mlp_width}; these numbers of processes do: {fitting}"
+            f"{count} processes do not divide {sizes.heads} attention heads, {_kv_heads(model)} key-value heads and an "
+            f"MLP of {sizes.mlp_width}; these numbers of processes do: {', '.join(map(str, counts))}"
         )
+
+
+def dividing_counts(model: DiffusionLM) -> list[int]:
+    """The numbers of processes that divide the heads, and the MLP, of a whole model, ascending."""
+    sizes = model.config.sizes
+    common = math.gcd(sizes.heads, _kv_heads(model), sizes.mlp_width)
+    return [count for count in range(1, common + 1) if common % count == 0]
+
+
+def _kv_heads(model: DiffusionLM) -> int:
+    heads: int = model.config.sizes.kv_width // model.config.head_dim
+    return heads
+
+
+def part_of(model: DiffusionLM, count: int) -> DiffusionLM:
+    """What each of so many processes would have of a whole model on the meta device: for one, the model itself."""
+    if count == 1:
+        return model
+    part = copy.deepcopy(model)
+    shard(part, Place(count=count))
+    return part
 
 
 def own_part(tensor: Tensor, dim: int, ranks: Ranks) -> Tensor:

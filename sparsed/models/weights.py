@@ -181,8 +181,8 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def fill(model: nn.Module, stored: dict[str, Stored], placement: dict[str, torch.device], part: int = 0) -> None:
-    """Read every parameter onto the device of the longest module name in `placement` that contains it.
+def fill(model: nn.Module, stored: dict[str, Stored], device: torch.device, part: int = 0) -> None:
+    """Read every parameter onto the device.
 
     Args:
         part: which one of the stored tensors a process has where the model's are smaller.
@@ -193,8 +193,7 @@ def fill(model: nn.Module, stored: dict[str, Stored], placement: dict[str, torch
     for names in _tied_names(model):
         name, *others = (name for name in names if name in stored)
         _check_equal(stored[name], [stored[other] for other in others])
-        module = max((key for key in placement if f"{name}.".startswith(f"{key}." if key else "")), key=len)
-        tensor = _read_tensor(stored[name], model.get_parameter(name), placement[module], part)
+        tensor = _read_tensor(stored[name], model.get_parameter(name), device, part)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for tied in names:
             owner, _, leaf = tied.rpartition(".")

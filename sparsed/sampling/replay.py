@@ -98,11 +98,8 @@ class Replays:
 
 
 def replayable(model: DiffusionLM) -> bool:
-    """Whether the model lies on one GPU, and nobody has hooked into it or replaced its methods: a replay calls none."""
-    if any_global_hook():
-        return False
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+    """Whether the model lies on a GPU, and nobody has hooked into it or replaced its methods: a replay calls none."""
+    if any_global_hook() or model.device.type != "cuda":
         return False
     for module in model.modules():
         replaced = [name for name, value in module.__dict__.items() if callable(value) and hasattr(type(module), name)]

@@ -215,9 +215,9 @@ def test_a_cache_is_timed_only_where_its_forwards_fit_too(family, checkpoints, m
     job = SimpleNamespace(model=model, args=SimpleNamespace(sampler=sampler, device="cpu"))
     taken = memory.peak_bytes(model, replace(sampler, cache="dual"), None, model.device, 1000)
     free = [taken - weight_bytes(model), model.kv_cache(1, 1064).bytes]
-    monkeypatch.setattr(memory, "available_bytes", lambda device, *, spread: free[0])
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free[0])
     assert ways.no_cache(job, 1000) is None
-    monkeypatch.setattr(memory, "available_bytes", lambda device, *, spread: free[1])
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free[1])
     assert "GiB are free" in ways.no_cache(job, 1000)
 
 
@@ -230,7 +230,7 @@ def test_too_little_memory_says_that_it_fits_without_a_cache(call, monkeypatch, 
 
     monkeypatch.setattr(memory, "peak_bytes", peak)
     family, _, _ = call("--seq_len 32 --steps 32")
-    monkeypatch.setattr(memory, "available_bytes", lambda device, *, spread: needed[0])
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed[0])
     words = ["--model_path", str(checkpoints[family]), "--prompt_text", QUESTION, "--device", "cpu", "--cache", "dual"]
     words += ["--seq_len", "32", "--steps", "32", "--block_size", "16", "--block_length", "8"]
     assert MAIN[family](words) == 3

@@ -11,10 +11,11 @@ from sparsed import SparseDConfig
 from sparsed.cli import main as main_module
 from sparsed.cli import main_dream, main_llada, memory
 from sparsed.console import endings
+from sparsed.models import loading
 from sparsed.models.loading import GIB, weight_bytes
 from sparsed.models.parallel import shard
+from sparsed.ranks import Place
 from sparsed.sampling import settings_for
-from tests.helpers.processes import Place
 from tests.helpers.tiny_folders import tiny_folder
 
 MAIN = {"dream": main_dream, "llada": main_llada}
@@ -103,9 +104,33 @@ def test_enough_memory_says_nothing(checkpoint, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_all_gpus_count_where_a_model_may_be_spread(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(memory, "free_bytes", lambda index: 10 + index)
-    device = torch.device("cuda", 1)
-    assert memory.available_bytes(device, spread=True) == 33
-    assert memory.available_bytes(device, spread=False) == 11
+SHARED = "2 GPUs can share it: torchrun --nproc_per_node 2"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lacking", "says"),
+    [
+        (65536, 0, f"{SHARED}; --prompt 32k is the largest preset that fits"),
+        (65536, 1, "--prompt 32k is the largest preset that fits"),
+        (4096, 0, f"{SHARED}, with --prompt 4k"),
+        (0, 1, "no preset fits: try a shorter --seq_len, --dtype bfloat16, or a device with more memory"),
+    ],
+)
+def test_two_gpus_that_can_share_a_run_are_named(tmp_path, monkeypatch, capsys, tokens, lacking, says):
+    """Each has what a process of two takes with so many tokens, or a byte less; one process takes more."""
+    folder = tiny_folder(tmp_path / "dream", "dream")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 120}))  # so that weights count
+    half = main_module.empty_model(folder).to(torch.bfloat16)
+    shard(half, Place(count=2))
+    free = [peak(half, tokens, "cuda", seq_len=32, config=SparseDConfig())] * 2
+    free[1] -= lacking
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for module in (memory, loading):
+        monkeypatch.setattr(module, "free_bytes", free.__getitem__)
+    monkeypatch.setattr(main_module, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert call(("dream", folder), "--device", "auto", "--prompt", "64k") == endings.EXIT_OUT_OF_MEMORY
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith(f"; cuda:0 has {free[0] / GIB:.1f} GiB free; {says}\n")

@@ -14,8 +14,8 @@ import torch
 
 from sparsed.cli import main_dream, main_llada
 from sparsed.console.workers import own_device
-from sparsed.ranks import ALONE
-from tests.helpers.processes import Place, new_store, outcomes
+from sparsed.ranks import ALONE, Place
+from tests.helpers.processes import new_store, outcomes
 from tests.helpers.tiny_folders import tiny_folder
 
 ROOT = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ import torch
 
 from sparsed import SparseDConfig, sampling
 from sparsed.chat import stop_ids
+from sparsed.models.loading import ModelTooLarge
 from sparsed.prompts import demo_path
 from tests.helpers.sampling_cases import GENERATE
 from tests.helpers.tiny_folders import tiny_folder
@@ -332,6 +333,15 @@ def test_options_may_be_strings():
 def test_a_bad_option_is_named(folders, name, value):
     with pytest.raises(harness.OptionError, match=name):
         harness.SparseDLM(**{"pretrained": str(folders["dream"]), "device": "cpu"} | {name: value})
+
+
+def test_a_model_that_is_too_large_is_one_line_without_what_the_harness_cannot_do(monkeypatch):
+    def load_model(*_, **__):
+        raise ModelTooLarge("the weights need 15.0 GiB", "2 GPUs can share it: torchrun --nproc_per_node 2")
+
+    monkeypatch.setattr(harness, "load_model", load_model)
+    with pytest.raises(harness.OptionError, match="^--model_args: the weights need 15.0 GiB$"):
+        harness.SparseDLM(pretrained="x", device="cpu")
 
 
 def test_the_command_line_ends_with_one_line_at_a_bad_option(monkeypatch, caplog):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import BatchEncoding
 
 from sparsed import SparseDConfig, sparsify
-from tests.helpers.patch_cases import build
+from tests.helpers.patch_cases import build, logits_of, run, sequences
 from tests.helpers.sampling_cases import GENERATE, options_of
 from tests.helpers.standins import MASK, HubDream, tiny_dream, tiny_llada
 
@@ -125,3 +125,29 @@ def test_offloaded_weights_are_computed_with_where_the_hooks_say(family, where, 
         disk_offload(model, str(tmp_path), execution_device=device)
     assert next(model.parameters()).is_meta and model.device == device
     assert torch.equal(generate(family, model, prompt), expected)
+
+
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize(
+    "devices", [("cpu", "cpu"), pytest.param(("cuda:0", "cuda:1"), marks=pytest.mark.gpu)], ids=["cpu", "gpus"]
+)
+def test_a_model_whose_owner_spread_its_layers_over_devices(weights, devices, padding):
+    """By accelerate, as the hub's models are with `device_map="auto"`: each layer's blocks stay where the layer is."""
+    first, second = devices
+    if torch.cuda.device_count() < 2 and second == "cuda:1":
+        pytest.skip("needs two CUDA devices")
+    model, steps = build(HubDream, weights), sequences(STEPS, rows=2)
+    valid = torch.ones(steps[0].shape, dtype=torch.bool)
+    valid[1, :padding] = False
+
+    def sparse_logits():
+        with run(model, backend="gather") as state:
+            found = torch.stack([logits_of(model, ids, valid).cpu() for ids in steps])
+            assert state.tally.sparse
+        return found[:, valid]
+
+    expected = sparse_logits()
+    placement = dict.fromkeys(["model.embed_tokens", "model.layers.0"], first)
+    placement |= dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], second)
+    dispatch_model(model, placement, main_device=first, force_hooks=True)
+    torch.testing.assert_close(sparse_logits(), expected, atol=1e-4, rtol=0)

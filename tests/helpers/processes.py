@@ -5,7 +5,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,6 @@ from sparsed.ranks import Ranks
 
 # what takes seconds to import
 IMPORTED = ["sparsed.cli", "sparsed.evaluation.command", "benchmarks.parallel"]
-
-
-@dataclass(frozen=True)
-class Place(Ranks):
-    """A place among processes that are not there."""
-
-    index: int = 0
-    count: int = 1
 
 
 def exit_codes(count: int, target: Callable[..., Any], *given: Any) -> list[int | None]:

@@ -11,8 +11,9 @@ from sparsed.models import DreamConfig, DreamModel, files, load_model, load_toke
 from sparsed.models.loading import resolve_device, resolve_dtype
 from sparsed.models.parallel import shard
 from sparsed.models.tokenizer import TOKENIZER_FILES
+from sparsed.ranks import Place
 from tests.helpers.checkpoints import FAMILIES, published_weights, refused, write_checkpoint
-from tests.helpers.processes import Place, on_ranks
+from tests.helpers.processes import on_ranks
 from tests.helpers.standins import DREAM, LLADA, tiny_llada
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -340,6 +340,18 @@ def test_a_graph_is_not_replayed_over_blocks_of_another_generation(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", MODELS)
+def test_kernels_run_on_the_gpu_that_their_tensors_are_on(family):
+    """Not on the current one: Triton would read the wrong GPU's memory."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    model, prompt = MODELS[family](), torch.randint(0, 90, (1, 200))
+    options = options_of(family, {"gen_length": 24, "steps": 12, "config": SparseDConfig(0.2, 0.4, 32)})
+    first, second = (GENERATE[family](model.cuda(gpu), prompt, **options).cpu() for gpu in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
 def test_hooks_are_called_at_every_step(captured):
     model, calls = MODELS["llada"]().cuda(), []
     hook = model.register_forward_hook(lambda *_: calls.append(1))

@@ -19,7 +19,7 @@ from .preparing import prepare
 from .results import identified, summarize, table
 from .windows import Window, planted, repeated, text_window
 
-ADVICE = "try shorter --lengths, --dtype bfloat16, or a device with more memory"
+ADVICE = "try shorter --lengths, --dtype bfloat16, a device with more memory, or torchrun with --parallel tensor"
 
 
 def main(argv: list[str] | None = None) -> int:
