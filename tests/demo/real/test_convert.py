@@ -92,7 +92,8 @@ def test_a_gguf_file_of_something_else_is_refused(tmp_path, capsys, changes, sai
 def test_tensors_without_a_place_and_masks_that_are_not_there_are_refused(gguf, tmp_path, capsys):
     tensors = tiny_llama()[0] | {"rope_freqs.weight": stored(np.ones(32), "F32")[0]}
     file = write_gguf(tmp_path / "x.gguf", metadata(), tensors)
-    assert "'rope_freqs.weight', for which" in refused(capsys, convert.main, ["--gguf", file, "--out", tmp_path])
+    words = ["--gguf", file, "--out", tmp_path]
+    assert "'rope_freqs.weight', which has no place" in refused(capsys, convert.main, words)
     words = ["--gguf", gguf, "--out", tmp_path, "--mask_token", "Ġt"]
     assert "no special token 'Ġt'" in refused(capsys, convert.main, words)
 
