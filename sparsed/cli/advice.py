@@ -18,6 +18,7 @@ from ..sampling.replay import UNTIL_REPLAYED
 from ..sampling.runner import REPLAYED_TOKENS, StepRunner
 from ..watching import watched
 from .arguments import Call
+from .losses import loss, lost
 from .progress import bar
 from .recording import SelectedBlocks
 from .running import Job, StepClock
@@ -123,7 +124,7 @@ def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, A
         times = time_steps(replace(job, args=replace(job.args, config=config)), own.prompt_tokens)
         seconds = whole_runs(replace(times, full=own.full), ran, config.n_full(len(ran)))[1]
         command = command_of(job.args, job.model.ranks.count, origin=False, select=select, dense_answer=True)
-        found.append({**asdict(times), "select": select, "seconds": seconds, "command": command})
+        found.append({**asdict(times), "select": select, "seconds": seconds, "nats": loss(config), "command": command})
     return found
 
 
@@ -217,7 +218,7 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     for other in others:
         lines.append(
             f"with --dense_answer --select {other['select']:g}: a sparse step {other['sparse']:.3f} s, the whole run "
-            f"{other['seconds']:.1f} s, {origin / other['seconds']:.2f}x as fast as full attention"
+            f"{other['seconds']:.1f} s, {origin / other['seconds']:.2f}x as fast as full attention{lost(other['nats'])}"
         )
     lines += way_lines(advice["ways"]) if advice["ways"] else [f"no cache was timed: {advice['no_cache']}"]
     lines.append("(estimates from a single forward pass of each kind; loading, compiling and sampling are not in them)")
