@@ -31,7 +31,8 @@ FULL, SPARSE = 2, 2  # steps; the second full one selects
 COUNTED = {"full": 0, "choosing": 1, "sparse": 3}  # the step that represents its kind
 # a kernel's purpose, by the first pattern in its name; attention's patterns come first: its names hold CUTLASS too
 PURPOSES = {
-    "attention": r"flash|fmha|attention|_block_sparse",
+    "attention": r"flash|fmha|attention|_block_sparse|_part_kernel|_join_kernel",
+    "sums over GPUs": r"nccl",
     "block scores": r"_block_scores",
     "linear layers": r"gemm|nvjet|cutlass|xmma|splitk",
     "norm, rotary, MLP product": r"_rms_norm|_rotate|_silu_product",

@@ -6,19 +6,21 @@
 Batch 1, bfloat16, random weights of the published shape, blocks of 128, the paper's SparseD. First one GPU has the
 whole model and does every length, then all GPUs share it. At each length: full, selecting and sparse steps, and a whole
 generation of 256 tokens with a dual cache and SparseD, which also gives the cached steps. All of it runs once before,
-on 4,096 tokens (`warm_up`). With --longest, all GPUs do a whole generation at 128k tokens, and one step of each kind
-without a cache at 512k. `agreement` compares the logits of a short prompt. Rows are printed and saved as
-they come.
+on 4,096 tokens (`warm_up`). `cached_step` is what a cached step's kernels take, under PyTorch's profiler. With
+--longest, all GPUs do a whole generation at 128k tokens, and one step of each kind without a cache at 512k. `agreement`
+compares the logits of a short prompt. Rows are printed and saved as they come.
 """
 
 import argparse
 import gc
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from sparsed.console.parser import Parser
 from sparsed.console.workers import as_one
@@ -26,14 +28,19 @@ from sparsed.models.common import DiffusionLM
 from sparsed.models.joint import lay_projections_together
 from sparsed.models.parallel import shard
 from sparsed.ranks import Ranks
+from sparsed.run import synchronize
+from sparsed.sampling import generate
+from sparsed.sampling.common import Step
 
+from .breakdown import by_purpose, kernel_seconds
 from .common import LENGTHS, build_parser, new_record, parse_arguments, require_gpu, save
-from .generation import BLOCK_LENGTH, CACHE, NEW_TOKENS, PAPER, Run, Way, measured, run, times_of
+from .generation import BLOCK_LENGTH, CACHE, NEW_TOKENS, PAPER, Enough, Run, Way, measured, run, times_of
 from .kernels import DTYPE
 from .shapes import SHAPES, random_model
 
 WHOLE = Way("dual cache, the paper's SparseD", PAPER, CACHE)
 FEW = 2  # runs for each kind of step
+SETTLED, PROFILED = 10, 8  # steps before the profile, the refresh included, and cached ones in it
 WARM = LENGTHS["4k"]  # enough prompt tokens for the kernels of long prompts
 SHORT = 1024  # tokens of the prompt for which logits are compared
 LONGEST_CACHED, LONGEST = "128k", "512k"
@@ -85,7 +92,34 @@ def measure(model: DiffusionLM, tokens: int) -> dict[str, Any]:
     """Steps of each kind, and a whole generation."""
     steps = [one for _ in range(FEW) for one in one_of_each(model, tokens)]
     whole = whole_run(model, tokens)
-    return entry_of(model, [*steps, whole]) | {"whole": measured([whole])}
+    entry = entry_of(model, [*steps, whole]) | {"whole": measured([whole])}
+    return entry | {"cached_step": cached_step(model, tokens)}
+
+
+def cached_step(model: DiffusionLM, tokens: int) -> dict[str, Any]:
+    """Seconds of one cached step, and of its kernels by purpose: means of `PROFILED` ones, in this process."""
+    prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
+    profiled = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
+    began = took = 0.0
+    steps = 0
+
+    def tick(_: Step) -> None:
+        nonlocal began, took, steps
+        steps += 1
+        if steps == SETTLED:
+            synchronize(model.device)
+            profiled.start()
+            began = time.perf_counter()
+        elif steps == SETTLED + PROFILED:
+            synchronize(model.device)
+            took = time.perf_counter() - began
+            profiled.stop()
+            raise Enough
+
+    with suppress(Enough):
+        generate(model, prompt, Way("dual cache", None, CACHE).settings(model.family, NEW_TOKENS), on_step=tick)
+    kernels = {name: seconds / PROFILED for name, seconds in kernel_seconds(profiled).items()}
+    return {"seconds": took / PROFILED, "purposes": by_purpose(kernels), "kernels": kernels}
 
 
 def entry_of(model: DiffusionLM, runs: list[Run]) -> dict[str, Any]:

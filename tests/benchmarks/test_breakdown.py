@@ -17,6 +17,8 @@ KERNELS = {
     "kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90_object_at_": "attention",
     "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4, false, false>>": "attention",
     "_block_sparse_kernel": "attention",
+    "_part_kernel": "attention",
+    "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "sums over GPUs",
     "_block_scores_kernel": "block scores",
     "_add_rms_norm_kernel": "norm, rotary, MLP product",
     "_silu_product_kernel": "norm, rotary, MLP product",

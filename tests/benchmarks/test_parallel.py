@@ -11,6 +11,7 @@ from tests.helpers.processes import new_store, outcomes
 # tiny shapes, lengths and blocks instead of the published ones
 RUN = """
 import os, sys
+os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler prints when it starts
 import torch
 from benchmarks import common, generation, parallel, shapes
 from sparsed import SparseDConfig
@@ -21,7 +22,8 @@ shapes.SHAPES["llada"] |= dict.fromkeys(("mask_token_id", "pad_token_id", "eos_t
 for module in (generation, parallel):
     module.NEW_TOKENS, module.BLOCK_LENGTH, module.PAPER = 8, 4, SparseDConfig(0.2, 0.3, 16)
 parallel.WHOLE = generation.Way("whole", parallel.PAPER, generation.CACHE)
-parallel.SHORT, parallel.WARM, parallel.FEW = 64, 64, 1
+parallel.SHORT, parallel.WARM, parallel.FEW, parallel.SETTLED, parallel.PROFILED = 64, 64, 1, 2, 2
+parallel.kernel_seconds = lambda profiled: {event.key: 4.0 for event in profiled.key_averages()}
 parallel.LONGEST_CACHED, parallel.LONGEST = "short_context", "1k"
 parallel.require_gpu = lambda parser: torch.device("cpu")
 for number, port in enumerate(sys.argv[2:]):
@@ -43,6 +45,9 @@ def test_two_processes_against_one(tmp_path):
         for who in ("one", "all"):
             assert row[who]["forwards"].keys() == kinds and row[who]["whole"]["measured"]
             assert row[who]["density"] < 1
+            step = row[who]["cached_step"]
+            assert step["seconds"] > 0 and step["kernels"]["aten::mm"] == 2.0, "two steps' seconds, halved"
+            assert sum(step["purposes"].values()) == pytest.approx(2.0 * len(step["kernels"]))
         assert row["speedup"].keys() == kinds | {"whole"}
         assert row["speedup"]["full"] == pytest.approx(
             row["one"]["forwards"]["full"]["median"] / row["all"]["forwards"]["full"]["median"]
