@@ -1,0 +1,87 @@
+"""The picture of quality against time: the committed file, its arithmetic by hand, and rows that are not there."""
+
+from xml.etree import ElementTree
+
+import pytest
+
+from docs.make import quality_time
+from docs.make.quality_time import CACHES, FILE, counts, forced, picture, read, row_of, seconds, ways, written
+
+DENSE = {"skip": 0.2, "select": 0.15, "block_size": 128, "dense_answer": True}
+
+
+def row(refresh=None, **forwards):
+    return {"refresh": refresh, "forwards": forwards}
+
+
+def test_the_committed_picture_is_the_script_s():
+    text = FILE.read_text(encoding="utf-8")
+    assert text == picture(), "run python -m docs.make.quality_time"
+    assert len(text) < 40_000 and "prefers-color-scheme: dark" in text
+    names = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
+    assert names == {"svg", "title", "style", "text", "tspan", "circle", "path"}
+
+
+@pytest.mark.parametrize(
+    ("counted", "config", "expected"),
+    [
+        (row(full=111.95), None, {"full": 223.9}),
+        # of 256 steps a fifth, rounded up, are 52
+        (row(full=25, selecting=1, sparse=102), DENSE, {"full": 51, "selecting": 1, "sparse": 204}),
+        (row(full=4, cached=124), None, {"full": 8, "cached": 248}),
+        # of four refreshes one is full, and it selects; of eight there are two
+        (row(selecting=1, sparse=3, cached=86.4), DENSE, {"full": 1, "selecting": 1, "sparse": 6, "cached": 172.8}),
+        (row(0, full=1, answer=3, cached=124), None, {"full": 1, "answer": 7, "cached": 248}),
+    ],
+)
+def test_forwards_for_twice_the_tokens_by_hand(counted, config, expected):
+    assert counts(counted, config, tokens=128) == pytest.approx(expected)
+
+
+def test_other_refreshes_are_refused():
+    with pytest.raises(ValueError, match="refresh 2"):
+        counts(row(2, full=2, answer=2, cached=124), None, tokens=128)
+
+
+def test_seconds_by_hand():
+    medians = {"full": 5.0, "selecting": 7.0, "sparse": 2.0, "cached": 0.01}
+    way = {"steps": {"256": {"forwards": {kind: {"seconds": {"median": value}} for kind, value in medians.items()}}}}
+    # 1 x 5 + 1 x 7 + 6 x 2 + 172.8 x 0.01
+    assert seconds(way, {"full": 1, "selecting": 1, "sparse": 6, "cached": 172.8}) == pytest.approx(25.728)
+
+
+def test_points_by_hand_and_as_timed():
+    drawn = {(point.way, point.variant): point.seconds for point in written()}
+    # medians of the record: 1 x 5.0826 + 1 x 7.4352 + 6 x 2.2470 + 172.8 x 0.0139
+    assert drawn["dual cache, dense answer rows, select 0.15", "0.7"] == pytest.approx(28.40, abs=0.03)
+    assert drawn["full attention", "64 steps"] == pytest.approx(128 * 5.08164, rel=1e-4)
+    timed = {name: way["steps"]["256"]["seconds"] for name, way in ways().items()}
+    whole = {name: time for (name, variant), time in drawn.items() if not variant}
+    assert len(whole) == 6 and whole == pytest.approx({name: timed[name] for name in whole}, rel=0.02)
+
+
+def test_every_way_is_in_a_panel_and_has_a_label():
+    left, right = forced(), written()
+    assert {point.way for point in [*left, *right]} == set(ways())
+    for panel, points in ((quality_time.FORCED, left), (quality_time.TEXTS, right)):
+        assert {(point.way, "") for point in points} <= panel.labels.keys()
+        assert all(panel.low < point.loss[1] for point in points)
+    assert {point.variant for point in right} == {"", *quality_time.VARIANTS}
+
+
+def test_a_row_is_taken_from_where_it_is(monkeypatch):
+    """SparseD without a cache is drawn from the caches' summary as soon as that has it."""
+    name = "SparseD, dense answer rows, select 0.15"
+    records = {path: read(path) for path in (quality_time.TIMES, CACHES, quality_time.TABLE)}
+    rows = records[CACHES]["rows"]
+    uncached = [one for one in rows if not (one["method"] == "sparsed" and one["cache"] is None)]
+    monkeypatch.setattr(quality_time, "read", records.get)
+    records[CACHES] = {"rows": uncached}
+    before = {point.way: point for point in forced()}
+    assert name not in before and before["SparseD, the paper's"].elsewhere
+    cached = row_of(records[CACHES], {"method": "sparsed", **DENSE, "cache": "dual"}, mask_rate=0.5)
+    plain = {**cached, "cache": None, "difference": [0.02, 0.01, 0.03]}
+    records[CACHES] = {"rows": [*uncached, plain, {**plain, "select": 0.3, "dense_answer": None}]}
+    after = {point.way: point for point in forced()}
+    assert after[name].loss == (0.02, 0.01, 0.03) and after[name].seconds == pytest.approx(721.68, abs=0.01)
+    assert not any(point.elsewhere for point in after.values())
