@@ -12,9 +12,11 @@ import numpy as np
 from sparsed import SparseDConfig
 from sparsed.evaluation.results import markdown
 
+from .common import seconds
 from .phases import derive
 from .plot import overview
 from .readme_generation import generation_figures, generation_table, generation_table_short
+from .readme_parallel import paper_table, parallel_figures, parallel_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -109,6 +111,8 @@ def tables() -> dict[str, str]:
         "generation": generation_table(_generation(), TITLES),
         "generation-short": generation_table_short(_generation(), TITLES),
         "quality-short": _quality(),
+        "parallel": parallel_table(_parallel(), TITLES),
+        "parallel-paper": paper_table(_parallel(), TITLES),
     }
 
 
@@ -123,6 +127,7 @@ def figures() -> dict[str, str]:
         **_flex_figures(),
         **_cache_figures(),
         **generation_figures(_generation()),
+        **parallel_figures(_parallel(), TITLES),
         **_released_figures(),
         **_parity_figures(),
         **{f"show.{family}": f"{100 * benchmark(f'show-{family}-cpu')['cost']:.1f}" for family in TITLES},
@@ -355,5 +360,5 @@ def _generation() -> list[Record]:
     return [benchmark(path.stem) for path in sorted(RESULTS.glob("generation-*.json"))]
 
 
-def seconds(value: float) -> str:
-    return f"{value:.0f} s" if value >= 100 else f"{value:.3g} s"
+def _parallel() -> list[Record]:
+    return [benchmark(path.stem) for path in sorted(RESULTS.glob("parallel-*.json"))]
