@@ -117,3 +117,10 @@ def brief(samples: list[float]) -> dict[str, Any] | None:
 def clamp(value: float, low: int, high: int) -> int:
     """The whole part of `value`, but at least `low` and at most `high`."""
     return max(low, min(high, int(value)))
+
+
+def seconds(value: float) -> str:
+    """A time as a table's cell has it."""
+    if value < 0.1:
+        return f"{1e3 * value:.3g} ms"
+    return f"{value:.0f} s" if value >= 100 else f"{value:.3g} s"

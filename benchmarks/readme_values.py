@@ -13,10 +13,12 @@ from sparsed import SparseDConfig
 from sparsed.evaluation.results import markdown
 
 from . import readme_judge
+from .common import seconds
 from .phases import derive
 from .plot import overview
 from .readme_generation import generation_figures, generation_table, generation_table_short
 from .readme_judge import answered_row, cached_row, interval, judge_row, points
+from .readme_parallel import paper_table, parallel_figures, parallel_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -97,6 +99,8 @@ def tables() -> dict[str, str]:
         "generation-short": generation_table_short(_generation(), TITLES),
         "quality-short": _quality(),
         **readme_judge.judge_tables(),
+        "parallel": parallel_table(_parallel(), TITLES),
+        "parallel-paper": paper_table(_parallel(), TITLES),
     }
 
 
@@ -111,6 +115,7 @@ def figures() -> dict[str, str]:
         **_flex_figures(),
         **_cache_figures(),
         **generation_figures(_generation()),
+        **parallel_figures(_parallel(), TITLES),
         **_released_figures(),
         **_parity_figures(),
         **readme_judge.judge_figures(),
@@ -325,5 +330,5 @@ def _generation() -> list[Record]:
     return [benchmark(path.stem) for path in sorted(RESULTS.glob("generation-*.json"))]
 
 
-def seconds(value: float) -> str:
-    return f"{value:.0f} s" if value >= 100 else f"{value:.3g} s"
+def _parallel() -> list[Record]:
+    return [benchmark(path.stem) for path in sorted(RESULTS.glob("parallel-*.json"))]
