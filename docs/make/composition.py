@@ -21,6 +21,7 @@ COLOURS = {"full": "#3b82c4", "selecting": "#8e5bb5", "sparse": "#d9822b", "cach
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f }
 .small { font-size: 10.5px; fill: #57606a }
+.bold { font-weight: 600 }
 .none { fill: none; stroke: #9aa4af; stroke-width: .6 }
 .line { stroke: #57606a; stroke-width: 1.2; stroke-dasharray: 3 2 }
 @media (prefers-color-scheme: dark) {
@@ -46,7 +47,7 @@ TIMELINES = {
 def matrix(kind: str, left: int) -> Iterator[str]:
     """A panel: rows are the queries' blocks, columns the keys'."""
     title, about, reads = PANELS[kind]
-    yield f'<text x="{left}" y="{TOP - 26}" font-weight="600">{title}</text>'
+    yield f'<text x="{left}" y="{TOP - 26}" class="bold">{title}</text>'
     yield f'<text x="{left}" y="{TOP - 10}" class="small">{about}</text>'
     for row in range(BLOCKS):
         for key in range(BLOCKS):
