@@ -105,8 +105,9 @@ def _ways(job: Job, own: StepTimes, whole: tuple[float, float]) -> dict[str, Any
         return {"ways": [], "no_cache": reason}
     answer, cached = time_few_rows(job, own.prompt_tokens)
     forwards = Forwards(own.full, own.selecting, own.sparse, answer, cached)
+    found = ways(job, forwards, whole, own.backend == DENSE)
     return {
-        "ways": as_record(ways(job, forwards, whole), partial(command_of, job.args, job.model.ranks.count)),
+        "ways": as_record(found, partial(command_of, job.args, job.model.ranks.count)),
         "forwards": asdict(forwards),
     }
 
@@ -199,7 +200,7 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
     if own["backend"] == DENSE:
         lines = [
             f"one step on {prompt_tokens} prompt tokens: {own['full']:.3f} s",
-            f"{whole}, with SparseD the same: every block would be kept",
+            f"{whole}, with SparseD the same: every block would be kept (use a longer prompt or smaller blocks)",
         ]
     else:
         lines = [

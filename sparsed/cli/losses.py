@@ -48,4 +48,4 @@ def loss(config: SparseDConfig | None, *, cached: bool = False, once: bool = Fal
 
 def lost(nats: float | None) -> str:
     """A loss as `--advise` prints it."""
-    return "" if nats is None else f", loss {nats:.3f}"
+    return "" if nats is None else f", loss {nats:.3f} nats"

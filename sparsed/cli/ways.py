@@ -24,8 +24,8 @@ from .memory import free_for_all, peak_bytes
 from .running import Job
 
 RANKED = (
-    "ranked, with --cache dual where it says cache (loss: nats per token that the setting lost on a real model of 135M "
-    "at 4k; measure yours):"
+    "ranked, with --cache dual where it says cache (x: as fast as the slowest; loss: nats per token that the setting "
+    "lost on a real model of 135M at 4k, measure yours):"
 )
 
 
@@ -68,19 +68,24 @@ def with_cache(sampler: Settings) -> Settings:
     return replace(sampler, **{**OFF, "cache": "dual"})
 
 
-def ways(job: Job, forwards: Forwards, whole_runs: tuple[float, float]) -> list[Way]:
-    """Every way to generate, the fastest first; `whole_runs` as in `every_way`."""
-    found = every_way(job.args.sampler, job.args.config, forwards, whole_runs)
+def ways(job: Job, forwards: Forwards, whole_runs: tuple[float, float], keeps_all: bool) -> list[Way]:
+    """Every way to generate, the fastest first; `whole_runs` and `keeps_all` as in `every_way`."""
+    found = every_way(job.args.sampler, job.args.config, forwards, whole_runs, keeps_all)
     return sorted(found, key=lambda way: (way.most, way.fewest))
 
 
 def every_way(
-    sampler: Settings, config: SparseDConfig, forwards: Forwards, whole_runs: tuple[float, float]
+    sampler: Settings,
+    config: SparseDConfig,
+    forwards: Forwards,
+    whole_runs: tuple[float, float],
+    keeps_all: bool = False,
 ) -> Iterator[Way]:
     """With full attention and with SparseD, with a cache and without, and with all rows computed once.
 
     Args:
         whole_runs: seconds of all steps without a cache, with full attention and with SparseD.
+        keeps_all: whether SparseD keeps every block here, and loses nothing.
     """
     open_ended = sampler.bound is not None
     cached = with_cache(sampler)
@@ -89,10 +94,13 @@ def every_way(
     def tokens_a_forward(most: int) -> tuple[float, float]:
         return sampler.gen_length / (blocks if open_ended else most), sampler.gen_length / most
 
+    def nats_of(chosen: SparseDConfig | None, **cache: bool) -> float | None:
+        return loss(None if keeps_all else chosen, **cache)
+
     plain = replace(sampler, cache="none", refresh=None)
     for name, chosen, most in (("full attention", None, whole_runs[0]), ("SparseD", config, whole_runs[1])):
         fewest = whole_rows(blocks, plain, chosen, forwards) if open_ended else most
-        yield Way(name, {"origin": chosen is None}, fewest, most, steps, tokens_a_forward(steps), loss(chosen))
+        yield Way(name, {"origin": chosen is None}, fewest, most, steps, tokens_a_forward(steps), nats_of(chosen))
     inner = blocks * (min(sampler.steps // blocks, cached.block_length or 1) - 1)
     for name, refresh, chosen in (
         ("cache", None, None),
@@ -105,7 +113,7 @@ def every_way(
         most = refreshed + inner * forwards.cached
         flags = {"origin": chosen is None, "cache": "dual", "refresh": refresh}
         fewest = refreshed if open_ended else most
-        nats = loss(chosen, cached=True, once=refresh == 0)
+        nats = nats_of(chosen, cached=True, once=refresh == 0)
         yield Way(name, flags, fewest, most, whole, tokens_a_forward(blocks + inner), nats)
 
 

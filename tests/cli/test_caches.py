@@ -290,6 +290,16 @@ def test_whole_runs_of_every_way_by_hand():
     assert found["cache, all rows once"].flags == {"origin": True, "cache": "dual", "refresh": 0}
 
 
+def test_where_every_block_is_kept_sparsed_loses_what_full_attention_does():
+    found = {
+        way.name: way.nats
+        for way in ways.every_way(LLaDASettings(128, 128, 32), SparseDConfig(), FORWARDS, (1.0, 1.0), keeps_all=True)
+    }
+    assert found["SparseD"] == found["full attention"] == 0.0
+    assert found["cache and SparseD"] == found["cache"] > 0.0
+    assert ranked(LLaDASettings(128, 128, 32))["SparseD"].nats is None, "skip 0.25 was not measured"
+
+
 def test_a_threshold_leaves_a_range():
     found = ranked(LLaDASettings(128, 128, 32, threshold=0.9))
     assert (found["full attention"].fewest, found["full attention"].most) == (40.0, 1280.0)

@@ -34,7 +34,7 @@ def test_a_way_has_its_own_loss():
     assert (loss(None), loss(paper), loss(dense)) == (0.0, 0.035, 0.007)
     assert (loss(None, cached=True), loss(paper, cached=True), loss(dense, cached=True)) == (0.021, 0.060, 0.031)
     assert (loss(None, cached=True, once=True), loss(paper, cached=True, once=True)) == (0.033, None)
-    assert lost(0.021) == ", loss 0.021" and lost(None) == ""
+    assert lost(0.021) == ", loss 0.021 nats" and lost(None) == ""
 
 
 @pytest.mark.parametrize("other", [{"block_size": 64}, {"skip": 0.05}, {"select": 0.25}])
