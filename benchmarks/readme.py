@@ -1,4 +1,4 @@
-"""The tables and figures of README.md and docs/, filled in from the committed records.
+"""The tables and figures of README.md, docs/ and demo/README.md, filled in from the committed records.
 
     python -m benchmarks.readme
 
@@ -15,7 +15,7 @@ from sparsed.console.parser import Parser
 from .readme_values import figures, tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "demo/README.md")
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"[+-]?\d+(?:[.,]\d+)*(<!--=(\S+)-->)")
 MARK = re.compile(r"<!-- table: (\S+) -->|<!--=(\S+)-->")

@@ -163,6 +163,12 @@ def answered_table() -> str:
     return markdown(["", *names, "forwards"], lines)
 
 
+def most_lost(wanted: Row) -> float:
+    """The most points that a demo model loses under these caches."""
+    places = product(TITLES, [wanted], ("caches", "caches-ragged"))
+    return max(-answered_row(*place)["difference"] for place in places)
+
+
 def points(row: Row, name: str = "difference") -> str:
     """Points of accuracy with their interval."""
     return f"{row[name]:+.1f} ({row[f'{name}_low']:+.1f} to {row[f'{name}_high']:+.1f})"
@@ -194,6 +200,7 @@ def judge_figures() -> dict[str, str]:
         **{f"judge.dense.{size}": judge_row(dense, size)["difference"] for size in (64, 32)},
         "judge.dense.2": judge_row(dense | {"select": 0.2}, 128)["difference"],
         "judge.dense.1": judge_row(dense | {"select": 0.1}, 128)["difference"],
+        "judge.paper.1": judge_row(paper | {"select": 0.1}, 128)["difference"],
         **{f"judge.gate.{name}": gate[name]["advantage"] for name in ("planted", "copy", "repeated")},
         "judge.gate.8k": longer["copy"]["advantage"],
         **{f"caches.{name}": cached_row(row)["difference"] for name, row in cached.items()},
@@ -202,9 +209,14 @@ def judge_figures() -> dict[str, str]:
         "written.quarter": written_row(FULL | {"steps": 32})["difference"],
     }
     nearer = judge_row(paper, 128)["kl"][0] / judge_row(dense, 128)["kl"][0]
+    more = cached_row(cached["once"])["difference"][0] - cached_row(DUAL)["difference"][0]
     percents = {f"heads.{name}": heads[name] for name in ("held", "later", "heads", "steps_alike")}
     return {
         **{name: f"{value[0]:.3f}" for name, value in values.items()},
         "judge.nearer": f"{nearer:.1f}",
+        "caches.once.more": f"{more:.3f}",
+        "caches.answered.fast": f"{most_lost(FAST):.1f}",
+        "caches.answered.sure": f"{most_lost(FAST | {'threshold': 0.9}):.1f}",
+        "caches.answered.most": f"{max(map(most_lost, ANSWERED.values())):.1f}",
         **{name: f"{100 * value[0]:.0f}" for name, value in percents.items()},
     }

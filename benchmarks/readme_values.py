@@ -1,4 +1,4 @@
-"""The values of the tables and figures of README.md and docs/, from the committed records, by their marks' names."""
+"""The values of the pages' tables and figures, from the committed records, by their marks' names."""
 
 import json
 import statistics
@@ -19,6 +19,7 @@ from .plot import overview
 from .readme_generation import generation_figures, generation_table, generation_table_short
 from .readme_judge import answered_row, cached_row, interval, judge_row, points
 from .readme_parallel import paper_table, parallel_figures, parallel_table
+from .readme_steps import steps_figures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -118,6 +119,8 @@ def figures() -> dict[str, str]:
         **parallel_figures(_parallel(), TITLES),
         **_released_figures(),
         **_parity_figures(),
+        **steps_figures(benchmark, _latency()),
+        **_checkpoint_figures(),
         **readme_judge.judge_figures(),
         **{f"show.{family}": f"{100 * benchmark(f'show-{family}-cpu')['cost']:.1f}" for family in TITLES},
     }
@@ -258,6 +261,8 @@ def _dense_accuracy_figures() -> dict[str, str]:
     names = [f"{family}-{folder}" for family, folder in product(TITLES, ("1k", "dense", "dense-128"))]
     rows = [row for name in names for row in evaluation(name)["averages"]]
     accuracies = [row["accuracy"] for row in rows if row["method"] == "origin"]
+    for family in TITLES:
+        found[f"dense.{family}.1k.lost"] = f"{-answered(family, '1k', 1024)[128, 0.3, 0.2, False]['difference']:.1f}"
     return found | {"dense.full.least": f"{min(accuracies):.1f}", "dense.full.most": f"{max(accuracies):.1f}"}
 
 
@@ -324,6 +329,19 @@ def _parity_figures() -> dict[str, str]:
     """The number of generations in which ours wrote Fast-dLLM's tokens."""
     found = benchmark("fast-dllm-parity-cpu")
     return {f"parity.{name}": str(found[name]) for name in ("generations", "same_tokens", "as_many_forwards")}
+
+
+def _checkpoint_figures() -> dict[str, str]:
+    """The demo checkpoints' word problems that were right, in %, and the steps and seconds of their training."""
+    found, took = {}, []
+    results = json.loads((ROOT / "demo/results.json").read_text(encoding="utf-8"))
+    for family in TITLES:
+        training = json.loads((ROOT / "demo" / family / "training.json").read_text(encoding="utf-8"))["progress"]
+        took.append(training["seconds"])
+        found[f"demo.{family}.steps"] = f"{training['step']:,}"
+        for mode in ("origin", "sparsed"):
+            found[f"demo.{family}.{mode}"] = f"{results[family]['word_problems'][mode]['exact_percent']:.1f}"
+    return found | {"demo.seconds": f"{max(took):.0f}"}
 
 
 def _generation() -> list[Record]:

@@ -1,4 +1,4 @@
-"""README.md and docs/: their marks hold what the committed records give, their links and quotations lead somewhere."""
+"""README.md, docs/, demo/README.md: marks hold what the committed records give, links and quotations lead somewhere."""
 
 import json
 import re
@@ -161,6 +161,90 @@ def test_cells_are_the_record_s():
     summary = json.loads((ROOT / "demo/evaluation/dream-8k/summary.json").read_text())
     scores = [row["accuracy"] for row in summary["rows"] if row["method"] == "window"]
     assert table("demo-others")["Dream, 8,192 tokens"][2].startswith(f"{sum(scores) / len(scores):.1f}, ")
+
+
+def marked(name):
+    """The number before the marks of this name, which is the same everywhere."""
+    (number,) = set(re.findall(rf"([\d.,]+)<!--={re.escape(name)}-->", ALL))
+    return float(number.replace(",", ""))
+
+
+def record(name):
+    return json.loads((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_numbers_about_steps_are_the_record_s():
+    """Some of them, from the record's own file."""
+    results = "benchmarks/results"
+    runs = record(f"{results}/latency-llada-64k-h100.json")["rows"][0]["runs"]
+    full, sparse = runs["origin"]["full_step"]["median"], runs["sparsed"]["sparse_step"]["median"]
+    assert marked("latency.llada.bound") == pytest.approx(full / (0.2 * full + 0.8 * sparse), abs=0.006)
+    assert marked("latency.llada.64k.selecting") == pytest.approx(
+        runs["sparsed"]["selection"]["samples"][0] / full, abs=0.006
+    )
+    kernels = record(f"{results}/breakdown-llada-64k-flash-h100.json")["rows"][0]["steps"]["sparse"]["kernels"]
+    flash = sum(seconds for name, seconds in kernels.items() if "flash" in name.lower())
+    assert marked("breakdown.llada.flash.sparse.attention") == pytest.approx(flash, abs=0.006)
+    assert marked("breakdown.llada.flash.sparse") == pytest.approx(sum(kernels.values()), abs=0.006)
+    runs = record(f"{results}/first-run-dream-4k-h100.json")["rows"][0]["runs"]
+    first = runs["origin"]["first_use_seconds"] + runs["sparsed"]["first_use_seconds"]
+    assert marked("first.dream") == pytest.approx(first, abs=0.06)
+    rows = record(f"{results}/below-4k-llada-h100.json")["rows"]
+    seconds = [rows[0]["runs"][mode]["measured_whole_seconds"] for mode in ("origin", "sparsed")]
+    assert marked("below.llada.1k") == pytest.approx(seconds[0] / seconds[1], abs=0.006)
+
+
+def test_numbers_about_cpus_whole_runs_and_answers_are_the_record_s():
+    results = "benchmarks/results"
+    steps = record(f"{results}/demo-4k-llada-cpu.json")["runs"][0]["step_seconds"]
+    assert marked("cpu.llada.drift") == pytest.approx(100 * (max(steps) / min(steps) - 1), abs=0.6)
+    steps = record(f"{results}/cpu-memory-dream.json")["lengths"][0]["step_seconds"]
+    assert marked("cpu.llada.64k.selecting") == pytest.approx(steps["selecting"] / steps["full"], abs=0.06)
+    ways = record(f"{results}/generation-dream-4k-h200.json")["rows"][0]["ways"]
+    whole = [
+        ways[way]["steps"]["256"]["seconds"] for way in ("full attention", "SparseD, dense answer rows, select 0.15")
+    ]
+    assert marked("generation.dream.4k.sparse.gain.fine") == pytest.approx(whole[0] / whole[1], abs=0.006)
+    rows = record("demo/evaluation/dream-1k/summary.json")["rows"]
+    wanted = {"method": "sparsed", "select": 0.3, "block_size": 128, "dense_answer": None}
+    full = [row["accuracy"] for row in rows if row["method"] == "origin"]
+    sparse = [row["accuracy"] for row in rows if all(row[name] == value for name, value in wanted.items())]
+    assert len(full) == len(sparse) == 6
+    assert marked("dense.dream.1k.lost") == pytest.approx((sum(full) - sum(sparse)) / 6, abs=0.06)
+
+
+def test_what_one_family_s_number_says_of_both():
+    """Sentences that give a single number for Dream and LLaDA, and those without one."""
+    found = readme_values.figures()
+    for name in ("full_steps", "selecting", "density", "64k.selecting", "64k.sparse"):
+        assert found[f"cpu.dream.{name}"] == found[f"cpu.llada.{name}"]
+    assert found["kernel.dream.top-k"] == found["kernel.llada.top-k"]
+    assert found["latency.selecting.most"] == found["latency.llada.128k.selecting"]
+    for family in TITLES:
+        (row,) = readme_values.benchmark(f"latency-{family}-64k-h100")["rows"]
+        for run in row["runs"].values():
+            for step in (run["full_step"], run["sparse_step"]):
+                assert step is None or (2 <= step["count"] <= 4 and step["range"][1] < 1.01 * step["range"][0])
+        row = readme_values.benchmark(f"below-4k-{family}-h100")["rows"][0]
+        assert row["length"] == "1k" and row["speedup"]["128"]["origin"] < 1
+        sparse, full = row["runs"]["sparsed"]["sparse_step"], row["runs"]["origin"]["full_step"]
+        assert sparse["median"] == pytest.approx(full["median"], rel=0.02)
+
+
+UNMARKED = {"2.13", "1 %"}  # a version; and what the test above holds
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "end"),
+    [
+        ("README.md", "## When it pays", "## Which flags"),
+        ("docs/results.md", "* **Full attention is faster here too**", "## The paper's figures"),
+    ],
+)
+def test_every_measured_number_of_a_section_is_marked(name, begin, end):
+    text = TEXTS[ROOT / name].split(begin)[1].split(end)[0]
+    text = re.sub(r"^\|.*$|`[^`]*`", "", readme.FIGURE.sub("", text), flags=re.MULTILINE)
+    assert len(text) > 500 and set(re.findall(r"\d+\.\d+|\d+ (?:%|s|ms|GB)\b|\d+ %|\d+x", text)) <= UNMARKED
 
 
 def setting_of(row):
