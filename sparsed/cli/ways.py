@@ -94,13 +94,15 @@ def every_way(
     def tokens_a_forward(most: int) -> tuple[float, float]:
         return sampler.gen_length / (blocks if open_ended else most), sampler.gen_length / most
 
-    def nats_of(chosen: SparseDConfig | None, **cache: bool) -> float | None:
-        return loss(None if keeps_all else chosen, **cache)
+    def nats_of(chosen: SparseDConfig | None, how: Settings, **cache: bool) -> float | None:
+        return loss(None if keeps_all else chosen, how, **cache)
 
     plain = replace(sampler, cache="none", refresh=None)
     for name, chosen, most in (("full attention", None, whole_runs[0]), ("SparseD", config, whole_runs[1])):
         fewest = whole_rows(blocks, plain, chosen, forwards) if open_ended else most
-        yield Way(name, {"origin": chosen is None}, fewest, most, steps, tokens_a_forward(steps), nats_of(chosen))
+        yield Way(
+            name, {"origin": chosen is None}, fewest, most, steps, tokens_a_forward(steps), nats_of(chosen, plain)
+        )
     inner = blocks * (min(sampler.steps // blocks, cached.block_length or 1) - 1)
     for name, refresh, chosen in (
         ("cache", None, None),
@@ -113,7 +115,7 @@ def every_way(
         most = refreshed + inner * forwards.cached
         flags = {"origin": chosen is None, "cache": "dual", "refresh": refresh}
         fewest = refreshed if open_ended else most
-        nats = nats_of(chosen, cached=True, once=refresh == 0)
+        nats = nats_of(chosen, refreshing, cached=True, once=refresh == 0)
         yield Way(name, flags, fewest, most, whole, tokens_a_forward(blocks + inner), nats)
 
 

@@ -293,7 +293,7 @@ def test_whole_runs_of_every_way_by_hand():
 def test_where_every_block_is_kept_sparsed_loses_what_full_attention_does():
     found = {
         way.name: way.nats
-        for way in ways.every_way(LLaDASettings(128, 128, 32), SparseDConfig(), FORWARDS, (1.0, 1.0), keeps_all=True)
+        for way in ways.every_way(LLaDASettings(256, 256, 32), SparseDConfig(), FORWARDS, (1.0, 1.0), keeps_all=True)
     }
     assert found["SparseD"] == found["full attention"] == 0.0
     assert found["cache and SparseD"] == found["cache"] > 0.0
