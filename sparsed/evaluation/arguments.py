@@ -27,7 +27,7 @@ METHOD_LINES = "\n".join(f"  {name:<14}{method.title}" for name, method in METHO
 DENSE_ANSWER = {"no": (False,), "yes": (True,), "both": (False, True)}
 GOES_ON = """\
 The same command continues where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
-130 interrupted (Ctrl-C), 143 terminated.
+130 interrupted (Ctrl-C), 141 what read stdout has ended, 143 terminated.
 """
 EXAMPLES = """\
 tasks (RULER's, over this package's own texts):
