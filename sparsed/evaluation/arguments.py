@@ -137,7 +137,7 @@ def build_parser() -> Parser:
     group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help=blocks)
     add_caches(group)
     add_bounds(group)
-    stop = "end the answer with the block that holds an end token"
+    stop = "end the answer with the block that holds an end token; Dream: only with a cache, threshold or factor"
     group.add_argument("--early_stop", action="store_true", help=stop)
     group = add_running(parser)
     group.add_argument("--batch_size", type=whole(1), default=1, metavar="N", help="samples at once (default: 1)")

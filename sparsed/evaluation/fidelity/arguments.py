@@ -99,7 +99,7 @@ def parse(argv: list[str] | None) -> Arguments:
     with blame_setting(parser):
         blocks = args.seq_len // steps_per_block(args.seq_len, args.seq_len, block)
     if not round(lowest * block):
-        parser.error(f"argument --mask_rates: {lowest:g} of {block} tokens is no token")
+        parser.error(f"argument --mask_rates: {lowest:g} of {block} tokens is less than a token")
     args = replace(args, variants=compared(parser, methods, settings, saved, blocks))
     for variant in args.variants:
         if not sparse_at(variant, args.masked(lowest)):
