@@ -16,6 +16,7 @@ from typing import Any
 
 from sparsed import SparseDConfig
 from sparsed.console.files import write_text
+from sparsed.console.parser import Parser
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "assets" / "quality_time.svg"
@@ -433,5 +434,10 @@ def picture() -> str:
     return f"{head}\n<title>{title}</title>\n<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    Parser(prog="python -m docs.make.quality_time", description=__doc__).parse_args(argv)
     write_text(FILE, picture())
+
+
+if __name__ == "__main__":
+    main()
