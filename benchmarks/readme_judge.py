@@ -15,6 +15,7 @@ HALF = 0.5  # the share of the masked tokens in the tables of one rate
 PAPER, DENSE, SHARED = "SparseD, the paper's", "dense answer rows", "without isolated selection"
 Row = dict[str, Any]
 
+STREAMING = {"method": "streaming", "select": 0.3}
 # the table's line: what a row of the judge's table has
 JUDGED = {
     **{f"{PAPER}, select {select}": {"method": "sparsed", "select": select} for select in (0.5, 0.3, 0.2, 0.1)},
@@ -24,7 +25,7 @@ JUDGED = {
     },
     **{f"{SHARED}, {select}": {"method": "no_isolation", "select": select} for select in (0.3, 0.1)},
     "sliding window, 0.3": {"method": "window", "select": 0.3},
-    "StreamingLLM, 0.3": {"method": "streaming", "select": 0.3},
+    "StreamingLLM, 0.3": STREAMING,
 }
 SKIPS = {"0": 0.0, "0.05": 0.05, "0.2": 0.2}
 # the line of the tables under caches: what its row has, and whether SparseD's blocks have 128 tokens
@@ -69,6 +70,8 @@ ANSWERED = {
     f"dual cache, SparseD, {DENSE}, 0.15": FAST,
     f"dual cache, SparseD, {DENSE}, 0.15, threshold 0.9": FAST | {"threshold": 0.9},
 }
+ADDED = {f"dual cache, SparseD, {DENSE}, {row['select']}": row for row in (NEAR, FAST)}
+ANSWERS = {"caches": "4,096", "caches-ragged": "4,010", "caches-held-out": "second seed"}  # folder -> its samples
 # what a variant has unless its line says otherwise
 UNSAID = dict.fromkeys(("cache", "refresh", "threshold", "factor", "dense_answer"))
 
@@ -153,20 +156,38 @@ def answered_row(family: str, wanted: Row, folder: str = "caches") -> Row:
 
 
 def answered_table() -> str:
-    """Markdown: points of accuracy against full attention, and the forwards of a batch."""
+    """Markdown: points of accuracy against full attention, and what SparseD adds to a cache; forwards of a batch."""
+    places = list(product(TITLES, ANSWERS))
     lines = []
     for title, wanted in ANSWERED.items():
-        rows = [answered_row(*place) for place in product(TITLES, [wanted], ("caches", "caches-ragged"))]
-        forwards = f"{rows[0]['forwards']:.3g}"
-        lines.append([title, *(points(row) for row in rows), forwards])
-    names = [f"{title}, {tokens}" for title, tokens in product(TITLES.values(), ("4,096", "4,010"))]
+        forwards = f"{answered_row('dream', wanted)['forwards']:.3g}"
+        lines.append([title, *(_points_of(*place, wanted) for place in places), forwards])
+    for title, wanted in ADDED.items():
+        lines.append([f"{title}: to the cache's own", *(_points_of(*place, wanted, "sparse") for place in places), ""])
+    names = [f"{TITLES[family]}, {ANSWERS[folder]}" for family, folder in places]
     return markdown(["", *names, "forwards"], lines)
 
 
-def most_lost(wanted: Row) -> float:
-    """The most points that a demo model loses under these caches."""
-    places = product(TITLES, [wanted], ("caches", "caches-ragged"))
-    return max(-answered_row(*place)["difference"] for place in places)
+def most_lost() -> float:
+    """The most points that a demo model loses under caches, in the table's lines."""
+    rows = [row for place in product(TITLES, ANSWERS) for row in answers("-".join(place))["averages"]]
+    lines = [UNSAID | wanted for wanted in ANSWERED.values()]
+    shown = [row for row in rows if any(all(row[name] == of[name] for name in of) for of in lines)]
+    return max(-row["difference"] for row in shown)
+
+
+def _points_of(family: str, folder: str, wanted: Row, name: str = "difference") -> str:
+    """Points of one cell; a dash where that was not measured."""
+    try:
+        return f"{answered_row(family, wanted, folder)[name]:+.1f}"
+    except ValueError:
+        return "-"
+
+
+def values_lost(family: str, folder: str) -> float:
+    """Points that the fast setting loses in the task whose answer has several values, where it loses most."""
+    rows = [row for row in answers(f"{family}-{folder}")["rows"] if row["task"] == "niah_multivalue"]
+    return found(rows, FAST)["difference"]
 
 
 def points(row: Row, name: str = "difference") -> str:
@@ -187,7 +208,7 @@ def judge_tables() -> dict[str, str]:
 def judge_figures() -> dict[str, str]:
     """Every figure here, by name."""
     paper, dense = ({"method": "sparsed", "select": 0.3, "dense_answer": which} for which in (None, True))
-    cached = {"dual": DUAL, "once": DUAL | {"refresh": 0}, "fast": FAST, "near": NEAR}
+    cached = {"dual": DUAL, "once": DUAL | {"refresh": 0}, "prefix": CACHED["prefix cache"], "fast": FAST, "near": NEAR}
     (gate,), (longer,) = (length["gates"] for length in judged("table")["lengths"])
     heads = found(judged("heads")["rows"], {"method": "sparsed", "block_size": 128})
     values = {
@@ -198,6 +219,10 @@ def judge_figures() -> dict[str, str]:
         "judge.shared": judge_row(paper | {"method": "no_isolation", "select": 0.2}, 32)["difference"],
         **{f"judge.paper.{size}": judge_row(paper, size)["difference"] for size in (64, 32)},
         **{f"judge.dense.{size}": judge_row(dense, size)["difference"] for size in (64, 32)},
+        "judge.window": judge_row({"method": "window", "select": 0.3}, 128)["difference"],
+        "judge.streaming": judge_row(STREAMING, 128)["difference"],
+        "judge.streaming.dense": judge_row(STREAMING | {"dense_answer": True}, 128)["difference"],
+        "judge.paper.short": judge_row(paper | {"select": 0.5}, 32)["difference"],
         "judge.dense.2": judge_row(dense | {"select": 0.2}, 128)["difference"],
         "judge.dense.1": judge_row(dense | {"select": 0.1}, 128)["difference"],
         "judge.paper.1": judge_row(paper | {"select": 0.1}, 128)["difference"],
@@ -209,14 +234,20 @@ def judge_figures() -> dict[str, str]:
         "written.quarter": written_row(FULL | {"steps": 32})["difference"],
     }
     nearer = judge_row(paper, 128)["kl"][0] / judge_row(dense, 128)["kl"][0]
+    low, high = values["written.half"][1:]
     more = cached_row(cached["once"])["difference"][0] - cached_row(DUAL)["difference"][0]
+    on_values = [values_lost(*place) for place in product(TITLES, ANSWERS)]
     percents = {f"heads.{name}": heads[name] for name in ("held", "later", "heads", "steps_alike")}
     return {
         **{name: f"{value[0]:.3f}" for name, value in values.items()},
+        "answers.values.least": f"{-max(on_values):.1f}",
+        "answers.values.most": f"{-min(on_values):.1f}",
         "judge.nearer": f"{nearer:.1f}",
+        "written.half.low": f"{low:.2f}",
+        "written.half.high": f"{high:.2f}",
         "caches.once.more": f"{more:.3f}",
-        "caches.answered.fast": f"{most_lost(FAST):.1f}",
-        "caches.answered.sure": f"{most_lost(FAST | {'threshold': 0.9}):.1f}",
-        "caches.answered.most": f"{max(map(most_lost, ANSWERED.values())):.1f}",
+        "caches.answered.most": f"{most_lost():.1f}",
+        "judge.kl.paper": f"{judge_row(paper, 128)['kl'][0]:.3f}",
+        "judge.kl.dense.2": f"{judge_row(dense | {'select': 0.2}, 128)['kl'][0]:.3f}",
         **{name: f"{100 * value[0]:.0f}" for name, value in percents.items()},
     }

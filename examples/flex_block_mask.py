@@ -19,8 +19,7 @@ def main(length: int = 1024) -> None:
     ids = torch.tensor([prompt.input_ids], device=model.device)
     patterns = []  # of every layer in turn, in the step that selects the blocks
     rule = watched(lambda scores, pattern: patterns.append(pattern))
-    config = SparseDConfig(block_size=128)
-    llada_generate(model, ids, gen_length=32, steps=2, block_length=32, config=config, rule=rule)
+    llada_generate(model, ids, gen_length=32, steps=2, block_length=32, config=SparseDConfig(), rule=rule)
     for layer, pattern in enumerate(patterns):
         print(f"layer {layer}: {pattern.block_mask().sparsity():.0f} % of the block pairs are left out")
     sizes = model.config.sizes

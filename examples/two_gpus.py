@@ -15,8 +15,7 @@ from sparsed import SparseDConfig, llada_generate, load_model, load_tokenizer
 from sparsed.prompts import build_document, demo_path
 
 
-def main(path: str | None = None, length: int = 1024, steps: int = 32) -> None:
-    path = path or str(demo_path("llada"))
+def main(path: str = str(demo_path("llada")), length: int = 1024, steps: int = 32) -> None:
     gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -109,7 +109,7 @@ def true_places(chosen: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Pattern:
-    """The kept key blocks of one layer; the grid says which queries read every key besides.
+    """The kept key blocks of one layer; the grid says which queries read every key instead.
 
     Args:
         indices: int32 [B, Hq, nQ, width], ascending; row b holds counts[b] blocks, then repeats its last one.

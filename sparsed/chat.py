@@ -16,7 +16,7 @@ PLACEHOLDER = "placeholder{}of0the0text"
 # characters that it may put around the messages
 TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 10.0, 1 << 20
 CHAT_ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>")
-# what a decoder writes for bytes that are no character, or not yet
+# what a decoder writes for bytes that are not a character, or not yet
 REPLACEMENT = "\ufffd"
 ROLES = ("system", "user", "assistant")
 
@@ -83,7 +83,7 @@ def encode_chat(tokenizer: Any, text: str, earlier: Sequence[Turn] = ()) -> list
     between, messages = _render_chat(tokenizer, [*earlier, {"role": "user", "content": text}])
     control = _control_tokens(tokenizer)
     ids: list[int] = []
-    typed = ""  # since the template's last control token; encoded in one, for tokens may join across its borders
+    typed = ""  # since the template's last control token; encoded in one, because tokens may join across its borders
     for index, part in enumerate(between):
         if found := [match.span() for match in control.finditer(part)]:
             start = found[0][0] if index else 0
@@ -99,7 +99,7 @@ def encode_chat(tokenizer: Any, text: str, earlier: Sequence[Turn] = ()) -> list
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text that is no prompt: a control token that is written out in it is ordinary text, and none is added.
+    """Ids of a text that is not a prompt: a control token written out in it is ordinary text, and none is added.
 
     Raises:
         ChatTemplateError: the tokenizer fails.
@@ -110,7 +110,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def encode_raw(tokenizer: Any, text: str) -> list[int]:
     """Ids of a prompt as it is, for base models: control tokens that are written out in it are such.
 
-    The tokenizer adds what it always adds, as where the models' authors call it; for those of Dream and LLaDA nothing.
+    The tokenizer adds what it always adds, as the models' authors call it; for Dream's and LLaDA's that is nothing.
 
     Raises:
         ChatTemplateError: the tokenizer fails, or gives no tokens for a text that is not blank.
@@ -200,7 +200,7 @@ def _render(tokenizer: Any, turns: list[Turn]) -> tuple[list[str], list[str]]:
         raise ChatTemplateError("the tokenizer's chat template computes powers (**), which nothing could interrupt")
     chat, messages = [], [turn["content"].strip() for turn in turns]
     for index, (turn, message) in enumerate(zip(turns, messages, strict=True)):
-        # the template sees a message's outer spaces, for some trim them
+        # the template sees a message's outer spaces, because some templates trim them
         lead, _, trail = turn["content"].partition(message) if message else (turn["content"], "", "")
         chat.append({"role": turn["role"], "content": lead + PLACEHOLDER.format(index) + trail})
     rendered = _in_time(lambda: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
@@ -260,7 +260,7 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 def _encode_typed(tokenizer: Any, text: str, control: re.Pattern[str]) -> list[int]:
     """Ids of ordinary text, in which nothing is a control token."""
-    # cut inside of the tokens in it, for the library splits only those that the checkpoint calls special
+    # cut inside the tokens in it, because the library splits only those that the checkpoint calls special
     cuts = [match.start() + 1 for match in re.finditer(f"(?={control.pattern})", text)]
     pieces = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
     return _encode(tokenizer, pieces, split_special_tokens=True)
@@ -271,7 +271,7 @@ def _encode(tokenizer: Any, pieces: list[str], add_special_tokens: bool = False,
         encoded = tokenizer(pieces, add_special_tokens=add_special_tokens, **how)["input_ids"]
         return list(chain.from_iterable(encoded))
     except BaseException as error:
-        # what the tokenizers library calls a panic is no Exception
+        # what the tokenizers library calls a panic is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ChatTemplateError(f"the tokenizer cannot encode the prompt: {_reason(error)}") from None

@@ -34,7 +34,7 @@ class Generation:
 
 
 class Generations:
-    """The one that is going on; of those from elsewhere also that of the forward before, for guidance alternates.
+    """The one that is going on; of those from elsewhere also that of the forward before, because guidance alternates.
 
     Args:
         nothing_kept: makes the blocks of a generation that has selected none yet.
@@ -104,7 +104,7 @@ class RunningForward:
         only_full: whether it can neither select nor be sparse.
         selecting: whether it selects.
         layers, windows: attention calls of all tokens, and of some.
-        mask: the latest one that was looked into; UNSEEN before there is one, for None is a mask, too.
+        mask: the latest one that was looked into; UNSEEN before there is one, because None is a mask, too.
     """
 
     length: int

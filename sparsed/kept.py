@@ -69,7 +69,7 @@ class KeptBlocks:
         return (SPARSE,) if self.rule.needs_scores else (SELECTING, SPARSE)
 
     def keeps_all(self, length: int) -> bool:
-        """Whether no block of so many tokens is left out, and no backend was named to compute them all the same."""
+        """Whether no block of `length` tokens is left out, and no backend was named to compute them all the same."""
         grid = BlockGrid(length, length - self.gen_length, self.config.block_size)
         return self.wanted == "auto" and grid.keeps_all(self.config.select)
 

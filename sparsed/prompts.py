@@ -161,7 +161,7 @@ class Document:
         self.question = "Question: " + self.target.fill(rng.choice(kind["questions"]))
         self.answer = self.target.fill(kind["answer"])
         self.expected = self.target.fill(answer_key(kind))
-        # in the words of the answer, for other models may repeat the document's
+        # in the words of the answer, because other models may repeat the document's
         self.asked = self.target.fill(rng.choice([text for text in kind["facts"] if answer_key(kind) in text]))
         other = rng.choice([name for name in words.kinds if name != self.target.kind])
         self.sibling = words.fact(rng, self.target.person, other).fill(rng.choice(words.kinds[other]["facts"]))

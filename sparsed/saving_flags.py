@@ -9,8 +9,8 @@ from .console.readers import number_in, whole
 from .sampling.saving import CACHES, OFF
 
 
-def add_saving(group: Any) -> None:
-    """Add the flags to a group of a parser."""
+def add_saving(group: Any, stop: str = "") -> None:
+    """Add the flags to a group of a parser; `stop` is what the help says of --early_stop in addition."""
     cache = (
         "compute only some rows inside a block, over the other rows' cached keys: its own (dual), or those from its "
         "start on (prefix)"
@@ -23,8 +23,8 @@ def add_saving(group: Any) -> None:
     which.add_argument("--threshold", type=number_in(0, math.inf), metavar="P", help=sure)
     surer = "instead of --threshold: commit the n likeliest as long as (n + 1) (1 - probability of the n-th) < F"
     which.add_argument("--factor", type=number_in(0, math.inf, above=True), metavar="F", help=surer)
-    stop = "end the answer with the block that holds an end token"
-    group.add_argument("--early_stop", action="store_true", help=stop)
+    ends = f"end the answer with the block that holds an end token{stop}"
+    group.add_argument("--early_stop", action="store_true", help=ends)
 
 
 def saving_of(flags: argparse.Namespace) -> dict[str, Any]:

@@ -51,6 +51,8 @@ TINY = {
     "sparsed.report": "",
     "sparsed.evaluation": "--tasks qa_1,niah_multikey_2 --lengths 512 --limit 1 --seq_len 32 --steps 2",
     "sparsed.evaluation.fidelity": "--lengths 256 --limit 1 --seq_len 32",
+    "sparsed.evaluation.fidelity.generations": "--lengths 256 --limit 1 --seq_len 32 --steps 4",
+    "sparsed.evaluation.fidelity.heads": "--lengths 256 --limit 1 --seq_len 32 --steps 4 --block_size 32",
     HARNESS: "",
     "benchmarks.latency": "",
     "benchmarks.generation": "",

@@ -282,15 +282,19 @@ def test_what_follows_from_the_written_texts():
     assert len(few) == 2 and all(row["difference"][1] > 0 for row in few)
 
 
+WAY = ("method", "select", "dense_answer", "cache", "refresh", "factor", "threshold")
+
+
 def test_what_follows_from_the_answers_under_caches():
-    for family, folder in product(TITLES, ("caches", "caches-ragged")):
+    for family, folder in product(TITLES, readme_judge.ANSWERS):
         rows = readme_judge.answers(f"{family}-{folder}")["averages"]
         dual = [row for row in rows if row["cache"] == "dual" and row["method"] == "sparsed" and row["dense_answer"]]
         near = [row["sparse"] for row in dual if row["select"] == 0.3]
         fast = [row["sparse"] for row in dual if row["select"] == 0.15]
         assert near and fast and min(near) > -0.2 and min(fast) > -1.2
-        sure = [row["difference"] for row in rows if row["threshold"] == 0.9 and row["method"] == "origin"]
-        assert sure and min(sure) > -0.25
+        named = {tuple(row[name] for name in WAY): row["accuracy"] for row in rows}
+        sure = [named[way] - named[(*way[:-1], None)] for way in named if way[-1] == 0.9]
+        assert len(sure) > 3 and min(sure) > -0.6
 
 
 def test_what_follows_from_the_distances():

@@ -85,3 +85,12 @@ def test_a_row_is_taken_from_where_it_is(monkeypatch):
     after = {point.way: point for point in forced()}
     assert after[name].loss == (0.02, 0.01, 0.03) and after[name].seconds == pytest.approx(721.68, abs=0.01)
     assert not any(point.elsewhere for point in after.values())
+
+
+def test_the_command_writes_the_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality_time, "FILE", tmp_path / "picture.svg")
+    with pytest.raises(SystemExit, match="0"):
+        quality_time.main(["--help"])
+    assert "python -m docs.make.quality_time" in capsys.readouterr().out and not quality_time.FILE.exists()
+    quality_time.main([])
+    assert quality_time.FILE.read_text(encoding="utf-8") == picture()

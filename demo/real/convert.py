@@ -176,7 +176,7 @@ def tokenizer_of(file: Gguf, config: dict[str, Any]) -> tuple[Tokenizer, dict[st
     try:
         tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"the GGUF file's tokens and merges are no BPE: {error}") from None
+        raise ValueError(f"the GGUF file's tokens and merges are not a BPE: {error}") from None
     digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
     tokenizer.decoder = decoders.ByteLevel()

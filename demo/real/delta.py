@@ -98,7 +98,7 @@ def decode(base: Weights, delta: bytes) -> dict[str, Tensor]:
             blob, rest = rest[: entry["bytes"]], rest[entry["bytes"] :]
             weights[entry["name"]] = _changed(base[entry["name"]], entry, blob)
     except (ValueError, TypeError, AttributeError, LookupError, zlib.error) as error:
-        raise ValueError(f"this is no whole delta of this base: {error}") from None
+        raise ValueError(f"this is not a whole delta of this base: {error}") from None
     return weights
 
 

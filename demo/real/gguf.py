@@ -151,7 +151,7 @@ def read_gguf(path: Path) -> Gguf:
     places = dict(cursor.tensor() for _ in range(tensors))
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError("the GGUF file's 'general.alignment' is no positive whole number")
+        raise ValueError("the GGUF file's 'general.alignment' is not a positive whole number")
     first = -(-cursor.at // alignment) * alignment
     return Gguf(metadata, {name: _placed(name, place, first, content) for name, place in places.items()}, content)
 

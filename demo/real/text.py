@@ -107,7 +107,7 @@ def read_ids(file: Path, vocabulary: int) -> np.ndarray:
     try:
         raw = lzma.decompress(raw) if file.suffix == ".xz" else raw
     except lzma.LZMAError as error:
-        raise ValueError(f"{file} is no xz file: {error}") from None
+        raise ValueError(f"{file} is not an xz file: {error}") from None
     if not raw or len(raw) % 2:
         raise ValueError(f"{file} must hold uint16 ids, but has {len(raw)} bytes")
     ids = np.frombuffer(raw, "<u2")

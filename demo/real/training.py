@@ -80,7 +80,7 @@ class Trainer:
                 run = json.loads(file.metadata()["run"])
                 stored = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.state} is no state of a training: {error}") from None
+            raise ValueError(f"{self.state} is not the state of a training: {error}") from None
         for name, value in self.made_from.items():
             if run["made_from"].get(name) != value:
                 raise ValueError(f"{self.out} holds a run with another --{name}: {run['made_from'].get(name)}")

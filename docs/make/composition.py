@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sparsed.console.files import write_text
+from sparsed.console.parser import Parser
 
 FILE = Path(__file__).parents[2] / "assets" / "composition.svg"
 PROMPT, ANSWER = 6, 2  # blocks
@@ -88,5 +89,10 @@ def picture() -> str:
     return f"{head}\n<title>{title}</title>\n<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    Parser(prog="python -m docs.make.composition", description=__doc__).parse_args(argv)
     write_text(FILE, picture())
+
+
+if __name__ == "__main__":
+    main()

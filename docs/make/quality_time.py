@@ -16,6 +16,7 @@ from typing import Any
 
 from sparsed import SparseDConfig
 from sparsed.console.files import write_text
+from sparsed.console.parser import Parser
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "assets" / "quality_time.svg"
@@ -28,7 +29,7 @@ Record = dict[str, Any]
 
 # what a row of the summaries is known by; a row without a name has None there
 NAMES = ("method", "select", "skip", "block_size", "cache", "refresh", "dense_answer", "threshold", "factor")
-# of a way's rows those that are drawn small beside it: their label, and what is different; a bare number is a threshold
+# rows of a way that are drawn small next to it: their label, and what is different; a bare number is a threshold
 VARIANTS: dict[str, Record] = {
     "0.9": {"threshold": 0.9},
     "0.7": {"threshold": 0.7},
@@ -46,7 +47,7 @@ class Point:
         way: its name in the record of times.
         attention: full, paper (the paper's SparseD) or dense (SparseD with dense answer rows).
         cache: none, dual or once (dual, with all rows computed once).
-        loss: value, low, high, in nats a token.
+        loss: value, low, high, in nats per token.
         documents: that this is the mean of.
         variant: one of `VARIANTS`, or empty.
         elsewhere: whether the row is not of the summary that the panel is about.
@@ -118,7 +119,7 @@ def counts(row: Record, config: Record | None, tokens: int, new_tokens: int = TO
 
 
 def seconds(way: Record, forwards: dict[str, float]) -> float:
-    """So many forwards, each as long as the median of its kind."""
+    """Those of the forwards, each as long as the median of its kind."""
     timed = way["steps"][str(TOKENS)]["forwards"]
     return sum(count * timed[kind]["seconds"]["median"] for kind, count in forwards.items())
 
@@ -140,7 +141,7 @@ def forced() -> list[Point]:
 
 
 def written() -> list[Point]:
-    """The right panel: by how many nats a token the written text is less likely than full attention's own."""
+    """The right panel: by how many nats per token the written text is less likely than full attention's own."""
     points = []
     summary = read(WRITTEN)
     tokens = summary["settings"]["seq_len"]
@@ -206,11 +207,11 @@ class Panel:
     labels: dict[tuple[str, str], Label]
 
     def x(self, time: float) -> float:
-        """The place of so many seconds; the axis is logarithmic."""
+        """The place of a time in seconds; the axis is logarithmic."""
         return self.left + WIDE * math.log(time / FIRST) / math.log(LAST / FIRST)
 
     def y(self, loss: float) -> float:
-        """The place of so many nats."""
+        """The place of a loss in nats."""
         if loss > self.high:
             return TOP + self.band / 2
         return TOP + self.band + (TALL - self.band) * (self.high - loss) / (self.high - self.low)
@@ -244,7 +245,7 @@ FORCED = Panel(
 TEXTS = Panel(
     left=LEFTS[1],
     title="How unlikely full attention finds the written text",
-    about="nats a token above its own text, by an upper bound; below 0: likelier",
+    about="nats per token above its own text, by an upper bound; below 0: likelier",
     low=-0.22,
     high=0.33,
     band=40,
@@ -407,7 +408,7 @@ def notes(left: list[Point], right: list[Point]) -> Iterator[str]:
         f"of full attention's runs of four tokens, {repeated} stood before.",
     ]
     if any(point.elsewhere for point in left):
-        said.append("* Measured apart: the last 128 tokens as one block, half of it masked.")
+        said.append("* Measured separately: the last 128 tokens as one block, half of it masked.")
     absent = [
         f"{', '.join(missing)} ({side})"
         for side, points in (("left", left), ("right", right))
@@ -433,5 +434,10 @@ def picture() -> str:
     return f"{head}\n<title>{title}</title>\n<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    Parser(prog="python -m docs.make.quality_time", description=__doc__).parse_args(argv)
     write_text(FILE, picture())
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,7 @@ def flex_attention(pattern: Pattern) -> SparseAttention:
 
 
 def kernel_options(block_size: int) -> "FlexKernelOptions":
-    """The kernel is named, for the choice of another one by itself has dropped the blocks; its tiles divide a block."""
+    """The kernel is named, because the one that is chosen otherwise dropped the blocks; its tiles divide a block."""
     tile = math.gcd(block_size, 128)
     # the tiles that FlexAttention takes by itself divide 128
     return {"BACKEND": "TRITON"} if tile == 128 else {"BACKEND": "TRITON", "BLOCK_M": tile, "BLOCK_N": tile}

@@ -125,7 +125,15 @@ def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, A
         times = time_steps(replace(job, args=replace(job.args, config=config)), own.prompt_tokens)
         seconds = whole_runs(replace(times, full=own.full), ran, config.n_full(len(ran)))[1]
         command = command_of(job.args, job.model.ranks.count, origin=False, select=select, dense_answer=True)
-        found.append({**asdict(times), "select": select, "seconds": seconds, "nats": loss(config), "command": command})
+        found.append(
+            {
+                **asdict(times),
+                "select": select,
+                "seconds": seconds,
+                "nats": loss(config, job.args.sampler.plain()),
+                "command": command,
+            }
+        )
     return found
 
 

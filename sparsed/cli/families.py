@@ -49,10 +49,10 @@ def _add_dream(group) -> None:
     add_value(group, "--top_k", "sample from the K likeliest tokens; 0 switches it off", 50, type=whole(0), metavar="K")
     blocks = (
         "write the answer in blocks of N tokens; divides --seq_len, and the number of blocks divides "
-        f"--steps (default: the whole answer at once; with --cache, --threshold or --factor {BLOCK_LENGTH})"
+        f"--steps (default: the whole answer at once; {BLOCK_LENGTH} with --cache, --threshold or --factor)"
     )
     group.add_argument("--block_length", type=whole(1), metavar="N", help=blocks)
-    add_saving(group)
+    add_saving(group, stop="; needs blocks: --block_length, --cache, --threshold or --factor")
 
 
 def _add_llada(group) -> None:
@@ -62,7 +62,7 @@ def _add_llada(group) -> None:
     weight = "classifier-free guidance weight; 0 is off, anything else doubles the batch"
     add_value(group, "--cfg_scale", weight, 0.0, type=number_in(0, math.inf), metavar="W")
     group.add_argument("--logits_eos_inf", action="store_true", help="never choose the end token")
-    last = "commit the tokens that end the text or the turn last, against answers that end too early"
+    last = "commit end tokens last, so that answers do not end too early"
     group.add_argument("--confidence_eos_eot_inf", action="store_true", help=last)
     add_saving(group)
 

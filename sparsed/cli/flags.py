@@ -45,6 +45,7 @@ exit codes:
   2    wrong call or input, or an output that cannot be written
   3    out of memory
   130  interrupted (Ctrl-C)
+  141  what read stdout has ended, as head does
   143  terminated
 """
 
@@ -92,7 +93,8 @@ def _add_prompt(group) -> None:
     chat = 'a chat whose last turn is the user\'s: a JSON list of {"role": ..., "content": ...}'
     which.add_argument("--chat", metavar="FILE", help=chat)
     around = group.add_mutually_exclusive_group()
-    around.add_argument("--system", metavar="TEXT", help="a system turn before it, which counts in a preset's length")
+    system = "a system turn before the prompt; a sized preset keeps its length with it"
+    around.add_argument("--system", metavar="TEXT", help=system)
     raw = "a prompt of your own as it is, without the chat template, for base models"
     around.add_argument("--raw", action="store_true", help=raw)
 
@@ -141,9 +143,10 @@ def _add_sparsed(group) -> None:
 def _add_running(group) -> None:
     modes = {
         "--origin": "the original model: full attention in every step, no SparseD",
-        "--compare": "run full attention, then SparseD, and say where the answers differ and how the times compare",
+        "--compare": "run full attention as published (no cache, threshold, factor or early stop), then this call with "
+        "SparseD, and say where the answers differ and how the times compare",
         "--advise": "generate nothing: time a step of each kind, and print how long the whole run would take with full "
-        "attention and with SparseD, from which length on SparseD pays, and the flags to use",
+        "attention, with SparseD and with a dual cache, from which length on SparseD pays, and the flags to use",
     }
     which = group.add_mutually_exclusive_group()
     for name, text in modes.items():

@@ -5,6 +5,9 @@ half of a block masked, blocks of 128, skip 0.2; `demo/real/results`, which a te
 """
 
 from ..config import SparseDConfig
+from ..sampling import Settings
+
+NEW_TOKENS, BLOCK_LENGTH = 256, 32  # with a cache; each step of a block computes one token
 
 Rule = tuple[float, bool]  # --select, --dense_answer
 WITHOUT_CACHE: dict[Rule, float] = {
@@ -28,14 +31,19 @@ WITH_CACHE: dict[Rule | None, float] = {
 ROWS_ONCE = 0.033  # a dual cache that computes all rows once
 
 
-def loss(config: SparseDConfig | None, *, cached: bool = False, once: bool = False) -> float | None:
+def loss(config: SparseDConfig | None, sampler: Settings, *, cached: bool = False, once: bool = False) -> float | None:
     """The nats that a way lost, None if that was not measured.
 
     Args:
         config: SparseD's, None for full attention.
+        sampler: with the cache, if there is one. Few steps, thresholds and factors lose more, which is not in here.
         cached: with a dual cache, refreshed at every block.
         once: with one that computes all rows once.
     """
+    if sampler.bound is not None or sampler.steps != sampler.gen_length:
+        return None
+    if cached and (sampler.gen_length, sampler.block_length) != (NEW_TOKENS, BLOCK_LENGTH):
+        return None
     if config is not None and (config.block_size, config.skip) != (128, 0.2):
         return None
     rule = None if config is None else (config.select, config.dense_answer)

@@ -19,8 +19,8 @@ from ..ranks import Ranks
 from ..sampling import Settings
 from .arguments import Call
 
-# rows as wide as all queries that a layer holds in its attention, besides its input, keys and values: the queries, and
-# the queries rotated or the attention
+# rows as wide as all queries that a layer holds in its attention, apart from its input, keys and values: the queries,
+# and the queries rotated or the attention
 QUERY_ROWS = 2
 # rows as wide as the model that it holds in its MLP: its input and the attention; and of the tokens that the MLP
 # computes at once, their sum and that sum normed
@@ -51,7 +51,7 @@ def peak_bytes(
     logits = batch * sampler.most_rows * sizes.vocabulary
     layer = itemsize * _layer(sizes, model.config.head_dim, batch * length, MLP_ROWS[device.type])
     head = itemsize * batch * length * sizes.width + logits * (itemsize + SAMPLED)
-    # a window size's CUDA graph keeps its logits: a block's and the answer's, or with prefix one a block
+    # a window size's CUDA graph keeps its logits: a block's and the answer's, or with prefix one per block
     graphs = {"none": 0, "dual": 2, "prefix": sampler.blocks or 1}[sampler.cache] if device.type == "cuda" else 0
     kept = 0
     if config is not None:
@@ -64,7 +64,7 @@ def peak_bytes(
 
 
 def _layer(sizes: Sizes, head_dim: int, tokens: int, mlp_rows: int) -> int:
-    """Numbers that a layer holds of so many tokens, of all batch rows, at its peak: in its attention or in its MLP."""
+    """Numbers that a layer holds of `tokens` tokens of all batch rows at its peak: in its attention or in its MLP."""
     attention = tokens * (sizes.width + QUERY_ROWS * sizes.heads * head_dim + 2 * sizes.kv_width)
     at_once = ceil(tokens / ceil(tokens / CHUNK))
     computed = tokens - at_once  # by the chunks before the last

@@ -50,7 +50,7 @@ class Way:
         fewest, most: seconds. They differ only if a threshold or factor leaves the number of steps open: `fewest` has
             one step per block, `most` all steps.
         whole: forwards of all rows, at most.
-        tokens_a_forward: those that `fewest` and `most` assume.
+        tokens_per_forward: those that `fewest` and `most` assume.
         nats: that were lost per masked token where this was measured (`losses`).
     """
 
@@ -59,7 +59,7 @@ class Way:
     fewest: float
     most: float
     whole: int
-    tokens_a_forward: tuple[float, float]
+    tokens_per_forward: tuple[float, float]
     nats: float | None
 
 
@@ -91,16 +91,18 @@ def every_way(
     cached = with_cache(sampler)
     blocks, steps = cached.blocks or 1, sum(not idle for idle in sampler.plain().idle)
 
-    def tokens_a_forward(most: int) -> tuple[float, float]:
+    def tokens_per_forward(most: int) -> tuple[float, float]:
         return sampler.gen_length / (blocks if open_ended else most), sampler.gen_length / most
 
-    def nats_of(chosen: SparseDConfig | None, **cache: bool) -> float | None:
-        return loss(None if keeps_all else chosen, **cache)
+    def nats_of(chosen: SparseDConfig | None, how: Settings, **cache: bool) -> float | None:
+        return loss(None if keeps_all else chosen, how, **cache)
 
     plain = replace(sampler, cache="none", refresh=None)
     for name, chosen, most in (("full attention", None, whole_runs[0]), ("SparseD", config, whole_runs[1])):
         fewest = whole_rows(blocks, plain, chosen, forwards) if open_ended else most
-        yield Way(name, {"origin": chosen is None}, fewest, most, steps, tokens_a_forward(steps), nats_of(chosen))
+        yield Way(
+            name, {"origin": chosen is None}, fewest, most, steps, tokens_per_forward(steps), nats_of(chosen, plain)
+        )
     inner = blocks * (min(sampler.steps // blocks, cached.block_length or 1) - 1)
     for name, refresh, chosen in (
         ("cache", None, None),
@@ -113,8 +115,8 @@ def every_way(
         most = refreshed + inner * forwards.cached
         flags = {"origin": chosen is None, "cache": "dual", "refresh": refresh}
         fewest = refreshed if open_ended else most
-        nats = nats_of(chosen, cached=True, once=refresh == 0)
-        yield Way(name, flags, fewest, most, whole, tokens_a_forward(blocks + inner), nats)
+        nats = nats_of(chosen, refreshing, cached=True, once=refresh == 0)
+        yield Way(name, flags, fewest, most, whole, tokens_per_forward(blocks + inner), nats)
 
 
 def whole_rows(count: int, sampler: Settings, config: SparseDConfig | None, forwards: Forwards) -> float:
@@ -184,7 +186,7 @@ def way_lines(found: list[dict[str, Any]]) -> list[str]:
     for way in found:
         took = f"{way['most']:.1f} s"
         if way["fewest"] < way["most"]:
-            many, few = way["tokens_a_forward"]
+            many, few = way["tokens_per_forward"]
             took = f"{way['fewest']:.1f} to {took}, if a forward commits {many:.3g} tokens or {few:.3g}"
         lines.append(f"  {way['name']}: {took}, {slowest / way['most']:.1f}x{lost(way['nats'])}; {way['command']}")
     named = {way["name"]: way for way in found}

@@ -27,7 +27,7 @@ METHOD_LINES = "\n".join(f"  {name:<14}{method.title}" for name, method in METHO
 DENSE_ANSWER = {"no": (False,), "yes": (True,), "both": (False, True)}
 GOES_ON = """\
 The same command continues where an interrupted one stopped. Exit codes: 0 done, 2 wrong call or input, 3 out of memory,
-130 interrupted (Ctrl-C), 143 terminated.
+130 interrupted (Ctrl-C), 141 what read stdout has ended, 143 terminated.
 """
 EXAMPLES = """\
 tasks (RULER's, over this package's own texts):
@@ -137,7 +137,7 @@ def build_parser() -> Parser:
     group.add_argument("--block_length", type=whole(1), default=32, metavar="N", help=blocks)
     add_caches(group)
     add_bounds(group)
-    stop = "end the answer with the block that holds an end token"
+    stop = "end the answer with the block that holds an end token; Dream: only with a cache, threshold or factor"
     group.add_argument("--early_stop", action="store_true", help=stop)
     group = add_running(parser)
     group.add_argument("--batch_size", type=whole(1), default=1, metavar="N", help="samples at once (default: 1)")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..prompts import PARAGRAPH, answer_key, join_message, language
-from .texts import beside, essay, key_names, key_words, keys, noise, number_held_out, numbers, take, uuids
+from .texts import elsewhere, essay, key_names, key_words, keys, noise, number_held_out, numbers, take, uuids
 
 # RULER's figures: words of cwe, how often the common and the others stand in a list of at least that many items
 COMMON = 10
@@ -136,7 +136,8 @@ def common_words(rng: random.Random, size: int, *, held_out: bool) -> Puzzle:
     often, seldom = LONG_COUNTS if size >= LONG_LIST else SHORT_COUNTS
     rest = size - COMMON * often
     common = take(keys(rng, held_out=held_out), COMMON)
-    others = take((key for key in keys(rng, held_out=beside(held_out)) if key not in common), math.ceil(rest / seldom))
+    different = (key for key in keys(rng, held_out=elsewhere(held_out)) if key not in common)
+    others = take(different, math.ceil(rest / seldom))
     items = [" ".join(key) for key in common * often + [others[index // seldom] for index in range(rest)]]
     rng.shuffle(items)
     asked = {" ".join(key) for key in common}

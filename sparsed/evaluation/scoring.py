@@ -45,7 +45,7 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
         ValueError: n below 1, or successes beyond 0 to n.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"no proportion: {successes} of {n}")
+        raise ValueError(f"{successes} of {n} is not a proportion")
     share = successes / n
     centre = share + z**2 / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))

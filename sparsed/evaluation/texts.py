@@ -39,7 +39,7 @@ def number_held_out(number: int) -> bool:
     return number % HELD_OUT_EVERY == 0
 
 
-def beside(held_out: bool) -> bool | None:
+def elsewhere(held_out: bool) -> bool | None:
     """`held_out` for the rest of the text: anything in an evaluation (None), nothing held out in training (False)."""
     return None if held_out else False
 
@@ -71,7 +71,7 @@ def take(items: Iterable[Item], count: int) -> list[Item]:
 def key_names(rng: random.Random, asked: int, others: int, *, held_out: bool) -> list[str]:
     """'the russet heron' and so on: first the asked ones, then others, all different."""
     first = take(keys(rng, held_out=held_out), asked)
-    rest = take((key for key in keys(rng, held_out=beside(held_out)) if key not in first), others)
+    rest = take((key for key in keys(rng, held_out=elsewhere(held_out)) if key not in first), others)
     return [f"the {' '.join(key)}" for key in first + rest]
 
 
@@ -100,7 +100,7 @@ def essay(rng: random.Random, count: int, *, held_out: bool, without: Collection
     words = language()
     kinds = list(words.kinds)
     values, lasts = {fact.values for fact in without}, {fact.person[1] for fact in without}
-    persons = (person for person in words.persons(rng, held_out=beside(held_out)) if person[1] not in lasts)
+    persons = (person for person in words.persons(rng, held_out=elsewhere(held_out)) if person[1] not in lasts)
     once: list[Fact] = []
     sentences: list[str] = []
     while len(sentences) < count:

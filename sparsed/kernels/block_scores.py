@@ -33,7 +33,7 @@ def block_scores(
     Returns:
         [B, Hq, nQ, nK] float32, nQ = nK = ceil(T / block_size).
     """
-    # a block longer than the sequence is the sequence; in 16s, for the kernel is compiled for its block size
+    # a block longer than the sequence is the sequence; in 16s, because the kernel is compiled for its block size
     block_size = min(block_size, -(-q.shape[2] // 16) * 16)
     # the kernel's tiles hold whole blocks, or parts of them that are not too small
     if compiled and block_size % 16 == 0 and usable(q, k):

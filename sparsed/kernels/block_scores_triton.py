@@ -14,7 +14,7 @@ from .launch import fits, on_device_of
 LOG2_E = 1.4426950408889634
 # rows and keys of a tile; with float32 inputs, a quarter of it fits the same registers
 TILE, TILE_FLOAT32 = 128, 32
-# shared memory, in bytes, that the sums over cells need besides the tiles, at most
+# shared memory, in bytes, that the sums over cells need in addition to the tiles, at most
 SCRATCH = 8192
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # query rows of a tile of the kernel for few queries, at most
 FEW_ROWS = 64
-# shared memory, in bytes, that a Triton kernel may need besides its tiles
+# shared memory, in bytes, that a Triton kernel may need in addition to its tiles
 RESERVE = 2048
 # of a GPU of consumer make; an H100 has 227 KiB
 CONSUMER_SHARED_MEMORY = 99 * 1024

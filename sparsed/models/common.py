@@ -29,7 +29,7 @@ CHUNK = 16384
 
 
 class Sizes(NamedTuple):
-    """What a model's memory depends on beside its weights, under the same names for both families."""
+    """What a model's memory depends on apart from its weights, under the same names for both families."""
 
     layers: int
     heads: int
@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
     vocabulary: int
 
     def shared_by(self, count: int) -> "Sizes":
-        """Those of the part that each of so many processes has."""
+        """Those of the part that each of `count` processes has."""
         heads, kv_width, mlp_width = self.heads // count, self.kv_width // count, self.mlp_width // count
         return self._replace(heads=heads, kv_width=kv_width, mlp_width=mlp_width)
 
@@ -253,7 +253,7 @@ def take_rows(hidden: Tensor, rows: Tensor | None, slots: Tensor, length: int) -
 
 
 def _check_mask(mask: Tensor | None, length: int, batch: int | None = None) -> None:
-    """Raise ValueError unless the mask is of sequences of `length` tokens, and of so many if `batch` says."""
+    """Raise ValueError unless the mask is of sequences of `length` tokens, and of `batch` of them if that is given."""
     if mask is not None and (mask.shape[1] != length or batch not in (None, len(mask))):
         wanted = f"{'batch' if batch is None else batch}, {length}"
         raise ValueError(f"attention_mask must be [{wanted}], that of the whole sequences, got {list(mask.shape)}")
@@ -298,7 +298,7 @@ class DiffusionLM(nn.Module):
         return Rows.of(start, stop, self.positions(length, self.device, attention_mask))
 
     def attention_kernel(self, batch: int, queries: int, keys: int, padded: bool = False) -> str:
-        """Which kernel computes full attention of so many tokens over so many: one of `kernels.full_attention`'s."""
+        """Which kernel computes full attention of `queries` tokens over `keys`: one of `kernels.full_attention`'s."""
         sizes, weight = self.sizes, next(self.parameters())
         head_dim = self.config.head_dim
         q, k = (

@@ -28,7 +28,7 @@ def checkpoint_folder(path: str | os.PathLike, patterns: list[str]) -> Path:
             return folder
         is_file = folder.exists()
     except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is no folder that can be read: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"{path} is not a readable folder: {getattr(error, 'strerror', None) or error}") from None
     if is_file:
         raise ValueError(f"{path} is a file; a model is a folder with config.json, or a hub id")
     if not HUB_ID.fullmatch(str(path)):

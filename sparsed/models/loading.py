@@ -159,7 +159,7 @@ class _SkipInit(TorchFunctionMode):
 
 
 def _check_room(model: DiffusionLM, target: torch.device, count: int) -> None:
-    """Raise ModelTooLarge if the device is too small for what each of so many processes has of a whole model."""
+    """Raise ModelTooLarge if the device is too small for what each of `count` processes has of a whole model."""
     needed = weight_bytes(part_of(model, count))
     if target.type == "cpu" and needed > (memory := psutil.virtual_memory().total):
         raise ModelTooLarge(
@@ -173,7 +173,7 @@ def _check_room(model: DiffusionLM, target: torch.device, count: int) -> None:
 
 
 def other_gpus(model: DiffusionLM, needed: Callable[[DiffusionLM], int], count: int) -> str | None:
-    """The GPUs of this machine that hold what so many of them do not, in words; None if it has too few.
+    """The GPUs of this machine that hold what `count` of them do not, in words; None if it has too few.
 
     Args:
         model: whole, on the meta device.

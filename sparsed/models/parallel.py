@@ -74,7 +74,7 @@ def shard(model: DiffusionLM, ranks: Ranks) -> None:
 
 
 def check_count(model: DiffusionLM, count: int) -> None:
-    """Raise ValueError unless so many processes divide the heads, and the MLP, of a whole model."""
+    """Raise ValueError unless `count` processes divide the heads, and the MLP, of a whole model."""
     counts = dividing_counts(model)
     if count not in counts:
         sizes = model.config.sizes
@@ -97,7 +97,7 @@ def _kv_heads(model: DiffusionLM) -> int:
 
 
 def part_of(model: DiffusionLM, count: int) -> DiffusionLM:
-    """What each of so many processes would have of a whole model on the meta device: for one, the model itself."""
+    """What each of `count` processes would have of a whole model on the meta device: for one, the model itself."""
     if count == 1:
         return model
     part = copy.deepcopy(model)

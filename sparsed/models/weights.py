@@ -17,7 +17,7 @@ from .files import listing, read_json
 WEIGHT_FILES = ["*.safetensors", "model.safetensors.index.json"]
 # the weights first: other .bin files are a training's leftovers
 PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
-# clones, for safetensors refuses tensors that share memory
+# clones, because safetensors refuses tensors that share memory
 CONVERT = (
     "import glob, torch, safetensors.torch as s; s.save_file({{name: tensor.contiguous().clone() "
     "for file in glob.glob('{pattern}') for name, tensor in "

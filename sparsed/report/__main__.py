@@ -41,13 +41,13 @@ def _read(name: str) -> Any:
     """The JSON value in a file; a ValueError says in one line why there is none."""
     text = text_of(name)
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, parse_constant=_not_a_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{shown(name)} is not JSON: {error}") from None
 
 
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no JSON number")
+def _not_a_number(word: str) -> None:
+    raise ValueError(f"{word} is not a JSON number")
 
 
 if __name__ == "__main__":

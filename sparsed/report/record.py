@@ -10,6 +10,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
 LARGEST = 10**15  # of any number: a float holds all whole ones up to it
 ROUNDING = 1e-5  # by which a share, a mean of float32 values, may exceed 1
+# fields of `work` that committed records have under other names
+RENAMED = {"tokens_a_forward": "tokens_per_forward", "tokens_a_second": "tokens_per_second"}
 
 Whole = Annotated[int, Meta(ge=0, le=LARGEST)]
 Size = Annotated[int, Meta(ge=1, le=LARGEST)]
@@ -53,8 +55,8 @@ class Work(Struct, frozen=True):
     forwards: dict[Phase, Whole]
     tokens: Whole
     filled: Whole
-    tokens_a_forward: Rate
-    tokens_a_second: Rate | None
+    tokens_per_forward: Rate
+    tokens_per_second: Rate | None
 
 
 class Repeats(Struct, frozen=True):
@@ -179,10 +181,23 @@ def read(record: Any) -> Record:
     if isinstance(record, dict) and "advice" in record:
         raise ValueError("this is the record of --advise, which makes no answer; the page needs a run's")
     try:
-        found = msgspec.convert(record, Record)
+        found = msgspec.convert(_renamed(record), Record)
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
     return structs.replace(found, runs=[run if run.forwards else _with_forwards(run) for run in found.runs])
+
+
+def _renamed(record: Any) -> Any:
+    """The JSON value with the names that the fields of `work` have now; what is not a record stays as it is."""
+    if not isinstance(record, dict) or not isinstance(record.get("runs"), list):
+        return record
+    runs = [
+        {**run, "work": {RENAMED.get(name, name): value for name, value in run["work"].items()}}
+        if isinstance(run, dict) and isinstance(run.get("work"), dict)
+        else run
+        for run in record["runs"]
+    ]
+    return {**record, "runs": runs}
 
 
 def _with_forwards(run: RunRecord) -> RunRecord:
@@ -203,7 +218,7 @@ def prefix(ran: list[bool], n_full: int, selects: bool) -> list[Phase]:
 def forwards_of(
     phases: list[Phase], seconds: list[float], rows: list[int], history: list[list[Commit]]
 ) -> list[Forward]:
-    """The forwards of steps that computed so many rows; without a history, what was committed is not known."""
+    """The forwards of steps that computed `rows` rows; without a history, what was committed is not known."""
     done = list(accumulate(map(len, history)))
     committed: list[float | None] = [count / done[-1] for count in done] or [None] * len(phases)
     return [

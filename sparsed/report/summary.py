@@ -72,8 +72,8 @@ def work_of(forwards: Sequence[Forward], history: list[list[Commit]]) -> Work:
     ran: Counter[Phase] = Counter(forward.phase for forward in forwards if forward.phase != Phase.IDLE)
     probabilities = [probability for step in history for _, _, probability in step]
     tokens, seconds = len(probabilities) - probabilities.count(None), sum(forward.seconds for forward in forwards)
-    a_second = tokens / seconds if seconds else None
-    return Work(dict(ran), tokens, probabilities.count(None), tokens / max(1, ran.total()), a_second)
+    per_second = tokens / seconds if seconds else None
+    return Work(dict(ran), tokens, probabilities.count(None), tokens / max(1, ran.total()), per_second)
 
 
 def selected_in_vain(run: RunRecord) -> bool:
@@ -189,9 +189,9 @@ def work_line(work: Work) -> str:
     """How many forwards a run took, and what each forward and each second gave, as printed."""
     ran = _counted(sum(work.forwards.values()), "forward")
     kinds = ", ".join(f"{count} {phase.value}" for phase, count in work.forwards.items())
-    speed = f", {work.tokens_a_second:.3g} tokens per second" if work.tokens_a_second is not None else ""
+    speed = f", {work.tokens_per_second:.3g} tokens per second" if work.tokens_per_second is not None else ""
     filled = f", and {work.filled} filled in" if work.filled else ""
-    return f"{ran} ({kinds}) for {work.tokens} tokens, {work.tokens_a_forward:.3g} each{speed}{filled}"
+    return f"{ran} ({kinds}) for {work.tokens} tokens, {work.tokens_per_forward:.3g} each{speed}{filled}"
 
 
 def _counted(number: int, what: str) -> str:

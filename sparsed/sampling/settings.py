@@ -27,7 +27,7 @@ from .unmasking import (
     Turn,
     commit_fractions,
     idle_steps,
-    steps_a_block,
+    steps_per_block,
     time_grid,
 )
 
@@ -101,7 +101,7 @@ class DreamSettings(Saving):
             object.__setattr__(self, "block_length", min(BLOCK_LENGTH, self.gen_length))
         if self.block_length is not None:
             check_numbers(block_length=self.block_length)
-            steps_a_block(self.gen_length, self.steps, self.block_length)
+            steps_per_block(self.gen_length, self.steps, self.block_length)
         elif self.early_stop:
             line = f"early_stop {NEEDS_BLOCKS}, or block_length"
             raise SettingError("early_stop", f"{NEEDS_BLOCKS}, or --block_length", line)
@@ -191,7 +191,7 @@ class LLaDASettings(Saving):
         for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        steps_a_block(self.gen_length, self.steps, self.block_length)
+        steps_per_block(self.gen_length, self.steps, self.block_length)
         self.check_saving()
 
     @property

@@ -165,7 +165,7 @@ def even_shares(canvas: Canvas, idle: list[bool], block_length: int, ends: Colle
         idle: of each step of the generation; every block has the same number of steps.
         ends: as in `Turn`; no turn is left once all rows have stopped.
     """
-    each = steps_a_block(canvas.length - canvas.prompt_len, len(idle), block_length)
+    each = steps_per_block(canvas.length - canvas.prompt_len, len(idle), block_length)
     for step, nothing in enumerate(idle):
         block, inner = divmod(step, each)
         start = canvas.prompt_len + block * block_length
@@ -187,7 +187,7 @@ def while_masked(
         steps: at most; every block has the same number.
         ends: as in `Turn`.
     """
-    each = steps_a_block(canvas.length - canvas.prompt_len, steps, block_length)
+    each = steps_per_block(canvas.length - canvas.prompt_len, steps, block_length)
     for block, start in enumerate(range(canvas.prompt_len, canvas.length, block_length)):
         end = start + block_length
         counts = commit_counts(canvas.masked(start, end), each)
@@ -214,7 +214,7 @@ class SettingError(ValueError):
         self.argument, self.must = argument, must
 
 
-def steps_a_block(gen_length: int, steps: int, block_length: int) -> int:
+def steps_per_block(gen_length: int, steps: int, block_length: int) -> int:
     """Steps per block; raises SettingError if the numbers do not divide."""
     if gen_length % block_length:
         line = f"gen_length must be a multiple of block_length {block_length}, got {gen_length}"

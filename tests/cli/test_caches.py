@@ -101,8 +101,8 @@ def test_a_threshold_saves_forwards_and_the_record_says_so(call):
     assert 4 <= len(phases) <= 6
     work, kinds = run["work"], {phase: phases.count(phase) for phase in phases}
     assert work["forwards"] == kinds and (work["tokens"], work["filled"]) == (32, 0)
-    assert work["tokens_a_forward"] == 32 / len(phases)
-    assert work["tokens_a_second"] == pytest.approx(32 / run["seconds"])
+    assert work["tokens_per_forward"] == 32 / len(phases)
+    assert work["tokens_per_second"] == pytest.approx(32 / run["seconds"])
     counted = ", ".join(f"{count} {phase}" for phase, count in kinds.items())
     assert f"{len(phases)} forwards ({counted}) for 32 tokens, {32 / len(phases):.3g} each" in err
 
@@ -141,7 +141,7 @@ def test_an_early_stop_is_in_the_last_step_without_a_probability(checkpoints, tm
     filled = [commit for commit in run["history"][-1] if commit[0] >= 32]
     assert len(run["forwards"]) == 32 == len(filled) and {probability for _, _, probability in filled} == {None}
     assert run["answer_found"] and run["forwards"][-1]["committed"] == 1.0
-    assert (run["work"]["tokens"], run["work"]["filled"], run["work"]["tokens_a_forward"]) == (32, 32, 1.0)
+    assert (run["work"]["tokens"], run["work"]["filled"], run["work"]["tokens_per_forward"]) == (32, 32, 1.0)
     for said in (capsys.readouterr().err, page(record)):
         assert (
             "32 forwards (1 full, 31 cached) for 32 tokens, 1 each, " in said
@@ -285,7 +285,7 @@ def test_whole_runs_of_every_way_by_hand():
     assert found["cache and SparseD"].most == 17.0 + 3 * 4.0 + 124 * 1.0  # the first of four is full, and selects
     assert found["cache, all rows once"].most == 10.0 + 3 * 2.0 + 124 * 1.0
     assert all(way.fewest == way.most for way in found.values())
-    assert all(way.tokens_a_forward == (1.0, 1.0) for way in found.values())
+    assert all(way.tokens_per_forward == (1.0, 1.0) for way in found.values())
     assert (found["cache"].whole, found["cache, all rows once"].whole) == (4, 1)
     assert found["cache, all rows once"].flags == {"origin": True, "cache": "dual", "refresh": 0}
 
@@ -293,7 +293,7 @@ def test_whole_runs_of_every_way_by_hand():
 def test_where_every_block_is_kept_sparsed_loses_what_full_attention_does():
     found = {
         way.name: way.nats
-        for way in ways.every_way(LLaDASettings(128, 128, 32), SparseDConfig(), FORWARDS, (1.0, 1.0), keeps_all=True)
+        for way in ways.every_way(LLaDASettings(256, 256, 32), SparseDConfig(), FORWARDS, (1.0, 1.0), keeps_all=True)
     }
     assert found["SparseD"] == found["full attention"] == 0.0
     assert found["cache and SparseD"] == found["cache"] > 0.0
@@ -306,7 +306,7 @@ def test_a_threshold_leaves_a_range():
     assert (found["cache"].fewest, found["cache"].most) == (40.0, 40.0 + 124.0)
     # nothing is committed at the first forward of four, a quarter, as much as `skip`, at the second, which selects
     assert found["SparseD"].fewest == 10.0 + 17.0 + 2 * 4.0
-    assert found["cache"].tokens_a_forward == found["full attention"].tokens_a_forward == (32.0, 1.0)
+    assert found["cache"].tokens_per_forward == found["full attention"].tokens_per_forward == (32.0, 1.0)
     (line,) = (line for line in as_lines(found) if " cache: " in line)
     assert "40.0 to 164.0 s, if a forward commits 32 tokens or 1, 7.8x" in line
 

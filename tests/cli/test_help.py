@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import (
@@ -16,6 +17,7 @@ from huggingface_hub.errors import (
 
 from sparsed.cli import arguments, main_dream, main_llada
 from sparsed.cli.families import DREAM, LLADA
+from sparsed.console.endings import EXIT_BROKEN_PIPE
 from sparsed.kernels import flash
 from sparsed.models import files
 
@@ -36,6 +38,10 @@ def test_help_fits_the_terminal_and_has_the_sections_of_a_manual(family, monkeyp
         option for action in arguments.build_parser(FAMILIES[family])._actions for option in action.option_strings
     }
     assert set(re.findall(r"--\w+", usage)) <= options
+    codes = re.findall(r"^  (\d+) +\w", epilog.partition("\nexit codes:\n")[2], flags=re.MULTILINE)
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    listed = re.findall(r"\d+", " ".join(re.findall(r"^\| (\d[\d, ]*) \|", page, flags=re.MULTILINE)))
+    assert sorted(codes) == sorted(listed) and str(EXIT_BROKEN_PIPE) in codes
 
 
 @pytest.mark.parametrize("family", MAIN)

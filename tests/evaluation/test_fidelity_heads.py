@@ -106,6 +106,8 @@ def test_a_document_is_continued_from_where_the_new_tokens_begin(done, monkeypat
     [
         (["--skip", "1"], "--skip: 1 leaves no later step of 8 to look at"),
         (["--select", "0"], "--select: must be above 0"),
+        (["--select", "0.3,1"], "--select: 1 keeps every block of 256 tokens with --block_size 16"),
+        (["--block_size", "128"], "--select: 0.3 keeps every block of 256 tokens with --block_size 128"),
         (["--seq_len", "256"], "--seq_len: 256 new tokens leave nothing of 256 before them"),
         (["--dense_answer"], "unrecognized arguments: --dense_answer"),
     ],

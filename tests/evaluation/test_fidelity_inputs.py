@@ -49,7 +49,7 @@ def test_documents_of_ids_and_of_text(tmp_path):
     [
         ("odd.bin", b"abc", "odd.bin must hold ids of two bytes each, but has 3 bytes"),
         ("empty.bin", b"", "has 0 bytes"),
-        ("broken.bin.xz", b"abcd" * 9, "broken.bin.xz is no .xz file"),
+        ("broken.bin.xz", b"abcd" * 9, "broken.bin.xz is not an .xz file"),
         ("cut.bin.xz", lzma.compress(packed(*range(99)))[:-9], "cut.bin.xz is cut off"),
         ("latin.txt", b"caf\xe9", "is not UTF-8 text"),
     ],

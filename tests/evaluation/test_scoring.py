@@ -42,7 +42,7 @@ def test_wilson_gives_published_intervals():
     assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
     assert wilson(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
     for successes, n in ((0, 0), (3, 2), (-1, 5)):
-        with pytest.raises(ValueError, match="no proportion"):
+        with pytest.raises(ValueError, match="is not a proportion"):
             wilson(successes, n)
 
 

@@ -9,6 +9,7 @@ from sparsed.report import record, summary
 from sparsed.report.page import page
 
 FOLDER = Path(__file__).with_name("earlier_records")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.json"))
 
 
@@ -32,3 +33,12 @@ def test_the_lines_are_what_they_were(name):
     else:
         lines.append(summary.expected_line(runs[0]))
     assert lines == read(name, "txt").splitlines()[1:], "the first line is about the call"
+
+
+def test_a_committed_record_with_other_names_in_its_work():
+    text = (RESULTS / "cache-demo-llada-cpu.json").read_text(encoding="utf-8")
+    assert "tokens_a_forward" in text and "tokens_per_forward" not in text
+    runs = record.read(json.loads(text)).runs
+    assert [run.work.tokens_per_forward for run in runs] == [1.0, 1.0]
+    assert [run.work.tokens_per_second for run in runs] == pytest.approx([64 / run.seconds for run in runs])
+    assert "of an earlier version" not in page(json.loads(text))

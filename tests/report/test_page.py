@@ -310,7 +310,7 @@ def files(tmp_path):
         ("folder -o out.html", "RECORD", "not an ordinary file"),
         ("text.json -o out.html", "RECORD", "'text.json' is not JSON"),
         ("empty.json -o out.html", "RECORD", "is not JSON"),
-        ("nan.json -o out.html", "RECORD", "NaN is no JSON number"),
+        ("nan.json -o out.html", "RECORD", "NaN is not a JSON number"),
         ("deep.json -o out.html", "RECORD", "is not JSON"),
         ("latin.json -o out.html", "RECORD", "not UTF-8"),
         ("list.json -o out.html", "RECORD", "Expected `object`, got `array`"),

@@ -61,7 +61,7 @@ def test_work_is_counted_without_idle_steps_and_fills():
     history = [[(0, 7, 0.5), (1, 7, 0.9)], [(2, 7, 1.0)], [], [(3, 7, 0.25), (4, 9, None), (5, 9, None)]]
     work = summary.work_of(forwards("fs-s", [1.0, 0.5, 0.0, 0.5]), history)
     assert work == Work(
-        {Phase.FULL: 1, Phase.SPARSE: 2}, tokens=4, filled=2, tokens_a_forward=4 / 3, tokens_a_second=2.0
+        {Phase.FULL: 1, Phase.SPARSE: 2}, tokens=4, filled=2, tokens_per_forward=4 / 3, tokens_per_second=2.0
     )
     assert summary.work_line(work) == (
         "3 forwards (1 full, 2 sparse) for 4 tokens, 1.33 each, 2 tokens per second, and 2 filled in"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsed.sampling.canvas import Canvas
-from sparsed.sampling.unmasking import commit_counts, commit_fractions, even_shares, idle_steps, steps_a_block
+from sparsed.sampling.unmasking import commit_counts, commit_fractions, even_shares, idle_steps, steps_per_block
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.1, 0.9])
@@ -50,7 +50,7 @@ def test_llada_spreads_a_block_evenly_the_larger_shares_first(steps):
     ("gen_length", "steps", "block_length", "each"), [(32, 32, 32, 32), (64, 32, 16, 8), (96, 9, 32, 3), (5, 10, 1, 2)]
 )
 def test_llada_divides_the_steps_among_the_blocks(gen_length, steps, block_length, each):
-    assert steps_a_block(gen_length, steps, block_length) == each
+    assert steps_per_block(gen_length, steps, block_length) == each
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_llada_divides_the_steps_among_the_blocks(gen_length, steps, block_lengt
 )
 def test_llada_refuses_what_does_not_divide(gen_length, steps, block_length, line):
     with pytest.raises(ValueError) as refused:
-        steps_a_block(gen_length, steps, block_length)
+        steps_per_block(gen_length, steps, block_length)
     assert str(refused.value) == line
 
 

@@ -91,7 +91,7 @@ def _row(cell: list[Record], lines: dict[tuple, Record]) -> Record:
     bounds = [(one["bound"], other["bound"]) for one, other in zip(cell, full, strict=True)]
     known = [(size, *pair) for size, pair in zip(sizes, bounds, strict=True) if None not in pair]
     counted, bound, expected = zip(*known, strict=True) if known else ((), (), ())
-    apart = [one - other for one, other in zip(bound, expected, strict=True)]
+    differences = [one - other for one, other in zip(bound, expected, strict=True)]
     is_full = variant_of(first) == variant_of(FULL_ATTENTION) and first["steps"] == sizes[0]
     return {
         **{name: first.get(name) for name in ("length", "steps", *VARIANT)},
@@ -101,7 +101,7 @@ def _row(cell: list[Record], lines: dict[tuple, Record]) -> Record:
         "repeated": bootstrap([repeated_share(record["tokens"]) for record in cell], [1] * len(cell)),
         "bounded": len(known),
         "bound": bootstrap(bound, counted) if known else None,
-        "difference": bootstrap(apart, counted) if known and not is_full else None,
+        "difference": bootstrap(differences, counted) if known and not is_full else None,
         "forwards": forwards,
         "whole": sum(number for kind, number in forwards.items() if kind not in FEW_ROWS),
         "seconds": median(record["seconds"] for record in cell),

@@ -8,7 +8,7 @@ from ...config import SparseDConfig
 from ...console.parser import Parser
 from ...console.readers import list_of, number_in, path, whole
 from ...sampling.saving import BLOCK_LENGTH, Saving
-from ...sampling.unmasking import steps_a_block
+from ...sampling.unmasking import steps_per_block
 from ..arguments import (
     GOES_ON,
     METHOD_LINES,
@@ -97,9 +97,9 @@ def parse(argv: list[str] | None) -> Arguments:
     check_lengths(parser, args.seq_len, args.lengths)
     block, lowest = args.block_length or args.seq_len, min(args.mask_rates)
     with blame_setting(parser):
-        blocks = args.seq_len // steps_a_block(args.seq_len, args.seq_len, block)
+        blocks = args.seq_len // steps_per_block(args.seq_len, args.seq_len, block)
     if not round(lowest * block):
-        parser.error(f"argument --mask_rates: {lowest:g} of {block} tokens is no token")
+        parser.error(f"argument --mask_rates: {lowest:g} of {block} tokens is less than a token")
     args = replace(args, variants=compared(parser, methods, settings, saved, blocks))
     for variant in args.variants:
         if not sparse_at(variant, args.masked(lowest)):

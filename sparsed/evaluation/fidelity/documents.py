@@ -68,7 +68,7 @@ def read_ids(file: Path) -> np.ndarray:
         try:
             raw = unpack.decompress(raw, LARGEST_FILE)
         except lzma.LZMAError as error:
-            raise ValueError(f"{file} is no .xz file: {error}") from None
+            raise ValueError(f"{file} is not an .xz file: {error}") from None
         if not unpack.eof:
             raise ValueError(f"{file} is cut off, or unpacks to more than {LARGEST_FILE} bytes")
     if not raw or len(raw) % 2:

@@ -11,7 +11,7 @@ from ...console.readers import list_of, whole
 from ...console.workers import as_one
 from ...ranks import Ranks
 from ...sampling.saving import BLOCK_LENGTH
-from ...sampling.unmasking import steps_a_block
+from ...sampling.unmasking import steps_per_block
 from ..arguments import (
     GOES_ON,
     METHOD_LINES,
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> Arguments:
     given["steps"] = given["steps"] or [given["seq_len"]]
     for steps in given["steps"]:
         with blame_setting(parser):
-            steps_a_block(given["seq_len"], steps, given["block_length"])
+            steps_per_block(given["seq_len"], steps, given["block_length"])
     blocks = given["seq_len"] // given["block_length"]
     with blame_setting(parser):
         saved = savings_of(given)

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...blocks import BlockGrid
+from ...config import SparseDConfig
 from ...console.endings import blame
 from ...console.parser import Parser
 from ...console.readers import path, whole
@@ -111,7 +113,16 @@ def parse(argv: list[str] | None) -> Arguments:
         view = args.view(variant)
         if view.selecting + view.stride >= view.steps:
             parser.error(f"argument --skip: {view.config.skip:g} leaves no later step of {view.steps} to look at")
+        _check_blocks(args, view.config)
     return args
+
+
+def _check_blocks(args: Arguments, config: SparseDConfig) -> None:
+    """Exit with code 2 if every block of the shortest documents would be kept: there is nothing to select."""
+    shortest = min(args.lengths)
+    if BlockGrid(shortest, shortest - args.seq_len, config.block_size).keeps_all(config.select):
+        kept = f"{config.select:g} keeps every block of {shortest} tokens with --block_size {config.block_size}"
+        args.parser.error(f"argument --select: {kept}, so there is nothing to look at; use smaller blocks or --select")
 
 
 def key(record: Record) -> tuple:

@@ -107,7 +107,7 @@ def test_another_run_in_the_same_folder_and_wrong_calls_are_refused(base, ids_fi
         wrong[wrong.index(option) + 1] = value
         assert why in refused(capsys, adapt.main, wrong)
     (tmp_path / "training.safetensors").write_bytes(b"nothing")
-    assert "no state of a training" in refused(capsys, adapt.main, training(base, ids_file, tmp_path))
+    assert "not the state of a training" in refused(capsys, adapt.main, training(base, ids_file, tmp_path))
 
 
 def test_the_readme_names_the_weights_of_the_record():

@@ -80,12 +80,12 @@ def test_a_damaged_or_foreign_delta_is_refused(base, tmp_path, capsys):
         (whole[:-1], "damaged, or a part of it is missing"),
         (line + b"\n\xff" + rest[1:], "damaged"),
         (whole.replace(b"model.norm", b"model.morn"), "'model.morn.weight'"),
-        (whole.replace(b'"rows": [3]', b'"rows": [9999]'), "no whole delta"),
-        (whole.replace(b'"<f4"', b'"<x4"'), "no whole delta"),
+        (whole.replace(b'"rows": [3]', b'"rows": [9999]'), "not a whole delta"),
+        (whole.replace(b'"<f4"', b'"<x4"'), "not a whole delta"),
         (other, "of another base"),
-        (rest, "no whole delta"),
-        (b"[]\n", "no whole delta"),
-        (b"", "no whole delta"),
+        (rest, "not a whole delta"),
+        (b"[]\n", "not a whole delta"),
+        (b"", "not a whole delta"),
     ):
         (tmp_path / "delta").write_bytes(content)
         words = ["apply", "--base", base, "--delta", tmp_path / "delta", "--out", tmp_path / "out"]

@@ -65,7 +65,7 @@ def test_a_cut_gguf_file_is_refused_wherever_it_is_cut(tmp_path):
         ({"a": (9, 9, [])}, {}, 3, "'a' has values of type 9"),
         ({}, {"x": (2, (32,), b"\0" * 18)}, 3, "tensor 'x' has type 2; known are F32 (0)"),
         ({}, {"x": (8, (16, 2), b"\0" * 34)}, 3, "tensor 'x' of sizes [16, 2] does not consist of whole blocks"),
-        ({"general.alignment": (4, 0)}, {}, 3, "no positive whole number"),
+        ({"general.alignment": (4, 0)}, {}, 3, "not a positive whole number"),
     ],
 )
 def test_what_a_gguf_file_may_not_hold(tmp_path, described, tensors, version, said):
