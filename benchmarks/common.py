@@ -1,9 +1,7 @@
 """Shared by the benchmarks: arguments, the record on disk, summaries of samples, tables."""
 
 import argparse
-import shlex
 import statistics
-import sys
 from collections.abc import Collection
 from datetime import datetime, timezone
 from importlib import metadata
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparsed.console.environment import environment
+from sparsed.console.environment import command, environment
 from sparsed.console.files import write_json
 from sparsed.console.parser import Parser
 from sparsed.console.readers import some_of
@@ -74,7 +72,7 @@ def new_record(parser: Parser, args: argparse.Namespace, device: torch.device, d
     machine["processor"] = environment(torch.device("cpu"), dtype)["device_name"]
     machine["packages"] = {name: _version(name) for name in KERNEL_PACKAGES}
     return {
-        "command": shlex.join([*parser.prog.split(), *sys.argv[1:]]),
+        "command": command(parser.prog),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": machine,
         "family": args.family,

@@ -147,6 +147,8 @@ def _columns(*last: str) -> list[str]:
 
 
 def _measured_cells(entry: Record, gains: dict[str, float]) -> list[str]:
+    if "error" in entry:  # one GPU was too small
+        return [entry["error"], *["-"] * (len(PHASES) + 1)]
     took = {phase: found["median"] for phase, found in entry["forwards"].items()}
     if WHOLE in entry:
         took[WHOLE] = entry[WHOLE]["seconds"]

@@ -69,7 +69,8 @@ def _layer(sizes: Sizes, head_dim: int, tokens: int, mlp_rows: int) -> int:
     at_once = ceil(tokens / ceil(tokens / CHUNK))
     computed = tokens - at_once  # by the chunks before the last
     inner = at_once * (MLP_CHUNK_ROWS * sizes.width + mlp_rows * sizes.mlp_width)
-    return max(attention, (MLP_HELD_ROWS * tokens + computed) * sizes.width + inner)
+    joined = (MLP_HELD_ROWS + 2) * tokens * sizes.width if computed else 0  # the chunks, and what they are joined in
+    return max(attention, (MLP_HELD_ROWS * tokens + computed) * sizes.width + inner, joined)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -1,14 +1,29 @@
 """Where a record was made: versions, device, processor, commit."""
 
 import contextlib
+import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+
+def command(prog: str) -> str:
+    """What this process was started as, for the record; with the launcher, if it started several.
+
+    Args:
+        prog: the program's name, as its `--help` has it.
+    """
+    words, count = [*prog.split(), *sys.argv[1:]], int(os.environ.get("WORLD_SIZE") or 1)
+    if count > 1:
+        words = ["torchrun", "--nproc_per_node", str(count), *words[words[0] == "python" :]]
+    return shlex.join(words)
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from ..console.endings import Parsed, blame
-from ..console.environment import environment
+from ..console.environment import command, environment
 from ..console.files import write_json, write_text
 from ..console.streams import Stdout, tell
 from ..console.workers import own_device
@@ -96,7 +95,7 @@ def claimed(
         "config_and_tokenizer": files_digest(files / name for name in DESCRIPTION_FILES),
     }
     call = {
-        "command": shlex.join([*args.parser.prog.split(), *sys.argv[1:]]),
+        "command": command(args.parser.prog),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(model.device, model.dtype),
         **(more or {}),

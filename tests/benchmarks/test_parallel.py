@@ -38,6 +38,7 @@ def test_two_processes_against_one(tmp_path):
     first, second = outcomes(2, RUN, tmp_path, *(store.port for store in stores))
     assert (first[0], *second) == (0, 0, "", ""), first[2]
     record, longest = (json.loads((tmp_path / name).read_text()) for name in ("0", "1"))
+    assert record["command"].startswith("torchrun --nproc_per_node 2 ")
     assert record["processes"] == 2 and record["agreement"]["relative_error"] < 0.05
     assert [row["length"] for row in record["rows"]] == ["short_context"]
     kinds = {"full", "selecting", "sparse", "cached"}

@@ -57,6 +57,14 @@ def cells(table):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
 
 
+def test_one_gpu_that_was_too_small_has_a_row(records):
+    records[1]["rows"][0]["one"] = {"error": "out of memory"}
+    del records[1]["rows"][0]["speedup"]
+    rows = cells(parallel_table(records, TITLES))
+    (row,) = (row for row in rows if row[2] == "out of memory")
+    assert row == ["LLaDA, 64k", "1", "out of memory", *["-"] * 5] and {len(row) for row in rows} == {8}
+
+
 def test_what_gpus_share_shrinks_and_the_rest_does_not():
     """10 s on one GPU and 6 s on two: 8 s are shared, 2 s are not."""
     forward = Forward.of(10, 6, 2)

@@ -49,6 +49,24 @@ def test_the_estimate_is_near_the_peaks_on_a_gpu(family, tokens, way):
     assert peak(model, tokens, "cuda:0", 256, config, **saving) == pytest.approx(measured, rel=0.02)
 
 
+SHARED = [
+    (record["family"], row["prompt_tokens"], row["all"])
+    for record in (json.loads(path.read_text()) for path in sorted(RESULTS.glob("parallel-*.json")))
+    for row in record["rows"]
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "found"), SHARED, ids=[f"{family}-{tokens}" for family, tokens, _ in SHARED]
+)
+def test_the_estimate_is_near_the_peaks_of_each_of_two_gpus(family, tokens, found):
+    part = meta_model(family).to(torch.bfloat16)
+    shard(part, Place(count=2))
+    saving = {"block_length": 32, "cache": "dual" if "cached" in found["forwards"] else "none"}
+    estimate = peak(part, tokens, "cuda:0", 256, SparseDConfig(), **saving)
+    assert estimate == pytest.approx(found["peak_memory_bytes"], rel=0.02)
+
+
 def test_what_small_blocks_and_guidance_add():
     model = meta_model("llada").to(torch.bfloat16)
     dense = peak(model, 65536)

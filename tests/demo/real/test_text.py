@@ -55,7 +55,7 @@ def test_wrong_text_is_refused(base, tmp_path, capsys):
     assert "--checkpoint" in refused(capsys, text.main, [tmp_path, "--checkpoint", tmp_path, "--out", tmp_path])
     for content, name, said in (
         (b"abc", "x.bin", "3 bytes"),
-        (b"ab", "x.bin.xz", "no xz"),
+        (b"ab", "x.bin.xz", "not an xz"),
         (b"\xff\xff", "x.bin", "65535"),
     ):
         (tmp_path / name).write_bytes(content)
