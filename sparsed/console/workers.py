@@ -24,6 +24,8 @@ FAILURE, LEARNED = "sparsed/failure", "sparsed/learned"
 # seconds between two looks there; that the first process gets to report a failure of its own before it repeats another
 # one's; that a process waits until the others know of a failure, because the launcher stops them once one has ended
 PAUSE, OWN_WORDS, FAREWELL = 0.1, 1.0, 2.5
+# in the error of a process that was sending to, or reading from, one that has ended
+CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited")
 
 
 def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: bool) -> int:
@@ -53,12 +55,15 @@ def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: 
     with _silent(ranks.index > 0) as said:
         try:
             code = command(ranks)
-        except Exception:
+            if code == 0:
+                ranks.gathered(None)  # wait: until all are done, one of them may fail
+        except Exception as error:
             code = 1
+            if _connection_lost(error):
+                watch.await_other()
             traceback.print_exc()
         if code:
             watch.fail(code, said.getvalue())
-        ranks.gathered(None)  # wait: until all are done, one of them may fail
     watch.stop()
     dist.destroy_process_group()
     return 0
@@ -73,6 +78,11 @@ def _together(count: int) -> Ranks:
     # a process that waits for another one must wait as long as that one works
     dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=timedelta(days=30))
     return Ranks(dist.group.WORLD)
+
+
+def _connection_lost(error: Exception) -> bool:
+    """Whether a call of another process failed because that one has ended."""
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in CONNECTION_LOST)
 
 
 def own_device(device: str, ranks: Ranks) -> str:
@@ -103,7 +113,7 @@ class Watch:
         # its own connection, so that nothing else waits on it
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
-        self._stopped, self._failed = threading.Event(), threading.Event()
+        self._stopped, self._failed, self._learned = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
@@ -125,6 +135,11 @@ class Watch:
         settle()
         os._exit(code)
 
+    def await_other(self) -> None:
+        """Give another process's failure time to become known, or the launcher to stop this one; each ends it."""
+        if self._learned.wait(OWN_WORDS):
+            self._thread.join()
+
     def stop(self) -> None:
         """All processes are done."""
         self._stopped.set()
@@ -136,10 +151,12 @@ class Watch:
             while not self._store.check([FAILURE]):
                 if self._stopped.wait(PAUSE):
                     return
+            self._learned.set()
             code, words = json.loads(self._store.get(FAILURE))
             self._say(words)
             self._wait()
         except RuntimeError:  # the store's keeper is gone; if the command was not done, it was killed
+            self._learned.set()
             if self._stopped.wait(OWN_WORDS):
                 return
         os._exit(code)  # at once: libraries would wait for the other processes

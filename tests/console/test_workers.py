@@ -153,8 +153,29 @@ def test_ctrl_c_on_one_process_ends_all_within_five_seconds(checkpoints):
         began = time.monotonic()
         _, alive = psutil.wait_procs(workers, timeout=30)
         assert not alive and time.monotonic() - began < 5
-        launcher.communicate(timeout=60)
-        assert launcher.returncode != 0
+        said = launcher.communicate(timeout=60)[1]
+        assert launcher.returncode != 0 and said.count("Traceback") <= 1  # at most the launcher's own
+
+
+BROKEN = """
+import sys, time
+from sparsed.console.workers import as_one
+def work(ranks):
+    if ranks.index == 0:
+        raise RuntimeError(sys.argv[1])
+    time.sleep(0.5)
+    print("program: error: the cause", file=sys.stderr)
+    sys.exit(2)
+sys.exit(as_one(work, "program", advice="", ending=True))
+"""
+
+
+def test_a_lost_connection_is_no_failure_of_the_process_that_notices_it():
+    first, second = outcomes(2, BROKEN, "[pair.cc:547] Connection closed by peer [127.0.0.1]:25101")
+    assert (first, second) == ((2, "", "program: error: the cause\n"), (2, "", ""))
+    first, second = outcomes(2, BROKEN, "shapes differ")
+    assert (first[:2], second) == ((1, ""), (1, "", ""))
+    assert first[2].startswith("Traceback") and first[2].endswith("RuntimeError: shapes differ\n")
 
 
 @pytest.mark.gpu
