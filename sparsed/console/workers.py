@@ -76,8 +76,17 @@ def _together(count: int) -> Ranks:
     if with_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # a process that waits for another one must wait as long as that one works
-    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=timedelta(days=30))
+    patience = timedelta(days=30)
+    store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+    store.set_timeout(patience)
+    backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
+    dist.init_process_group(backend, store=_of_attempt(store), rank=rank, world_size=count, timeout=patience)
     return Ranks(dist.group.WORLD)
+
+
+def _of_attempt(store: dist.Store) -> dist.Store:
+    """The launcher's store without what earlier attempts left there: `torchrun --max_restarts` may keep it."""
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _connection_lost(error: Exception) -> bool:
@@ -112,7 +121,7 @@ class Watch:
         self._ranks = ranks
         # its own connection, so that nothing else waits on it
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
+        self._store = _of_attempt(dist.TCPStore(*address, is_master=False, wait_for_workers=False))
         self._stopped, self._failed, self._learned = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()

@@ -178,6 +178,24 @@ def test_a_lost_connection_is_no_failure_of_the_process_that_notices_it():
     assert first[2].startswith("Traceback") and first[2].endswith("RuntimeError: shapes differ\n")
 
 
+ATTEMPT = """
+import os, sys
+from sparsed.console.workers import as_one
+os.environ |= {"TORCHELASTIC_RESTART_COUNT": sys.argv[1], "MASTER_PORT": sys.argv[2]}
+def work(ranks):
+    ranks.gathered(None)
+    if sys.argv[1] == "0" and ranks.index == 1:
+        sys.exit(2)
+sys.exit(as_one(work, "program", advice="", ending=True))
+"""
+
+
+def test_a_second_attempt_does_not_know_the_failure_of_the_first():
+    store = new_store()  # the launcher keeps it
+    found = [[code for code, *_ in outcomes(2, ATTEMPT, attempt, store.port)] for attempt in range(2)]
+    assert found == [[2, 2], [0, 0]]
+
+
 @pytest.mark.gpu
 def test_two_gpus_run_a_script(tmp_path):
     if torch.cuda.device_count() < 2:
