@@ -43,7 +43,7 @@ def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: 
     def command(ranks: Ranks) -> int:
         return guarded(lambda: work(ranks), program, advice=advice, ending=ending)
 
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = launched()
     if count == 1:
         return command(ALONE)
     try:
@@ -67,6 +67,11 @@ def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: 
     watch.stop()
     dist.destroy_process_group()
     return 0
+
+
+def launched() -> int:
+    """How many processes the launcher has started for this command, this one included."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _together(count: int) -> Ranks:
