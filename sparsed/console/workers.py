@@ -110,11 +110,11 @@ def own_device(device: str, ranks: Ranks) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"must be auto, cuda or cpu with several processes, got {device!r}")
     if device == "cpu" or not torch.cuda.is_available():
-        return device
+        return "cpu" if device == "auto" else device  # an Apple GPU is one for all of them
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if local >= gpus:
         raise ValueError(
-            f"each process needs a GPU of its own, and this machine has {gpus}: use cpu, or fewer processes"
+            f"each process needs a GPU of its own, and this process sees {gpus}: use cpu, or fewer processes"
         )
     return f"cuda:{local}"
 

@@ -134,8 +134,11 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
     with pytest.raises(ValueError, match="must be auto, cuda or cpu with several processes, got 'cuda:1'"):
         own_device("cuda:1", Place(count=2))
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="needs a GPU of its own, and this machine has 2"):
+    with pytest.raises(ValueError, match="needs a GPU of its own, and this process sees 2"):
         own_device("auto", Place(count=3))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert own_device("auto", Place(count=2)) == "cpu" and own_device("auto", ALONE) == "auto"
 
 
 def test_ctrl_c_on_one_process_ends_all_within_five_seconds(checkpoints):
