@@ -43,14 +43,15 @@ def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: 
     def command(ranks: Ranks) -> int:
         return guarded(lambda: work(ranks), program, advice=advice, ending=ending)
 
-    count = launched()
+    try:
+        count = launched()
+        ranks = _together(count) if count > 1 else ALONE
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]  # without PyTorch's stack
+        tell(one_line(f"{program}: error: WORLD_SIZE is {os.environ['WORLD_SIZE'] or 'empty'}: {reason}"))
+        return EXIT_WRONG
     if count == 1:
         return command(ALONE)
-    try:
-        ranks = _together(count)
-    except ValueError as error:
-        tell(one_line(f"{program}: error: WORLD_SIZE is {count}: {error}"))
-        return EXIT_WRONG
     watch = Watch(ranks)
     with _silent(ranks.index > 0) as said:
         try:
@@ -70,12 +71,16 @@ def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: 
 
 
 def launched() -> int:
-    """How many processes the launcher has started for this command, this one included."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes the launcher started, this one included; ValueError if its number is none."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) == 0:
+        raise ValueError("must be a whole number from 1")
+    return int(given)
 
 
 def _together(count: int) -> Ranks:
-    """All processes, once all are there; ValueError if the launcher has not said where they meet."""
+    """All processes, once all are there; ValueError if the launcher has not said where they meet, RuntimeError if they
+    cannot."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with_gpus = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", count))
     if with_gpus:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -122,6 +123,26 @@ def test_processes_whose_launcher_says_no_address(monkeypatch, capsys):
     assert main_llada(["--demo", "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "error: WORLD_SIZE is 2: " in err and "RANK" in err
+
+
+@pytest.mark.parametrize(("given", "said"), [("", "empty"), ("two", "two"), ("0", "0")])
+def test_a_launcher_that_counts_no_processes(given, said, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", given)
+    assert main_llada(["--demo", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith(f"error: WORLD_SIZE is {said}: must be a whole number from 1\n")
+
+
+def test_processes_that_cannot_meet(monkeypatch, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        for name, value in ({"WORLD_SIZE": "2", "RANK": "0"} | address).items():
+            monkeypatch.setenv(name, value)
+        assert main_llada(["--demo", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "error: WORLD_SIZE is 2: " in err and "in use" in err
 
 
 def test_each_process_has_a_device_of_its_own(monkeypatch):
