@@ -15,6 +15,8 @@ from ..chat import Turn, check_text, turns_of
 from ..config import SparseDConfig
 from ..console.files import check_apart, output_path, text_of
 from ..console.parser import Parser
+from ..console.readers import shown
+from ..console.workers import launched
 from ..models.loading import resolve_device, resolve_dtype
 from ..sampling import Settings
 from ..sampling.unmasking import SettingError
@@ -145,6 +147,8 @@ def _own_prompt(parser: Parser, option: str, args: argparse.Namespace) -> tuple[
         parser.error("argument --raw: needs --prompt_text or --prompt_file")
     try:
         if file is not None:
+            if launched() > 1 and file.startswith(OPEN_STREAMS):
+                raise ValueError(f"{shown(file)} must be a file: several processes cannot share a stream")
             text = text_of(file, encoding="utf-8-sig", most=LONGEST_PROMPT, streams=OPEN_STREAMS)
             text = io.StringIO(text, newline=None).read()  # with line ends as Python reads them
         if args.chat is not None:

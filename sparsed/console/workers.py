@@ -24,6 +24,8 @@ FAILURE, LEARNED = "sparsed/failure", "sparsed/learned"
 # seconds between two looks there; that the first process gets to report a failure of its own before it repeats another
 # one's; that a process waits until the others know of a failure, because the launcher stops them once one has ended
 PAUSE, OWN_WORDS, FAREWELL = 0.1, 1.0, 2.5
+# in the error of a process that was sending to, or reading from, one that has ended
+CONNECTION_LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited")
 
 
 def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: bool) -> int:
@@ -41,38 +43,65 @@ def as_one(work: Callable[[Ranks], None], program: str, *, advice: str, ending: 
     def command(ranks: Ranks) -> int:
         return guarded(lambda: work(ranks), program, advice=advice, ending=ending)
 
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        count = launched()
+        ranks = _together(count) if count > 1 else ALONE
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]  # without PyTorch's stack
+        tell(one_line(f"{program}: error: WORLD_SIZE is {os.environ['WORLD_SIZE'] or 'empty'}: {reason}"))
+        return EXIT_WRONG
     if count == 1:
         return command(ALONE)
-    try:
-        ranks = _together(count)
-    except ValueError as error:
-        tell(one_line(f"{program}: error: WORLD_SIZE is {count}: {error}"))
-        return EXIT_WRONG
     watch = Watch(ranks)
     with _silent(ranks.index > 0) as said:
         try:
             code = command(ranks)
-        except Exception:
+            if code == 0:
+                ranks.gathered(None)  # wait: until all are done, one of them may fail
+        except Exception as error:
             code = 1
+            if _connection_lost(error):
+                watch.await_other()
             traceback.print_exc()
         if code:
             watch.fail(code, said.getvalue())
-        ranks.gathered(None)  # wait: until all are done, one of them may fail
     watch.stop()
     dist.destroy_process_group()
     return 0
 
 
+def launched() -> int:
+    """How many processes the launcher started, this one included; ValueError if its number is none."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) == 0:
+        raise ValueError("must be a whole number from 1")
+    return int(given)
+
+
 def _together(count: int) -> Ranks:
-    """All processes, once all are there; ValueError if the launcher has not said where they meet."""
+    """All processes, once all are there; ValueError if the launcher has not said where they meet, RuntimeError if they
+    cannot."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     with_gpus = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", count))
     if with_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # a process that waits for another one must wait as long as that one works
-    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=timedelta(days=30))
+    patience = timedelta(days=30)
+    store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+    store.set_timeout(patience)
+    backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
+    dist.init_process_group(backend, store=_of_attempt(store), rank=rank, world_size=count, timeout=patience)
     return Ranks(dist.group.WORLD)
+
+
+def _of_attempt(store: dist.Store) -> dist.Store:
+    """The launcher's store without what earlier attempts left there: `torchrun --max_restarts` may keep it."""
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _connection_lost(error: Exception) -> bool:
+    """Whether a call of another process failed because that one has ended."""
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in CONNECTION_LOST)
 
 
 def own_device(device: str, ranks: Ranks) -> str:
@@ -86,11 +115,11 @@ def own_device(device: str, ranks: Ranks) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"must be auto, cuda or cpu with several processes, got {device!r}")
     if device == "cpu" or not torch.cuda.is_available():
-        return device
+        return "cpu" if device == "auto" else device  # an Apple GPU is one for all of them
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if local >= gpus:
         raise ValueError(
-            f"each process needs a GPU of its own, and this machine has {gpus}: use cpu, or fewer processes"
+            f"each process needs a GPU of its own, and this process sees {gpus}: use cpu, or fewer processes"
         )
     return f"cuda:{local}"
 
@@ -102,8 +131,8 @@ class Watch:
         self._ranks = ranks
         # its own connection, so that nothing else waits on it
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
-        self._stopped, self._failed = threading.Event(), threading.Event()
+        self._store = _of_attempt(dist.TCPStore(*address, is_master=False, wait_for_workers=False))
+        self._stopped, self._failed, self._learned = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
@@ -125,6 +154,11 @@ class Watch:
         settle()
         os._exit(code)
 
+    def await_other(self) -> None:
+        """Give another process's failure time to become known, or the launcher to stop this one; each ends it."""
+        if self._learned.wait(OWN_WORDS):
+            self._thread.join()
+
     def stop(self) -> None:
         """All processes are done."""
         self._stopped.set()
@@ -136,10 +170,12 @@ class Watch:
             while not self._store.check([FAILURE]):
                 if self._stopped.wait(PAUSE):
                     return
+            self._learned.set()
             code, words = json.loads(self._store.get(FAILURE))
             self._say(words)
             self._wait()
         except RuntimeError:  # the store's keeper is gone; if the command was not done, it was killed
+            self._learned.set()
             if self._stopped.wait(OWN_WORDS):
                 return
         os._exit(code)  # at once: libraries would wait for the other processes

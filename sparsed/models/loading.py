@@ -64,7 +64,7 @@ def load_model(
         ValueError: one line that names what is wrong with an argument or with a file, or which numbers of processes
             divide the model's heads.
         ModelTooLarge: a ValueError and MemoryError; the weights do not fit into the device's memory. Its line says
-            which other GPU, or how many of them together, would hold them.
+            which other GPU, or how many of them together, would hold them, unless other processes use these.
     """
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
@@ -166,10 +166,18 @@ def _check_room(model: DiffusionLM, target: torch.device, count: int) -> None:
             f"this machine has {memory / GIB:.1f} GiB of memory, the weights need {needed / GIB:.1f} GiB"
         )
     if target.type == "cuda" and needed > (free := free_bytes(target.index)):
-        way = other_gpus(model, weight_bytes, count) or "use more GPUs, a smaller dtype, or device cpu"
+        if count == 1 and _among_several():
+            way = "use a smaller dtype, or device cpu"
+        else:
+            way = other_gpus(model, weight_bytes, count) or "use more GPUs, a smaller dtype, or device cpu"
         raise ModelTooLarge(
             f"device {target} has {free / GIB:.1f} GiB free, the weights need {needed / GIB:.1f} GiB", way
         )
+
+
+def _among_several() -> bool:
+    """Whether other processes run with this one: other GPUs are theirs."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def other_gpus(model: DiffusionLM, needed: Callable[[DiffusionLM], int], count: int) -> str | None:

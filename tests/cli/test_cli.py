@@ -274,6 +274,17 @@ def test_a_prompt_from_an_open_stream(name, call, tmp_path, monkeypatch):
     assert code == 0 and record["runs"][0]["token_ids"] == call("dream")[3]["runs"][0]["token_ids"]
 
 
+@pytest.mark.parametrize("option", ["--prompt_file", "--chat"])
+@pytest.mark.parametrize("name", ["/dev/stdin", "/dev/fd/63"])
+def test_several_processes_cannot_share_a_stream(option, name, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        arguments.parse(DREAM, [option, name])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1
+    assert err.endswith(f"argument {option}: '{name}' must be a file: several processes cannot share a stream\n")
+
+
 def test_a_prompt_file_is_read_as_text(tmp_path):
     (tmp_path / "prompt.txt").write_bytes("\ufeffone\r\ntwo\rthree\n".encode())
     assert arguments.parse(DREAM, ["--prompt_file", str(tmp_path / "prompt.txt")]).text == "one\ntwo\nthree\n"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,6 +125,26 @@ def test_processes_whose_launcher_says_no_address(monkeypatch, capsys):
     assert out == "" and err.count("\n") == 1 and "error: WORLD_SIZE is 2: " in err and "RANK" in err
 
 
+@pytest.mark.parametrize(("given", "said"), [("", "empty"), ("two", "two"), ("0", "0")])
+def test_a_launcher_that_counts_no_processes(given, said, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", given)
+    assert main_llada(["--demo", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith(f"error: WORLD_SIZE is {said}: must be a whole number from 1\n")
+
+
+def test_processes_that_cannot_meet(monkeypatch, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        for name, value in ({"WORLD_SIZE": "2", "RANK": "0"} | address).items():
+            monkeypatch.setenv(name, value)
+        assert main_llada(["--demo", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "error: WORLD_SIZE is 2: " in err and "in use" in err
+
+
 def test_each_process_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -134,8 +155,11 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
     with pytest.raises(ValueError, match="must be auto, cuda or cpu with several processes, got 'cuda:1'"):
         own_device("cuda:1", Place(count=2))
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="needs a GPU of its own, and this machine has 2"):
+    with pytest.raises(ValueError, match="needs a GPU of its own, and this process sees 2"):
         own_device("auto", Place(count=3))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert own_device("auto", Place(count=2)) == "cpu" and own_device("auto", ALONE) == "auto"
 
 
 def test_ctrl_c_on_one_process_ends_all_within_five_seconds(checkpoints):
@@ -153,8 +177,47 @@ def test_ctrl_c_on_one_process_ends_all_within_five_seconds(checkpoints):
         began = time.monotonic()
         _, alive = psutil.wait_procs(workers, timeout=30)
         assert not alive and time.monotonic() - began < 5
-        launcher.communicate(timeout=60)
-        assert launcher.returncode != 0
+        said = launcher.communicate(timeout=60)[1]
+        assert launcher.returncode != 0 and said.count("Traceback") <= 1  # at most the launcher's own
+
+
+BROKEN = """
+import sys, time
+from sparsed.console.workers import as_one
+def work(ranks):
+    if ranks.index == 0:
+        raise RuntimeError(sys.argv[1])
+    time.sleep(0.5)
+    print("program: error: the cause", file=sys.stderr)
+    sys.exit(2)
+sys.exit(as_one(work, "program", advice="", ending=True))
+"""
+
+
+def test_a_lost_connection_is_no_failure_of_the_process_that_notices_it():
+    first, second = outcomes(2, BROKEN, "[pair.cc:547] Connection closed by peer [127.0.0.1]:25101")
+    assert (first, second) == ((2, "", "program: error: the cause\n"), (2, "", ""))
+    first, second = outcomes(2, BROKEN, "shapes differ")
+    assert (first[:2], second) == ((1, ""), (1, "", ""))
+    assert first[2].startswith("Traceback") and first[2].endswith("RuntimeError: shapes differ\n")
+
+
+ATTEMPT = """
+import os, sys
+from sparsed.console.workers import as_one
+os.environ |= {"TORCHELASTIC_RESTART_COUNT": sys.argv[1], "MASTER_PORT": sys.argv[2]}
+def work(ranks):
+    ranks.gathered(None)
+    if sys.argv[1] == "0" and ranks.index == 1:
+        sys.exit(2)
+sys.exit(as_one(work, "program", advice="", ending=True))
+"""
+
+
+def test_a_second_attempt_does_not_know_the_failure_of_the_first():
+    store = new_store()  # the launcher keeps it
+    found = [[code for code, *_ in outcomes(2, ATTEMPT, attempt, store.port)] for attempt in range(2)]
+    assert found == [[2, 2], [0, 0]]
 
 
 @pytest.mark.gpu

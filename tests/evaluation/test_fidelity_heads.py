@@ -117,3 +117,13 @@ def test_a_wrong_call_is_one_line(done, tmp_path, capsys, changes, says):
     assert heads.main([*words, *changes, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and says in error and not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_advises_no_flag_that_it_lacks(monkeypatch, capsys):
+    def parse(argv):
+        raise MemoryError
+
+    monkeypatch.setattr(heads, "parse", parse)
+    assert heads.main([]) == 3
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--lengths" in err and "--parallel" not in err

@@ -102,6 +102,15 @@ def test_two_processes_that_are_too_few(checkpoint):
         assert line.startswith(f"device cuda:{index} has ") and line.endswith(QUARTERS)
 
 
+def test_a_process_among_others_that_has_the_whole_model(checkpoint, gpus, monkeypatch):
+    folder, part = checkpoint
+    gpus(part(2), part(2), part(1), part(1))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(loading.ModelTooLarge, match="GiB; use a smaller dtype, or device cpu$"):
+        load_model(folder)
+
+
 def test_a_machine_that_is_too_small(checkpoint, monkeypatch):
     folder, part = checkpoint
     monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: type("Memory", (), {"total": part(1) - 1}))

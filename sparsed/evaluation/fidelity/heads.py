@@ -42,12 +42,12 @@ from ..running import Progress, report
 from ..scoring import bootstrap
 from ..team import DATA
 from .arguments import TextArguments, add_texts, check_lengths
-from .command import ADVICE
 from .documents import Document
 from .preparing import Work, prepare
 from .results import figure
 
 PROGRAM = "python -m sparsed.evaluation.fidelity.heads"
+ADVICE = "try shorter --lengths, --dtype bfloat16, or a device with more memory"
 SHARES = {  # a line's shares, and the table's columns of their means
     "held": "attention held when selected, %",
     "later": "in later steps, %",
