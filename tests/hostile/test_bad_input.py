@@ -136,7 +136,7 @@ CALLS = [
     ("dream", ["--report", ""], "--report", "empty"),
     ("dream", ["--model_path", ""], "--model_path", "empty"),
     ("dream", "--model_path {missing}", "--model_path", "no such folder"),
-    ("dream", "--model_path ~nobody-of-that-name/x", "--model_path", "no folder"),
+    ("dream", "--model_path ~nobody-of-that-name/x", "--model_path", "not a readable folder"),
     ("dream", "--model_path {deep_config}", "--model_path", "JSON"),
     ("dream", "--model_path {huge_width}", "--model_path", "hidden_size"),
     ("dream", "--model_path {broken_template}", "--model_path", "chat template"),
