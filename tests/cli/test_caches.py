@@ -1,6 +1,7 @@
 """Caches, thresholds and early stop in the scripts: the record, the page, the comparison, memory, `--advise`."""
 
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +206,8 @@ def test_what_the_pages_say_that_a_cache_takes(family, said):
     )
     assert f"{(cached - plain) / 1e9:.1f} GB" == said.rpartition(" ")[0]
     for name in ("README.md", "docs/decoding.md"):
-        assert said in " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        text = re.sub("<!--=.*?-->", "", (ROOT / name).read_text(encoding="utf-8"))
+        assert said in " ".join(text.split())
 
 
 @pytest.mark.parametrize("family", MAIN)
