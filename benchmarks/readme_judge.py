@@ -1,21 +1,19 @@
 """The pages' tables of quality, on the real model and under caches on the demo models, and the figures around them."""
 
-import json
-from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+from sparsed.evaluation.fidelity.results import figure
 from sparsed.evaluation.results import markdown
 
-ROOT = Path(__file__).parents[1]
-TITLES = {"dream": "Dream", "llada": "LLaDA"}
+from .records import TITLES, evaluation, has, judged
+
 SIZES = (128, 64, 32)
 HALF = 0.5  # the share of the masked tokens in the tables of one rate
 PAPER, DENSE, SHARED = "SparseD, the paper's", "dense answer rows", "without isolated selection"
 Row = dict[str, Any]
 
-STREAMING = {"method": "streaming", "select": 0.3}
+WINDOW, STREAMING = {"method": "window", "select": 0.3}, {"method": "streaming", "select": 0.3}
 # the table's line: what a row of the judge's table has
 JUDGED = {
     **{f"{PAPER}, select {select}": {"method": "sparsed", "select": select} for select in (0.5, 0.3, 0.2, 0.1)},
@@ -24,11 +22,11 @@ JUDGED = {
         for select in (0.5, 0.3, 0.2, 0.1, 0.05)
     },
     **{f"{SHARED}, {select}": {"method": "no_isolation", "select": select} for select in (0.3, 0.1)},
-    "sliding window, 0.3": {"method": "window", "select": 0.3},
+    "sliding window, 0.3": WINDOW,
     "StreamingLLM, 0.3": STREAMING,
 }
 SKIPS = {"0": 0.0, "0.05": 0.05, "0.2": 0.2}
-# the line of the tables under caches: what its row has, and whether SparseD's blocks have 128 tokens
+# the line of the tables under caches: what its row has
 FULL, DUAL = {"method": "origin"}, {"method": "origin", "cache": "dual"}
 FAST = {"method": "sparsed", "select": 0.15, "dense_answer": True, "cache": "dual"}
 NEAR = {"method": "sparsed", "select": 0.3, "dense_answer": True, "cache": "dual"}
@@ -72,20 +70,11 @@ ANSWERED = {
 }
 ADDED = {f"dual cache, SparseD, {DENSE}, {row['select']}": row for row in (NEAR, FAST)}
 ANSWERS = {"caches": "4,096", "caches-ragged": "4,010", "caches-held-out": "second seed"}  # folder -> its samples
-# what a variant has unless its line says otherwise
-UNSAID = dict.fromkeys(("cache", "refresh", "threshold", "factor", "dense_answer"))
-
-
-@cache
-def judged(name: str) -> dict[str, Any]:
-    """What the judge found on the real model: table, caches, written or heads."""
-    return json.loads((ROOT / "demo/real/results" / name / "summary.json").read_text(encoding="utf-8"))
 
 
 def found(rows: list[Row], wanted: Row) -> Row:
     """The one row that has all of this, and of a variant nothing more."""
-    wanted = UNSAID | wanted
-    (row,) = (row for row in rows if all(row[name] == value for name, value in wanted.items()))
+    (row,) = (row for row in rows if has(row, wanted))
     return row
 
 
@@ -101,9 +90,9 @@ def cached_row(wanted: Row, rate: float = HALF) -> Row:
     return found(judged("caches")["rows"], {**wanted, **size, "mask_rate": rate})
 
 
-def interval(values: list[float] | None, form: str = "+.3f", factor: float = 1) -> str:
-    """A value and its interval."""
-    return "-" if values is None else "{} ({} to {})".format(*(f"{factor * value:{form}}" for value in values))
+def nats(interval: list[float] | None, form: str = "+.3f") -> str:
+    """A difference in nats with its interval."""
+    return figure(interval, 1, form)
 
 
 def judge_table() -> str:
@@ -111,7 +100,7 @@ def judge_table() -> str:
     lines = []
     for title, wanted in JUDGED.items():
         rows = [judge_row(wanted, size) for size in SIZES]
-        lines.append([title, *(interval(row["difference"]) for row in rows), f"{100 * rows[0]['same'][0]:.1f}"])
+        lines.append([title, *(nats(row["difference"]) for row in rows), f"{100 * rows[0]['same'][0]:.1f}"])
     return markdown(["", *(f"blocks of {size}" for size in SIZES), "same token, %"], lines)
 
 
@@ -121,8 +110,8 @@ def caches_table() -> str:
     lines = []
     for title, wanted in CACHED.items():
         rows = [cached_row(wanted, rate) for rate in rates]
-        against = interval(rows[1]["sparse"]) if wanted["method"] == "sparsed" else "-"
-        lines.append([title, *(interval(row["difference"]) for row in rows), against])
+        against = nats(rows[1]["sparse"]) if wanted["method"] == "sparsed" else "-"
+        lines.append([title, *(nats(row["difference"]) for row in rows), against])
     return markdown(["", *(f"{rate:.0%} masked" for rate in rates), f"{HALF:.0%}: to the cache's own"], lines)
 
 
@@ -138,21 +127,15 @@ def written_table() -> str:
         row = written_row(wanted)
         few = sum(row["forwards"].values()) - row["whole"]
         forwards = f"{row['whole']:.0f} + {few:.0f}"
-        likely = interval(row["difference"], "+.2f")
+        likely = nats(row["difference"], "+.2f")
         same, repeated = (f"{100 * row[name][0]:.0f}" for name in ("same", "repeated"))
         lines.append([title, forwards, same, repeated, likely])
     return markdown(["", "forwards: all rows + few", "same tokens, %", "repeated, %", "nats, to full attention"], lines)
 
 
-@cache
-def answers(name: str) -> dict[str, Any]:
-    """The summary of an evaluation of a demo model under caches."""
-    return json.loads((ROOT / "demo/evaluation" / name / "summary.json").read_text(encoding="utf-8"))
-
-
 def answered_row(family: str, wanted: Row, folder: str = "caches") -> Row:
     """The average over tasks of a demo model under caches."""
-    return found(answers(f"{family}-{folder}")["averages"], wanted)
+    return found(evaluation(f"{family}-{folder}")["averages"], wanted)
 
 
 def answered_table() -> str:
@@ -170,10 +153,8 @@ def answered_table() -> str:
 
 def most_lost() -> float:
     """The most points that a demo model loses under caches, in the table's lines."""
-    rows = [row for place in product(TITLES, ANSWERS) for row in answers("-".join(place))["averages"]]
-    lines = [UNSAID | wanted for wanted in ANSWERED.values()]
-    shown = [row for row in rows if any(all(row[name] == of[name] for name in of) for of in lines)]
-    return max(-row["difference"] for row in shown)
+    rows = [row for place in product(TITLES, ANSWERS) for row in evaluation("-".join(place))["averages"]]
+    return max(-row["difference"] for row in rows if any(has(row, wanted) for wanted in ANSWERED.values()))
 
 
 def _points_of(family: str, folder: str, wanted: Row, name: str = "difference") -> str:
@@ -186,13 +167,8 @@ def _points_of(family: str, folder: str, wanted: Row, name: str = "difference") 
 
 def values_lost(family: str, folder: str) -> float:
     """Points that the fast setting loses in the task whose answer has several values, where it loses most."""
-    rows = [row for row in answers(f"{family}-{folder}")["rows"] if row["task"] == "niah_multivalue"]
+    rows = [row for row in evaluation(f"{family}-{folder}")["rows"] if row["task"] == "niah_multivalue"]
     return found(rows, FAST)["difference"]
-
-
-def points(row: Row, name: str = "difference") -> str:
-    """Points of accuracy with their interval."""
-    return f"{row[name]:+.1f} ({row[f'{name}_low']:+.1f} to {row[f'{name}_high']:+.1f})"
 
 
 def judge_tables() -> dict[str, str]:
@@ -219,7 +195,7 @@ def judge_figures() -> dict[str, str]:
         "judge.shared": judge_row(paper | {"method": "no_isolation", "select": 0.2}, 32)["difference"],
         **{f"judge.paper.{size}": judge_row(paper, size)["difference"] for size in (64, 32)},
         **{f"judge.dense.{size}": judge_row(dense, size)["difference"] for size in (64, 32)},
-        "judge.window": judge_row({"method": "window", "select": 0.3}, 128)["difference"],
+        "judge.window": judge_row(WINDOW, 128)["difference"],
         "judge.streaming": judge_row(STREAMING, 128)["difference"],
         "judge.streaming.dense": judge_row(STREAMING | {"dense_answer": True}, 128)["difference"],
         "judge.paper.short": judge_row(paper | {"select": 0.5}, 32)["difference"],

@@ -1,29 +1,23 @@
 """The values of the pages' tables and figures, from the committed records, by their marks' names."""
 
-import json
 import statistics
-from functools import cache
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sparsed import SparseDConfig
-from sparsed.evaluation.results import markdown
+from sparsed.evaluation.results import figure, markdown
 
 from . import readme_judge
 from .common import seconds
 from .phases import derive
 from .plot import overview
 from .readme_generation import generation_figures, generation_table, generation_table_short
-from .readme_judge import answered_row, cached_row, interval, judge_row, points
+from .readme_judge import answered_row, cached_row, judge_row, nats
 from .readme_parallel import paper_table, parallel_figures, parallel_table
 from .readme_steps import steps_figures
+from .records import RESULTS, ROOT, TITLES, Record, benchmark, evaluation, read
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
-TITLES = {"dream": "Dream", "llada": "LLaDA"}
 METHODS = {
     "origin": "full attention",
     "sparsed": "SparseD",
@@ -54,20 +48,6 @@ ANSWERED = (
     ("dense", 4096, 64, 32, (0.05, 0.2)),
     ("dense-128", 4096, 128, 128, (0.2, 0.3)),
 )
-
-Record = dict[str, Any]
-
-
-@cache
-def benchmark(name: str) -> Record:
-    """A record of benchmarks/results."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-@cache
-def evaluation(name: str) -> Record:
-    """The summary of an evaluation of a demo model."""
-    return json.loads((ROOT / "demo/evaluation" / name / "summary.json").read_text(encoding="utf-8"))
 
 
 def averages(name: str) -> dict[str, Record]:
@@ -133,15 +113,15 @@ def _quality() -> str:
         skip = 0.2 if method == "sparsed" else None
         rows = [answered(family, "dense", 4096, method)[128, select, skip, bool(dense)] for family in TITLES]
         row = judge_row({"method": method, "select": select, "dense_answer": dense}, 128)
-        lines.append([title, *map(points, rows), *_lost(row)])
+        lines.append([title, *(figure(row, "difference") for row in rows), *_lost(row)])
     for place, (title, wanted) in enumerate(QUALITY_CACHED, len(lines) - 1):  # the window comes last
         rows = [answered_row(family, wanted) for family in TITLES]
-        lines.insert(place, [title, *map(points, rows), *_lost(cached_row(wanted))])
+        lines.insert(place, [title, *(figure(row, "difference") for row in rows), *_lost(cached_row(wanted))])
     return markdown(["", *(f"{title}, points" for title in TITLES.values()), "nats", "same token, %"], lines)
 
 
 def _lost(row: Record) -> list[str]:
-    return [interval(row["difference"]), f"{100 * row['same'][0]:.1f}"]
+    return [nats(row["difference"]), f"{100 * row['same'][0]:.1f}"]
 
 
 def _fidelity_figures() -> dict[str, str]:
@@ -186,7 +166,9 @@ def _demo_accuracy() -> str:
             rows = [row for row in evaluation(f"{family}-4k")["rows"] if row["method"] == method]
             assert [row["task"] for row in rows] == tasks
             cells = [f"{row['accuracy']:.1f}" for row in (*rows, average)]
-            lines.append([f"{title}, {METHODS[method]}", f"{average['density']:.2f}", *cells, _difference(average)])
+            lines.append(
+                [f"{title}, {METHODS[method]}", f"{average['density']:.2f}", *cells, figure(average, "difference")]
+            )
     return markdown(["", "density", *(f"`{task}`" for task in tasks), "average", "to full attention"], lines)
 
 
@@ -197,13 +179,9 @@ def _demo_others() -> str:
             found = averages(f"{family}-{folder}")
             full, sparse, window = (found[method] for method in ("origin", "sparsed", "window"))
             cells = [f"{row['accuracy']:.1f}" for row in (full, sparse, window)]
-            cells[1:] = [f"{cells[1]}, {_difference(sparse)}", f"{cells[2]}, {_difference(window)}"]
+            cells[1:] = [f"{cells[1]}, {figure(sparse, 'difference')}", f"{cells[2]}, {figure(window, 'difference')}"]
             lines.append([f"{title}, {what}", *cells])
     return markdown(["average", "full attention", "SparseD", "sliding window"], lines)
-
-
-def _difference(row: Record, name: str = "difference") -> str:
-    return "-" if row[name] is None else points(row, name)
 
 
 def _accuracy_figures() -> dict[str, str]:
@@ -247,7 +225,7 @@ def _dense_answer_accuracy() -> str:
             for family in TITLES:
                 found = answered(family, folder, length)
                 plain, dense = (found[size, select, 0.2, which] for which in (False, True))
-                cells += [f"{plain['difference']:+.1f}", f"{dense['difference']:+.1f}", _difference(dense, "gain")]
+                cells += [f"{plain['difference']:+.1f}", f"{dense['difference']:+.1f}", figure(dense, "gain")]
             lines.append([f"{length:,} + {new_tokens}", str(size), f"{select:g}", *cells])
     columns = ["tokens", "blocks", "select", *(name for title in TITLES.values() for name in (title, "dense", "gain"))]
     return markdown(columns, lines)
@@ -334,9 +312,9 @@ def _parity_figures() -> dict[str, str]:
 def _checkpoint_figures() -> dict[str, str]:
     """The demo checkpoints' word problems that were right, in %, and the steps and seconds of their training."""
     found, took = {}, []
-    results = json.loads((ROOT / "demo/results.json").read_text(encoding="utf-8"))
+    results = read(ROOT / "demo/results.json")
     for family in TITLES:
-        training = json.loads((ROOT / "demo" / family / "training.json").read_text(encoding="utf-8"))["progress"]
+        training = read(ROOT / "demo" / family / "training.json")["progress"]
         took.append(training["seconds"])
         found[f"demo.{family}.steps"] = f"{training['step']:,}"
         for mode in ("origin", "sparsed"):

@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import readme, readme_judge, readme_values
-from benchmarks.readme_values import TITLES, answered, evaluation, speeds
+from benchmarks.readme_values import answered, speeds
+from benchmarks.records import TITLES, benchmark, evaluation, judged
 from docs.make import composition
 
 ROOT = Path(__file__).parents[1]
@@ -221,11 +222,11 @@ def test_what_one_family_s_number_says_of_both():
     assert found["kernel.dream.top-k"] == found["kernel.llada.top-k"]
     assert found["latency.selecting.most"] == found["latency.llada.128k.selecting"]
     for family in TITLES:
-        (row,) = readme_values.benchmark(f"latency-{family}-64k-h100")["rows"]
+        (row,) = benchmark(f"latency-{family}-64k-h100")["rows"]
         for run in row["runs"].values():
             for step in (run["full_step"], run["sparse_step"]):
                 assert step is None or (2 <= step["count"] <= 4 and step["range"][1] < 1.01 * step["range"][0])
-        row = readme_values.benchmark(f"below-4k-{family}-h100")["rows"][0]
+        row = benchmark(f"below-4k-{family}-h100")["rows"][0]
         assert row["length"] == "1k" and row["speedup"]["128"]["origin"] < 1
         sparse, full = row["runs"]["sparsed"]["sparse_step"], row["runs"]["origin"]["full_step"]
         assert sparse["median"] == pytest.approx(full["median"], rel=0.02)
@@ -253,7 +254,7 @@ def setting_of(row):
 
 def test_what_follows_from_the_losses():
     """The sentences about the real model that compare."""
-    found = readme_judge.judged("table")
+    found = judged("table")
     assert [(length["length"], bool(length["cannot_tell"])) for length in found["lengths"]] == [
         (4096, False),
         (8192, True),
@@ -274,7 +275,7 @@ def test_what_follows_from_the_losses():
 
 
 def test_what_follows_from_the_written_texts():
-    rows = readme_judge.judged("written")["rows"]
+    rows = judged("written")["rows"]
     assert {row["documents"] for row in rows} == {20}
     saved = [row for row in rows if row["steps"] == 128 and row["method"] == "origin" and row["difference"]]
     assert len(saved) > 10 and all(row["difference"][1] <= 0 <= row["difference"][2] for row in saved)
@@ -287,7 +288,7 @@ WAY = ("method", "select", "dense_answer", "cache", "refresh", "factor", "thresh
 
 def test_what_follows_from_the_answers_under_caches():
     for family, folder in product(TITLES, readme_judge.ANSWERS):
-        rows = readme_judge.answers(f"{family}-{folder}")["averages"]
+        rows = evaluation(f"{family}-{folder}")["averages"]
         dual = [row for row in rows if row["cache"] == "dual" and row["method"] == "sparsed" and row["dense_answer"]]
         near = [row["sparse"] for row in dual if row["select"] == 0.3]
         fast = [row["sparse"] for row in dual if row["select"] == 0.15]
@@ -298,7 +299,7 @@ def test_what_follows_from_the_answers_under_caches():
 
 
 def test_what_follows_from_the_distances():
-    rows = readme_values.benchmark("fidelity-smollm2-h200")["rows"]
+    rows = benchmark("fidelity-smollm2-h200")["rows"]
     assert [(row["new_tokens"], row["windows"], row["documents"]) for row in rows] == [(128, 31, 18), (256, 31, 18)]
     one = {title: setting["kl"][0] for title, setting in readme_values.fidelity(128).items()}
     part = "only the answer's rows{}, select 0.3, block_size 128"
@@ -308,7 +309,7 @@ def test_what_follows_from_the_distances():
 
 @pytest.mark.parametrize("family", TITLES)
 def test_what_follows_from_the_times(family):
-    assert readme_values.benchmark(f"dense-answer-{family}-h200")["environment"]["device_name"] == "NVIDIA H200"
+    assert benchmark(f"dense-answer-{family}-h200")["environment"]["device_name"] == "NVIDIA H200"
     runs = speeds(family, "64k")
     sparse = {name: run["sparse_step"]["median"] for name, run in runs.items() if "sparse_step" in run}
     assert sparse["dense answer rows, select 0.3"] / sparse["the paper's, select 0.3"] < 1.015

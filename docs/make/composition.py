@@ -11,6 +11,8 @@ from pathlib import Path
 from sparsed.console.files import write_text
 from sparsed.console.parser import Parser
 
+from .svg import document
+
 FILE = Path(__file__).parents[2] / "assets" / "composition.svg"
 PROMPT, ANSWER = 6, 2  # blocks
 BLOCKS = PROMPT + ANSWER
@@ -85,8 +87,7 @@ def picture() -> str:
     parts.append(f'<text x="{LEFT}" y="{end + 8}" class="small">steps, from left to right</text>')
     width, height = LEFT + 4 * SIDE + 3 * GAP + 12, end + 22
     title = "Which rows each kind of forward computes, which keys they read, and in which steps"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" width="{width}">'
-    return f"{head}\n<title>{title}</title>\n<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
+    return document(title, STYLE, parts, width, height)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,28 +7,28 @@ soon as the record has it. The time is that of LLaDA's 8B shape with random weig
 quality is that of a real model of 135 million parameters at 4,096 tokens.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks.readme_generation import DUAL, FULL, ONCE
+from benchmarks.readme_generation import PAPER as DUAL_PAPER
+from benchmarks.readme_generation import SPARSE as DUAL_DENSE
+from benchmarks.records import ROOT, Record, has, read
 from sparsed import SparseDConfig
 from sparsed.console.files import write_text
 from sparsed.console.parser import Parser
 
-ROOT = Path(__file__).parents[2]
+from .svg import document
+
 FILE = ROOT / "assets" / "quality_time.svg"
 TIMES = ROOT / "benchmarks/results/generation-llada-64k-h200.json"
 CACHES, TABLE, WRITTEN = (ROOT / f"demo/real/results/{name}/summary.json" for name in ("caches", "table", "written"))
 TOKENS, LENGTH = 256, 4096
-Record = dict[str, Any]
 
 # ------------------------------------------------------------------------------------------------------------ data
 
-# what a row of the summaries is known by; a row without a name has None there
-NAMES = ("method", "select", "skip", "block_size", "cache", "refresh", "dense_answer", "threshold", "factor")
 # rows of a way that are drawn small next to it: their label, and what is different; a bare number is a threshold
 VARIANTS: dict[str, Record] = {
     "0.9": {"threshold": 0.9},
@@ -63,11 +63,6 @@ class Point:
     elsewhere: bool = False
 
 
-def read(path: Path) -> Record:
-    """A committed record."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def ways() -> dict[str, Record]:
     """The ways whose forwards were timed after 64k tokens."""
     (row,) = read(TIMES)["rows"]
@@ -88,9 +83,9 @@ def drawn_as(way: Record) -> tuple[str, str]:
 
 def row_of(summary: Record, settings: Record, **others: Any) -> Record | None:
     """The summary's row of these settings at 4,096 tokens; None if it has none."""
-    wanted = {**dict.fromkeys(NAMES), **settings, **others, "length": LENGTH}
-    wanted["dense_answer"] = wanted["dense_answer"] or None  # False in the record of times
-    found = [row for row in summary["rows"] if all(row.get(name) == value for name, value in wanted.items())]
+    dense = settings.get("dense_answer") or None  # False in the record of times
+    wanted = {**settings, **others, "dense_answer": dense, "length": LENGTH}
+    found = [row for row in summary["rows"] if has(row, wanted)]
     if len(found) > 1:
         raise ValueError(f"{len(found)} rows have {wanted}")
     return found[0] if found else None
@@ -217,13 +212,7 @@ class Panel:
         return TOP + self.band + (TALL - self.band) * (self.high - loss) / (self.high - self.low)
 
 
-FULL, PAPER, DENSE = "full attention", "SparseD, the paper's", "SparseD, dense answer rows, select 0.15"
-DUAL, DUAL_PAPER, DUAL_DENSE = (
-    "dual cache",
-    "dual cache, the paper's SparseD",
-    "dual cache, dense answer rows, select 0.15",
-)
-ONCE = "dual cache, all rows once"
+PAPER, DENSE = "SparseD, the paper's", "SparseD, dense answer rows, select 0.15"
 FORCED = Panel(
     left=LEFTS[0],
     title="Nats lost per masked token",
@@ -430,8 +419,7 @@ def picture() -> str:
             parts += shown(panel, point, points)
     parts += notes(left, right)
     title = "How far each way of generating is from full attention, against the time it takes"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" width="{WIDTH}">'
-    return f"{head}\n<title>{title}</title>\n<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
+    return document(title, STYLE, parts, WIDTH, HEIGHT)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -199,9 +199,9 @@ def _length_table(length: int | None, summary: Record) -> str:
     columns = ["method", "density", *tasks, "average", *differences.values(), *work.values()]
     lines = []
     for average in averages:
-        cells = {row["task"]: _figure(row, "accuracy") for row in rows if variant_of(row) == variant_of(average)}
+        cells = {row["task"]: figure(row, "accuracy") for row in rows if variant_of(row) == variant_of(average)}
         line = [title_of(average), f"{average['density']:.2f}", *(cells.get(task, "-") for task in tasks)]
-        line += [_figure(average, "accuracy"), *(_figure(average, name) for name in differences)]
+        line += [figure(average, "accuracy"), *(figure(average, name) for name in differences)]
         lines.append([*line, *(_work(average, name) for name in work)])
     text = f"### {title}\n\nAccuracy in %, 95 % intervals, {samples} samples per cell.\n\n"
     return f"{text}{markdown(columns, lines)}\n"
@@ -229,7 +229,7 @@ def title_of(row: Record) -> str:
     return ", ".join([METHODS[row["method"]].title, *dense, *numbers, *cache, *saved])
 
 
-def _figure(row: Record, name: str) -> str:
+def figure(row: Record, name: str) -> str:
     """A value with its interval; a difference has its sign."""
     if row[name] is None:
         return "-"
