@@ -10,6 +10,7 @@ import torch
 
 from ..backends import DENSE
 from ..backends.flash import FLASH_FROM
+from ..console.workers import with_launcher
 from ..patch import sparsify
 from ..report.record import Phase, prefix
 from ..report.summary import ORDER
@@ -252,10 +253,7 @@ def command_of(args: Call, processes: int, *, origin: bool, **changes: Any) -> s
     if origin:
         values |= {name: parser.get_default(name) for name in SPARSED}
     script = parser.prog.endswith(".py")
-    words = ["python", parser.prog] if script else [parser.prog]
-    if processes > 1:
-        launched = [parser.prog] if script else ["--no-python", parser.prog]
-        words = ["torchrun", "--nproc_per_node", str(processes), *launched]
+    words = with_launcher(["python", parser.prog] if script else [parser.prog], processes)
     for action in parser._actions:
         value = values.get(action.dest, action.default)
         if value != action.default:

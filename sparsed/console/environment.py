@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+from .workers import with_launcher
+
 
 def command(prog: str) -> str:
     """What this process was started as, for the record; with the launcher, if it started several.
@@ -20,10 +22,8 @@ def command(prog: str) -> str:
     Args:
         prog: the program's name, as its `--help` has it.
     """
-    words, count = [*prog.split(), *sys.argv[1:]], int(os.environ.get("WORLD_SIZE") or 1)
-    if count > 1:
-        words = ["torchrun", "--nproc_per_node", str(count), *words[words[0] == "python" :]]
-    return shlex.join(words)
+    count = int(os.environ.get("WORLD_SIZE") or 1)
+    return shlex.join(with_launcher([*prog.split(), *sys.argv[1:]], count))
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -78,6 +78,14 @@ def launched() -> int:
     return int(given)
 
 
+def with_launcher(words: list[str], processes: int) -> list[str]:
+    """A command as it is when a launcher starts so many processes of it."""
+    if processes == 1:
+        return words
+    program = words[1:] if words[0] == "python" else ["--no-python", *words]
+    return ["torchrun", "--nproc_per_node", str(processes), *program]
+
+
 def _together(count: int) -> Ranks:
     """All processes, once all are there; ValueError if the launcher has not said where they meet, RuntimeError if they
     cannot."""
