@@ -49,6 +49,8 @@ class Replays:
     def __init__(self, model: DiffusionLM, aside: Callable[[], AbstractContextManager]):
         self.aside, self.ranks = aside, model.ranks
         self.possible = replayable(model)
+        # torch's own is made once, on the GPU of the first capture, and captures nothing of another GPU
+        self._stream = torch.cuda.Stream(model.device) if self.possible else None
         self._kinds: dict[str, Replayed] = {}
 
     def of(self, kind: str, forward: Forward, inputs: tuple[Tensor, ...]) -> Tensor | None:
@@ -88,7 +90,7 @@ class Replays:
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self._kinds.values() if other.graph is not None), None)
         # other threads may go on using the GPU meanwhile
-        capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
         device = inputs[0].device
         # back to the stream of before: torch does not leave its own if the capture failed
         here = torch.cuda.stream(torch.cuda.current_stream(device))
