@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def family(request, tmp_path_factory):
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     shared = Path("/dev/shm")
     base = shared if shared.is_dir() and shutil.disk_usage(shared).free > 3 * count else tmp_path_factory.getbasetemp()
-    folder = base / f"sparsed-{request.param}"
+    folder = base / f"sparsed-{request.param}-{os.getpid()}"  # another run of the tests may use the same memory
     if shutil.disk_usage(base).free < 2.5 * count:
         pytest.skip(f"needs {2.5 * count / 1e9:.0f} GB of disk")
     try:
