@@ -68,6 +68,9 @@ class Trainer:
         made_from = {**asdict(recipe), "checkpoint": checkpoint, "tokens": hashlib.sha256(ids.tobytes()).hexdigest()}
         self.made_from = json.loads(json.dumps(made_from))  # as it is when read
         self.weights = trainable(model)
+        if model.device.type == "cuda":
+            for layer in model.model.layers:
+                layer.compile()
         self.optimizer = adam(model, self.weights.values(), recipe.lr)
         self.state, self.losses = out / "training.safetensors", out / "losses.jsonl"
 
@@ -131,7 +134,8 @@ class Trainer:
         for batch in batches:
             loss = self.loss(batch)
             (loss / places).backward()
-            sums.append(float(loss.detach()))
+            sums.append(loss.detach())
+        sums = torch.stack(sums).tolist()  # waits for the GPU once a step
         norm = nn.utils.clip_grad_norm_(list(self.weights.values()), MOST_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -155,6 +159,7 @@ class Trainer:
         return (losses * batch.weights).sum()
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
     def check_held_out(self) -> None:
         """Log the bound by length on held-out ids, as many as a step has, always with the same windows and masks."""
         if self.held_out is None:
