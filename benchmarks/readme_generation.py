@@ -32,7 +32,7 @@ def generation_table(records: list[Record], titles: dict[str, str]) -> str:
     lines = []
     for (family, length), ways in rows_of(records).items():
         full, cached = ways[FULL]["steps"][EQUAL], ways[DUAL]["steps"][EQUAL]
-        gains = [f"{ways[name]['steps'][steps]['speedup']:.3g}x" for name, steps in COLUMNS.values()]
+        gains = [_gain(ways, name, steps) for name, steps in COLUMNS.values()]
         step = f"{1e3 * cached['forwards']['cached']['seconds']['median']:.3g} ms"
         memory = f"{cached['peak_memory_bytes'] / 1e9:.0f} GB"
         lines.append([titles[family], length, f"{full['seconds']:.0f} s", *gains, step, memory])
@@ -44,9 +44,14 @@ def generation_table_short(records: list[Record], titles: dict[str, str]) -> str
     lines = []
     for (family, length), ways in rows_of(records).items():
         if length in ("4k", "32k", "64k"):
-            gains = [f"{ways[COLUMNS[name][0]]['steps'][EQUAL]['speedup']:.3g}x" for name in SHORT]
+            gains = [_gain(ways, *COLUMNS[name]) for name in SHORT]
             lines.append([titles[family], length, f"{ways[FULL]['steps'][EQUAL]['seconds']:.0f} s", *gains])
     return markdown(["model", "prompt", FULL, *SHORT], lines)
+
+
+def _gain(ways: Record, name: str, steps: str) -> str:
+    """How many times as fast a way is; - if it was not measured."""
+    return f"{ways[name]['steps'][steps]['speedup']:.3g}x" if name in ways else "-"
 
 
 def generation_figures(records: list[Record]) -> dict[str, str]:
@@ -56,6 +61,8 @@ def generation_figures(records: list[Record]) -> dict[str, str]:
     for (family, length), ways in rows_of(records).items():
         name = f"generation.{family}.{length}"
         for kind, way in kinds.items():
+            if way not in ways:
+                continue
             entry = ways[way]["steps"][EQUAL]
             found[f"{name}.{kind}"] = f"{entry['seconds']:.{0 if entry['seconds'] >= 100 else 1}f}"
             found[f"{name}.{kind}.gain"] = f"{entry['speedup']:.{0 if entry['speedup'] >= 10 else 1}f}"

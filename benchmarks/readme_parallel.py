@@ -35,6 +35,7 @@ ON_PAPER = (
     ("dream", SHORT, 4),
     *((LARGE, "1M", count) for count in (2, 4, 8)),
 )
+KERNELS = ("linear layers", "attention", "sums over GPUs")  # purposes that have a column
 H200_BYTES = 141e9
 NUMBER_BYTES, INDEX_BYTES = 2, 4  # of a weight and of what the cache holds; of a kept block's index
 
@@ -194,6 +195,21 @@ def paper_table(records: list[Record], titles: dict[str, str]) -> str:
         memory = (f"{size / 1e9:.0f} GB" for size in (paper.cached_bytes, paper.uncached_bytes))
         lines.append([f"{titles[family]}, {length}", str(count), *cells, *memory])
     return markdown(_columns("memory of each", "without a cache"), lines)
+
+
+def kernels_table(records: list[Record], titles: dict[str, str]) -> str:
+    """Markdown: what the kernels of a cached step take on one GPU and on all of them, by purpose, and the step."""
+    lines = []
+    for family in sorted(titles, key=lambda family: family != LARGE):
+        found = Measured(records, family)
+        for who, count in ((ONE, 1), (ALL, found.count)):
+            purposes = found.rows[SHORT][who]["cached_step"]["purposes"]
+            parts = [purposes[name] for name in KERNELS]
+            together, step = sum(purposes.values()), found.median(SHORT, CACHED, who)
+            times = (*parts, together - sum(parts), together, step)
+            cells = (f"{1e3 * seconds:.2f} ms" if seconds else "-" for seconds in times)
+            lines.append([f"{titles[family]}, {SHORT}", str(count), *cells])
+    return markdown(["model, prompt", "GPUs", *KERNELS, "other kernels", "all kernels", "the step"], lines)
 
 
 def parallel_figures(records: list[Record], titles: dict[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from .phases import derive
 from .plot import overview
 from .readme_generation import generation_figures, generation_table, generation_table_short
 from .readme_judge import answered_row, cached_row, judge_row, nats
-from .readme_parallel import paper_table, parallel_figures, parallel_table
+from .readme_parallel import kernels_table, paper_table, parallel_figures, parallel_table
 from .readme_steps import steps_figures
 from .records import RESULTS, ROOT, TITLES, Record, benchmark, evaluation, read
 
@@ -81,6 +81,7 @@ def tables() -> dict[str, str]:
         "quality-short": _quality(),
         **readme_judge.judge_tables(),
         "parallel": parallel_table(_parallel(), TITLES),
+        "parallel-kernels": kernels_table(_parallel(), TITLES),
         "parallel-paper": paper_table(_parallel(), TITLES),
     }
 

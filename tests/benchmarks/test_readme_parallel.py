@@ -7,6 +7,7 @@ from benchmarks.readme_parallel import (
     Measured,
     OnPaper,
     all_rows,
+    kernels_table,
     laid_out_bytes,
     paper_table,
     parallel_figures,
@@ -55,6 +56,21 @@ def records():
 
 def cells(table):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def test_a_cached_step_s_kernels_by_purpose(records):
+    purposes = {"linear layers": 0.004, "attention": 0.002, "sums over GPUs": 0.0, "sorting": 0.0001, "other": 0.0004}
+    for record in records[:2]:
+        for who in ("one", "all"):
+            record["rows"][0][who]["cached_step"] = {"purposes": purposes}
+    records[0]["rows"][0]["all"]["cached_step"] = {"purposes": {**purposes, "sums over GPUs": 0.001}}
+    times = ["4.00 ms", "2.00 ms", "-", "0.50 ms", "6.50 ms"]
+    assert cells(kernels_table(records, TITLES)) == [
+        ["LLaDA, 64k", "1", *times, "20.00 ms"],
+        ["LLaDA, 64k", "2", *times, "12.00 ms"],
+        ["Dream, 64k", "1", *times, "20.00 ms"],
+        ["Dream, 64k", "2", "4.00 ms", "2.00 ms", "1.00 ms", "0.50 ms", "7.50 ms", "12.00 ms"],
+    ]
 
 
 def test_one_gpu_that_was_too_small_has_a_row(records):
