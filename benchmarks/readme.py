@@ -1,4 +1,4 @@
-"""The tables and figures of README.md, docs/ and demo/README.md, filled in from the committed records.
+"""The tables and figures of README.md, docs/ and the demo's pages, filled in from the committed records.
 
     python -m benchmarks.readme
 
@@ -15,7 +15,8 @@ from sparsed.console.parser import Parser
 from .readme_values import figures, tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "demo/README.md")
+DEMO = (ROOT / "demo/README.md", ROOT / "demo/real/README.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *DEMO)
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"[+-]?\d+(?:[.,]\d+)*(<!--=(\S+)-->)")
 MARK = re.compile(r"<!-- table: (\S+) -->|<!--=(\S+)-->")

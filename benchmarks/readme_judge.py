@@ -25,6 +25,19 @@ JUDGED = {
     "sliding window, 0.3": WINDOW,
     "StreamingLLM, 0.3": STREAMING,
 }
+# the same under the second checkpoint, which was trained on long sequences from the first step on
+MIXED = {
+    **{f"{PAPER}, select {select}": {"method": "sparsed", "select": select} for select in (0.3, 0.15, 0.05)},
+    **{
+        f"{DENSE}, {select}": {"method": "sparsed", "select": select, "dense_answer": True}
+        for select in (0.3, 0.15, 0.05)
+    },
+    f"{SHARED}, 0.3": {"method": "no_isolation", "select": 0.3},
+    "sliding window, 0.3": WINDOW,
+    "StreamingLLM, 0.3": STREAMING,
+    "StreamingLLM, dense answer rows, 0.3": STREAMING | {"dense_answer": True},
+}
+LENGTHS = (4096, 8192)
 SKIPS = {"0": 0.0, "0.05": 0.05, "0.2": 0.2}
 # the line of the tables under caches: what its row has
 FULL, DUAL = {"method": "origin"}, {"method": "origin", "cache": "dual"}
@@ -78,10 +91,15 @@ def found(rows: list[Row], wanted: Row) -> Row:
     return row
 
 
-def judge_row(wanted: Row, size: int | None, skip: float = 0.2) -> Row:
-    """A row of the judge's table, at 4,096 tokens."""
+def judge_row(wanted: Row, size: int | None, skip: float = 0.2, length: int = 4096, folder: str = "table") -> Row:
+    """A row of the judge's table."""
     skips = {"skip": skip if wanted["method"] in ("sparsed", "no_isolation") else None}
-    return found(judged("table")["rows"], {**wanted, **skips, "block_size": size, "length": 4096})
+    return found(judged(folder)["rows"], {**wanted, **skips, "block_size": size, "length": length})
+
+
+def mixed_row(wanted: Row, size: int | None, length: int = 4096, skip: float = 0.2) -> Row:
+    """A row of the second checkpoint's table."""
+    return judge_row(wanted, size, skip, length, "table-mixed")
 
 
 def cached_row(wanted: Row, rate: float = HALF) -> Row:
@@ -102,6 +120,34 @@ def judge_table() -> str:
         rows = [judge_row(wanted, size) for size in SIZES]
         lines.append([title, *(nats(row["difference"]) for row in rows), f"{100 * rows[0]['same'][0]:.1f}"])
     return markdown(["", *(f"blocks of {size}" for size in SIZES), "same token, %"], lines)
+
+
+def mixed_table() -> str:
+    """Markdown: nats lost by each way to attend under the second checkpoint, at two lengths and two sizes of blocks."""
+    places = list(product(LENGTHS, (128, 32)))
+    lines = []
+    for title, wanted in MIXED.items():
+        shown = LENGTHS[:1] if wanted["method"] == "no_isolation" else LENGTHS  # it was measured at the first only
+        rows = [mixed_row(wanted, size, length) if length in shown else None for length, size in places]
+        lines.append([title, *("-" if row is None else nats(row["difference"]) for row in rows)])
+    return markdown(["", *(f"{length:,} tokens, blocks of {size}" for length, size in places)], lines)
+
+
+def trainings_table() -> str:
+    """Markdown: the checkpoints made from the base: their training, likelihood, and the gate at 8,192 tokens."""
+    record, lines = judged("trainings"), []
+    for run in [{"name": "first", **record["first"]}, *record["runs"]]:
+        trained = f"{run['seconds'] / 60:.1f}", f"{run['tokens'] / 1e6:.0f}"
+        lines.append([run["name"], run["from"], *trained, *_judged_cells(run["judged"])])
+    said = ("planted passage", "its copy", "repeated passage")
+    columns = ["", "from", "minutes", "million tokens", *(f"nats, {length:,} tokens" for length in LENGTHS)]
+    return markdown([*columns, *(f"gate: {name}" for name in said)], lines)
+
+
+def _judged_cells(found: Row) -> list[str]:
+    likely = [found[str(length)]["nll"] if str(length) in found else None for length in LENGTHS]
+    gate = [found["gate_8192"][name] for name in ("planted", "copy", "repeated")]
+    return [*("-" if value is None else f"{value[0]:.2f}" for value in likely), *(nats(value, ".2f") for value in gate)]
 
 
 def caches_table() -> str:
@@ -175,6 +221,8 @@ def judge_tables() -> dict[str, str]:
     """Every table here, by name."""
     return {
         "judge": judge_table(),
+        "judge-mixed": mixed_table(),
+        "trainings": trainings_table(),
         "caches-judge": caches_table(),
         "caches-written": written_table(),
         "caches-demo": answered_table(),
@@ -186,6 +234,7 @@ def judge_figures() -> dict[str, str]:
     paper, dense = ({"method": "sparsed", "select": 0.3, "dense_answer": which} for which in (None, True))
     cached = {"dual": DUAL, "once": DUAL | {"refresh": 0}, "prefix": CACHED["prefix cache"], "fast": FAST, "near": NEAR}
     (gate,), (longer,) = (length["gates"] for length in judged("table")["lengths"])
+    mixed = {length["length"]: length["gates"][0] for length in judged("table-mixed")["lengths"]}
     heads = found(judged("heads")["rows"], {"method": "sparsed", "block_size": 128})
     values = {
         **{f"judge.paper.{name}": judge_row(paper, 128, skip=skip)["difference"] for name, skip in SKIPS.items()},
@@ -204,6 +253,25 @@ def judge_figures() -> dict[str, str]:
         "judge.paper.1": judge_row(paper | {"select": 0.1}, 128)["difference"],
         **{f"judge.gate.{name}": gate[name]["advantage"] for name in ("planted", "copy", "repeated")},
         "judge.gate.8k": longer["copy"]["advantage"],
+        **{
+            f"mixed.gate.{length}.{name}": gate[name]["advantage"]
+            for length, gate in mixed.items()
+            for name in ("planted", "copy", "repeated")
+        },
+        **{f"mixed.full.{length}": mixed_row(FULL | {"skip": None}, None, length)["nll"] for length in LENGTHS},
+        **{
+            f"mixed.{name}.{length}.{size}": mixed_row(row, size, length)["difference"]
+            for (name, row), length, size in product((("paper", paper), ("dense", dense)), LENGTHS, (128, 32))
+        },
+        **{
+            f"mixed.{name}.skip.{shown}": mixed_row(row, 128, skip=skip)["difference"]
+            for (name, row), (shown, skip) in product((("paper", paper), ("dense", dense)), SKIPS.items())
+        },
+        "mixed.isolated": mixed_row(paper | {"select": 0.2}, 32)["difference"],
+        "mixed.shared": mixed_row(paper | {"method": "no_isolation", "select": 0.2}, 32)["difference"],
+        "mixed.window": mixed_row(WINDOW, 128)["difference"],
+        "mixed.streaming": mixed_row(STREAMING, 128)["difference"],
+        "mixed.streaming.dense": mixed_row(STREAMING | {"dense_answer": True}, 128)["difference"],
         **{f"caches.{name}": cached_row(row)["difference"] for name, row in cached.items()},
         **{f"caches.{name}.added": cached_row(cached[name])["sparse"] for name in ("fast", "near")},
         "written.half": written_row(FULL | {"steps": 64})["difference"],
@@ -223,6 +291,10 @@ def judge_figures() -> dict[str, str]:
         "written.half.high": f"{high:.2f}",
         "caches.once.more": f"{more:.3f}",
         "caches.answered.most": f"{most_lost():.1f}",
+        **{
+            f"mixed.kl.{name}.{length}.{size}": f"{mixed_row(row, size, length)['kl'][0]:.3f}"
+            for (name, row), length, size in product((("paper", paper), ("dense", dense)), LENGTHS, (128, 32))
+        },
         "judge.kl.paper": f"{judge_row(paper, 128)['kl'][0]:.3f}",
         "judge.kl.dense.2": f"{judge_row(dense | {'select': 0.2}, 128)['kl'][0]:.3f}",
         **{name: f"{100 * value[0]:.0f}" for name, value in percents.items()},

@@ -32,7 +32,7 @@ def evaluation(name: str) -> Record:
 
 @cache
 def judged(name: str) -> Record:
-    """What the judge found on the real model: table, caches, written or heads."""
+    """What the judge found on the real model, in a folder of demo/real/results."""
     return read(ROOT / "demo/real/results" / name / "summary.json")
 
 

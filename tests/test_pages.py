@@ -274,6 +274,24 @@ def test_what_follows_from_the_losses():
     assert caches[0] - caches[None] == pytest.approx(0.012, abs=0.0005)
 
 
+def test_what_follows_from_the_second_checkpoint():
+    found = judged("table-mixed")
+    assert not any(length["cannot_tell"] for length in found["lengths"])
+    assert {(row["length"], row["documents"]) for row in found["rows"]} == {(4096, 48), (8192, 18)}
+    rows = {setting_of(row): row for row in found["rows"]}
+    for measure, (length, size) in product(("difference", "kl"), product((4096, 8192), (128, 32))):
+        paper, dense = (rows[length, "sparsed", 0.3, 0.2, size, which][measure][0] for which in (None, True))
+        assert (dense > paper) == ((length, size) == (8192, 128))
+    near = [rows[length, "streaming", 0.3, None, 128, True]["difference"][0] for length in (4096, 8192)]
+    assert max(near) < 0
+    trained = {run["name"]: run["judged"] for run in [{"name": "first", **judged("trainings")["first"]}]}
+    trained |= {run["name"]: run["judged"] for run in judged("trainings")["runs"]}
+    gates = {name: [low for _, low, _ in found["gate_8192"].values()] for name, found in trained.items()}
+    assert {name for name, lows in gates.items() if min(lows) > 0.1} == {"mixed", "mixed-continued"}
+    likely = {name: found["8192"]["nll"][0] for name, found in trained.items()}
+    assert likely["first-continued"] < likely["first"] < likely["mixed-continued"] < likely["mixed"]
+
+
 def test_what_follows_from_the_written_texts():
     rows = judged("written")["rows"]
     assert {row["documents"] for row in rows} == {20}

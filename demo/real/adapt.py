@@ -4,21 +4,27 @@
 
 From the first step on, nearly every step mixes long and short sequences. Run again with the same --out, it continues
 where it last saved, and ends as if it had never stopped (on a GPU: up to rounding). Writes the checkpoint, losses.jsonl
-(nats per token, also of --held_out) and training.safetensors, from which it continues.
+(nats per token, also of --held_out), run.json (settings, and command, versions and machine of every call) and
+training.safetensors, from which it continues.
 """
 
 import argparse
+import json
 import math
 import sys
 from dataclasses import fields
+from datetime import datetime, timezone
 
 import numpy as np
+import torch
 
 from demo.real.batches import Recipe
 from demo.real.folders import copy_tokenizer, folder
 from demo.real.text import read_ids
 from demo.real.training import Trainer
 from sparsed.console.endings import blame, guarded
+from sparsed.console.environment import command, environment
+from sparsed.console.files import write_json
 from sparsed.console.parser import Parser, add_value
 from sparsed.console.readers import device, number_in, path, whole
 from sparsed.console.streams import tell
@@ -81,8 +87,22 @@ def _adapt(args: argparse.Namespace) -> None:
         trainer.restore()
         args.out.mkdir(parents=True, exist_ok=True)
         copy_tokenizer(args.checkpoint, args.out)
+        _note_call(trainer)
     trainer.run(args.minutes, args.save_every)
     tell(f"written to {args.out}: step {trainer.step} of {args.steps}")
+
+
+def _note_call(trainer: Trainer) -> None:
+    """Add this call to the run's record; a new run begins a new one."""
+    file, device = trainer.out / "run.json", trainer.model.device
+    calls = json.loads(file.read_text(encoding="utf-8"))["calls"] if trainer.step and file.is_file() else []
+    call = {
+        "command": command(PROGRAM),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(device, torch.bfloat16 if device.type == "cuda" else torch.float32),
+        "first_step": trainer.step,
+    }
+    write_json(file, {**trainer.made_from, "calls": [*calls, call]})
 
 
 def _ids(args: argparse.Namespace, option: str, vocabulary: int) -> np.ndarray:

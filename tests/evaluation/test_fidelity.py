@@ -124,6 +124,19 @@ def test_more_methods_and_documents_add_to_what_is_there(done, tmp_path):
     assert found == set((folder / SAMPLES).read_text().splitlines())
 
 
+def test_documents_that_training_saw_are_left_out(done, tmp_path, capsys):
+    """By name; results with them and without them are not mixed."""
+    words, folder = done
+    without = [*words, "--leave_out", "ids.bin:1,ids.bin:4"]
+    assert command.main([*without, "--out", str(tmp_path / "run")]) == 0
+    lines = (folder / SAMPLES).read_text().splitlines()
+    expected = [text for text in lines if json.loads(text)["document"] not in ("ids.bin:1", "ids.bin:4")]
+    assert (tmp_path / "run" / SAMPLES).read_text().splitlines() == expected and len(expected) < len(lines)
+    capsys.readouterr()
+    assert command.main([*without, "--out", str(folder)]) == 2
+    assert "(leave_out not given, now [" in capsys.readouterr().err
+
+
 def test_a_method_is_left_out_where_a_run_has_full_attention(done, tmp_path):
     words, _ = done
     changed = [*words, "--skip", "0,0.3", "--limit", "1", "--out", str(tmp_path / "run")]
@@ -173,6 +186,7 @@ def test_results_of_another_text_and_of_another_measure_stay(done, tmp_path, cap
         (["--block_length", "2", "--mask_rates", "0.2"], "--mask_rates: 0.2 of 2 tokens is less than a token"),
         (["--methods", "sparse"], "--methods: must be some of origin"),
         (["--limit", "0"], "--limit: must be a whole number of at least 1"),
+        (["--leave_out", "c.txt"], "--leave_out: no document of --texts is called c.txt"),
         (["--model_path", "nowhere/at/all"], "--model_path: "),
         (["--backend", "flash"], "--backend: "),
     ],

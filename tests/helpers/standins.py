@@ -131,7 +131,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions, width, theta):
-    angles = positions[..., None].float() / theta ** (torch.arange(0, width, 2, device=positions.device).float() / width)
+    angles = positions[..., None].float() / theta ** (
+        torch.arange(0, width, 2, device=positions.device).float() / width
+    )
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 

@@ -51,6 +51,7 @@ class TextArguments:
     dtype: str
     texts: list[Path]
     lengths: list[int]
+    leave_out: list[str]
     limit: int
     seq_len: int
     out: Path
@@ -177,6 +178,9 @@ def add_texts(group: Any) -> None:
     )
     about = "tokens read of each document, the new ones included: 1k to 128k, or numbers (default: %(default)s)"
     group.add_argument("--lengths", type=list_of(length), default="4k", metavar="LENGTHS", help=about)
+    about = "documents to leave out, for example because the model was trained on them; as the results name them: FILE "
+    about += "(texts) or FILE:NUMBER (ids), separated by commas"
+    group.add_argument("--leave_out", type=list_of(str), default=[], metavar="NAMES", help=about)
     about = "documents of each length, at most (default: %(default)s)"
     group.add_argument("--limit", type=whole(1), default=50, metavar="N", help=about)
     about = "new tokens: the last ones of each document, which count as the generated region (default: %(default)s)"

@@ -49,6 +49,8 @@ def prepare(args: TextArguments, ranks: Ranks, settings: Record, identify: Calla
         tokenizer = load_tokenizer(path)
     with blame(args, "--texts", (ValueError, ChatTemplateError)):
         documents = read_documents(args.texts, tokenizer)
+    with blame(args, "--leave_out"):
+        documents = without(documents, args.leave_out)
     chosen, counts = choose(args, documents)
     team, model = team_and_model(args, ranks)
     with blame(args, "--texts"):
@@ -58,9 +60,18 @@ def prepare(args: TextArguments, ranks: Ranks, settings: Record, identify: Calla
         warn_of_length(model, "documents", max(args.lengths))
         for length, count in counts.items():
             tell(f"{length} tokens: {count['measured']} documents; {count['too_short']} are too short")
-    shared = {"seq_len": args.seq_len, "backend": args.backend, "texts": files_digest(args.texts)}
+    left_out = {"leave_out": sorted(args.leave_out)} if args.leave_out else {}
+    shared = {"seq_len": args.seq_len, "backend": args.backend, "texts": files_digest(args.texts), **left_out}
     folder = claimed(args, team, model, settings | shared, identify, {"documents": counts})
     return Work(chosen, team, model, folder, resumed(args, team, folder, told), told)
+
+
+def without(documents: list[Document], names: list[str]) -> list[Document]:
+    """The documents except those of these names; ValueError if there is none of a name."""
+    known = {document.name for document in documents}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no document of --texts is called {unknown[0]}")
+    return [document for document in documents if document.name not in names]
 
 
 def choose(args: TextArguments, documents: list[Document]) -> tuple[dict[int, list[Document]], Record]:

@@ -52,6 +52,9 @@ def test_a_run_that_is_left_and_gone_on_with_ends_bit_for_bit_the_same(base, ids
         assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
         logs.append({(line["step"], "loss" in line): line.get("loss", line.get("held_out")) for line in lines})
     assert logs[0].items() <= logs[1].items() and set(logs[0][6, False]) == {"32", "64"}
+    records = [json.loads((folder / "run.json").read_text()) for folder in (straight, halting)]
+    assert [[call["first_step"] for call in record["calls"]] for record in records] == [[0], [0, 1, 2, 3, 4, 5]]
+    assert records[0]["steps"] == 6 and {"command", "date", "environment"} < set(records[1]["calls"][5])
 
 
 def test_steps_after_the_last_save_are_made_again(base, ids_file, tmp_path, monkeypatch):
