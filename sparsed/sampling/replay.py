@@ -49,8 +49,7 @@ class Replays:
     def __init__(self, model: DiffusionLM, aside: Callable[[], AbstractContextManager]):
         self.aside, self.ranks = aside, model.ranks
         self.possible = replayable(model)
-        # torch's own is made once, on the GPU of the first capture, and captures nothing of another GPU
-        self._stream = torch.cuda.Stream(model.device) if self.possible else None
+        self._stream: torch.cuda.Stream | None = None  # the captures'
         self._kinds: dict[str, Replayed] = {}
 
     def of(self, kind: str, forward: Forward, inputs: tuple[Tensor, ...]) -> Tensor | None:
@@ -89,9 +88,11 @@ class Replays:
         inputs = tuple(x.clone() for x in known.inputs)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self._kinds.values() if other.graph is not None), None)
+        device = inputs[0].device
+        # torch's own is made once, on the GPU of the first capture, and captures nothing of another GPU
+        self._stream = self._stream or torch.cuda.Stream(device)
         # other threads may go on using the GPU meanwhile
         capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
-        device = inputs[0].device
         # back to the stream of before: torch does not leave its own if the capture failed
         here = torch.cuda.stream(torch.cuda.current_stream(device))
         with self.aside(), torch.cuda.device(device), here, capture:

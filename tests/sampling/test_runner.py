@@ -213,7 +213,7 @@ def test_a_capture_that_fails_at_its_end_counts_no_step(monkeypatch):
     monkeypatch.setattr(replay, "replayable", lambda model: True)
     monkeypatch.setattr(torch.cuda, "graph", failing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    for name in ("device", "stream", "current_stream"):
+    for name in ("device", "stream", "current_stream", "Stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
     model, prompts, steps = MODELS["llada"](), torch.randint(0, 90, (1, 30)), []
     options = {"gen_length": 16, "steps": 16, "block_length": 16}
