@@ -61,13 +61,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_value(parser, "--minutes", text, math.inf, type=number_in(0, math.inf))
     text = "tokens of a sequence, and the share of the batches that have them: LENGTH:SHARE, separated by commas"
     add_value(parser, "--lengths", text, LENGTHS, type=lengths)
-    add_value(parser, "--batch_tokens", "of a step", 65536, type=whole(2))
-    add_value(parser, "--at_once", "tokens of a batch; a step has several batches", 16384, type=whole(2))
+    add_value(parser, "--batch_tokens", "tokens per step", 65536, type=whole(2))
+    add_value(parser, "--at_once", "tokens per batch; a step has several batches", 16384, type=whole(2))
     add_value(parser, "--lr", "highest learning rate", 5e-4, type=number_in(0, 1, above=True))
     add_value(parser, "--warmup", "steps in which the rate rises", 100, type=whole(0))
     add_value(parser, "--spans", "share of the sequences masked only in a span", 0.25, type=number_in(0, 1))
-    add_value(parser, "--save_every", "steps", 500, type=whole(1))
-    add_value(parser, "--seed", "of windows and masks", 0, type=whole(0))
+    add_value(parser, "--save_every", "save every N steps", 500, type=whole(1))
+    add_value(parser, "--seed", "random seed of windows and masks", 0, type=whole(0))
     add_value(parser, "--device", "auto, cuda, cuda:N or cpu", "auto", type=device)
     args = parser.parse_args(argv)
     args.parser = parser
@@ -88,7 +88,8 @@ def _adapt(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         copy_tokenizer(args.checkpoint, args.out)
         _note_call(trainer)
-    trainer.run(args.minutes, args.save_every)
+    with blame(args, "--lr", (FloatingPointError,)):
+        trainer.run(args.minutes, args.save_every)
     tell(f"written to {args.out}: step {trainer.step} of {args.steps}")
 
 

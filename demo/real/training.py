@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -128,21 +129,27 @@ class Trainer:
                 tell(f"step {self.step} of {self.recipe.steps}, {self.seconds:.0f} s: loss {line['loss']:.3f}")
 
     def update(self) -> dict[str, Any]:
-        """One step; its line of the log has the bound in nats per token, over all its tokens and by length."""
+        """One step; its line of the log has the bound in nats per token, over all its tokens and by length.
+
+        Raises:
+            FloatingPointError: the gradients are not finite; the weights are left as they were.
+        """
         rate, batches = self.recipe.rate(self.step), self.recipe.batches(self.ids, self.step, self._mask)
         places, sums = sum(batch.places for batch in batches), []
         for batch in batches:
             loss = self.loss(batch)
             (loss / places).backward()
             sums.append(loss.detach())
-        sums = torch.stack(sums).tolist()  # waits for the GPU once a step
-        norm = nn.utils.clip_grad_norm_(list(self.weights.values()), MOST_NORM)
+        sums = torch.stack(sums).tolist()  # the first wait for the GPU
+        norm = float(nn.utils.clip_grad_norm_(list(self.weights.values()), MOST_NORM))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {self.step + 1} has gradients that are not finite: try a smaller one")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        line = {"step": self.step, "lr": rate, "norm": round(float(norm), 4), "loss": _bound(batches, sums)}
+        line = {"step": self.step, "lr": rate, "norm": round(norm, 4), "loss": _bound(batches, sums)}
         return {**line, "by_length": _by_length(batches, sums)}
 
     @property

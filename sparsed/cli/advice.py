@@ -19,7 +19,7 @@ from ..sampling.replay import UNTIL_REPLAYED
 from ..sampling.runner import REPLAYED_TOKENS, StepRunner
 from ..watching import watched
 from .arguments import Call
-from .losses import loss, lost
+from .losses import ABOUT, loss, lost
 from .progress import bar
 from .recording import SelectedBlocks
 from .running import Job, StepClock
@@ -131,7 +131,7 @@ def _dense_answer(job: Job, own: StepTimes, ran: list[bool]) -> list[dict[str, A
                 **asdict(times),
                 "select": select,
                 "seconds": seconds,
-                "nats": loss(config, job.args.sampler.plain()),
+                "nats": loss(config, job.args.sampler, own.prompt_tokens),
                 "command": command,
             }
         )
@@ -231,6 +231,8 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
             f"{other['seconds']:.1f} s, {origin / other['seconds']:.2f}x as fast as full attention{lost(other['nats'])}"
         )
     lines += way_lines(advice["ways"]) if advice["ways"] else [f"no cache was timed: {advice['no_cache']}"]
+    if any(found["nats"] is not None for found in (*others, *advice["ways"])):
+        lines.append(ABOUT)
     lines.append("(estimates from a single forward pass of each kind; loading, compiling and sampling are not in them)")
     lines.append(f"{'without a cache, ' if advice['ways'] else ''}use: {advice['command']}")
     fastest = min(others, key=lambda other: other["seconds"], default=None)

@@ -23,10 +23,7 @@ from .losses import loss, lost
 from .memory import free_for_all, peak_bytes
 from .running import Job
 
-RANKED = (
-    "ranked, with --cache dual where it says cache (x: as fast as the slowest; loss: nats per token that the setting "
-    "lost on a real model of 135M at 4k, measure yours):"
-)
+RANKED = "ranked, with --cache dual where it says cache (x: as fast as the slowest):"
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,14 @@ def with_cache(sampler: Settings) -> Settings:
 
 def ways(job: Job, forwards: Forwards, whole_runs: tuple[float, float], keeps_all: bool) -> list[Way]:
     """Every way to generate, the fastest first; `whole_runs` and `keeps_all` as in `every_way`."""
-    found = every_way(job.args.sampler, job.args.config, forwards, whole_runs, keeps_all)
+    found = every_way(job.args.sampler, job.args.config, len(job.input_ids), forwards, whole_runs, keeps_all)
     return sorted(found, key=lambda way: (way.most, way.fewest))
 
 
 def every_way(
     sampler: Settings,
     config: SparseDConfig,
+    prompt_tokens: int,
     forwards: Forwards,
     whole_runs: tuple[float, float],
     keeps_all: bool = False,
@@ -95,7 +93,7 @@ def every_way(
         return sampler.gen_length / (blocks if open_ended else most), sampler.gen_length / most
 
     def nats_of(chosen: SparseDConfig | None, how: Settings, **cache: bool) -> float | None:
-        return loss(None if keeps_all else chosen, how, **cache)
+        return None if open_ended else loss(None if keeps_all else chosen, how, prompt_tokens, **cache)
 
     plain = replace(sampler, cache="none", refresh=None)
     for name, chosen, most in (("full attention", None, whole_runs[0]), ("SparseD", config, whole_runs[1])):

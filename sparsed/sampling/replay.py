@@ -1,5 +1,6 @@
 """Forwards replayed as CUDA graphs, which take only the GPU's time and none of the host's."""
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -48,8 +49,7 @@ class Replays:
 
     def __init__(self, model: DiffusionLM, aside: Callable[[], AbstractContextManager]):
         self.aside, self.ranks = aside, model.ranks
-        self.possible = replayable(model)
-        self._stream: torch.cuda.Stream | None = None  # the captures'
+        self.possible = all(model.ranks.gathered(replayable(model)))
         self._kinds: dict[str, Replayed] = {}
 
     def of(self, kind: str, forward: Forward, inputs: tuple[Tensor, ...]) -> Tensor | None:
@@ -89,10 +89,8 @@ class Replays:
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self._kinds.values() if other.graph is not None), None)
         device = inputs[0].device
-        # torch's own is made once, on the GPU of the first capture, and captures nothing of another GPU
-        self._stream = self._stream or torch.cuda.Stream(device)
         # other threads may go on using the GPU meanwhile
-        capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(graph, pool=pool, stream=_capture_stream(device), capture_error_mode="thread_local")
         # back to the stream of before: torch does not leave its own if the capture failed
         here = torch.cuda.stream(torch.cuda.current_stream(device))
         with self.aside(), torch.cuda.device(device), here, capture:
@@ -100,8 +98,17 @@ class Replays:
         known.inputs, known.graph, known.logits = inputs, graph, logits
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a GPU: libraries keep memory for every stream.
+
+    `torch.cuda.graph` has one as well, but only one, on the GPU of the first capture: it captures nothing of another.
+    """
+    return torch.cuda.Stream(device)
+
+
 def replayable(model: DiffusionLM) -> bool:
-    """Whether the model lies on a GPU, and nobody has hooked into it or replaced its methods: a replay calls none."""
+    """Whether the model is on a GPU and has no hooks or replaced methods, which a replay would not call."""
     if any_global_hook() or model.device.type != "cuda":
         return False
     for module in model.modules():

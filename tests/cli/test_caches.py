@@ -275,7 +275,7 @@ def test_an_answer_stops_early_at_what_the_tokenizer_says_too(call, checkpoints,
 
 
 def ranked(sampler, whole_runs=(1280.0, 711.0)):
-    found = ways.every_way(sampler, SparseDConfig(skip=0.25), FORWARDS, whole_runs)
+    found = ways.every_way(sampler, SparseDConfig(skip=0.25), 4096, FORWARDS, whole_runs)
     return {way.name: way for way in found}
 
 
@@ -295,7 +295,9 @@ def test_whole_runs_of_every_way_by_hand():
 def test_where_every_block_is_kept_sparsed_loses_what_full_attention_does():
     found = {
         way.name: way.nats
-        for way in ways.every_way(LLaDASettings(256, 256, 32), SparseDConfig(), FORWARDS, (1.0, 1.0), keeps_all=True)
+        for way in ways.every_way(
+            LLaDASettings(256, 256, 32), SparseDConfig(), 4096, FORWARDS, (1.0, 1.0), keeps_all=True
+        )
     }
     assert found["SparseD"] == found["full attention"] == 0.0
     assert found["cache and SparseD"] == found["cache"] > 0.0

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sparsed import SparseDConfig
-from sparsed.cli.losses import ROWS_ONCE, WITH_CACHE, WITHOUT_CACHE, loss, lost
+from sparsed.cli.losses import ABOUT, ROWS_ONCE, WITH_CACHE, WITHOUT_CACHE, loss, lost
+from sparsed.cli.ways import Forwards, every_way
 from sparsed.sampling.settings import LLaDASettings
 
 RESULTS = Path(__file__).parents[2] / "demo/real/results"
@@ -15,10 +16,10 @@ CACHES = ({}, {"cached": True}, {"cached": True, "once": True})
 NAMES = ("method", "select", "skip", "block_size", "cache", "refresh", "dense_answer")
 
 
-def measured(name):
-    """Of one table, {what a row is of: its loss}, at 4,096 tokens and half masked."""
+def measured(name, length=4096):
+    """Of one table, {what a row is of: its loss}, at half masked."""
     rows = json.loads((RESULTS / name / "summary.json").read_text(encoding="utf-8"))["rows"]
-    rows = [row for row in rows if (row["length"], row["mask_rate"]) == (4096, 0.5) and row["difference"]]
+    rows = [row for row in rows if (row["length"], row["mask_rate"]) == (length, 0.5) and row["difference"]]
     return {tuple(row[name] for name in NAMES): row["difference"][0] for row in rows}
 
 
@@ -30,28 +31,57 @@ def test_every_loss_is_the_record_s():
         of = ("origin", None, None, None) if rule is None else ("sparsed", rule[0], 0.2, 128)
         assert nats == pytest.approx(caches[(*of, "dual", None, (rule and rule[1]) or None)], abs=5e-4)
     assert pytest.approx(caches["origin", None, None, None, "dual", 0, None], abs=5e-4) == ROWS_ONCE
+    longer = measured("table-mixed", 8192)["sparsed", 0.15, 0.2, 128, None, None, True]
+    assert f"select 0.15 lost {longer:.2f} on a second one" in ABOUT
 
 
-LIKE = LLaDASettings(256, 256, 32)
+LIKE, PLAIN, PROMPT = LLaDASettings(256, 256, 32), LLaDASettings(128, 128, 128), 4096 - 256
+
+
+def losses(config, like=LIKE, prompt=PROMPT):
+    """With every cache."""
+    return [loss(config, like, prompt, **cache) for cache in CACHES]
 
 
 def test_a_way_has_its_own_loss():
     paper, dense = SparseDConfig(), SparseDConfig(select=0.3, dense_answer=True)
-    plain, every, once = ([loss(config, LIKE, **cache) for config in (None, paper, dense)] for cache in CACHES)
-    assert (plain, every, once) == ([0.0, 0.035, 0.007], [0.021, 0.060, 0.031], [0.033, None, None])
+    assert [losses(config) for config in (None, paper, dense)] == [
+        [0.0, 0.021, 0.033],
+        [None, 0.060, None],
+        [None, 0.031, None],
+    ]
+    assert [losses(config, PLAIN) for config in (None, paper, dense)] == [
+        [0.0, None, None],
+        [0.035, None, None],
+        [0.007, None, None],
+    ]
     assert lost(0.021) == ", loss 0.021 nats" and lost(None) == ""
 
 
+@pytest.mark.parametrize("like", [LIKE, PLAIN])
 @pytest.mark.parametrize("other", [{"block_size": 64}, {"skip": 0.05}, {"select": 0.25}])
-def test_what_was_not_measured_is_not_said(other):
-    assert [loss(SparseDConfig(**other), LIKE, **cache) for cache in CACHES] == [None] * 3
+def test_what_was_not_measured_is_not_said(other, like):
+    assert losses(SparseDConfig(**other), like) == [None] * 3
+
+
+@pytest.mark.parametrize("like", [LIKE, PLAIN])
+def test_with_short_prompts_sparsed_was_not_measured(like):
+    assert losses(SparseDConfig(), like, 1024) == [None] * 3 and losses(SparseDConfig(), like, 65536) != [None] * 3
 
 
 @pytest.mark.parametrize("change", [{"steps": 128}, {"threshold": 0.9}, {"factor": 1.0}])
 def test_other_steps_were_not_measured(change):
-    assert [loss(None, replace(LIKE, **change), **cache) for cache in CACHES] == [None] * 3
+    assert losses(None, replace(LIKE, **change)) == [None] * 3
 
 
 @pytest.mark.parametrize("change", [{"block_length": 64}, {"gen_length": 128, "steps": 128}])
 def test_other_blocks_were_not_measured_under_a_cache(change):
-    assert [loss(None, replace(LIKE, **change), **cache) for cache in CACHES] == [0.0, None, None]
+    assert losses(None, replace(LIKE, **change)) == [0.0, None, None]
+
+
+@pytest.mark.parametrize("change", [{"threshold": 0.9}, {"factor": 1.0}])
+def test_open_ended_runs_are_ranked_without_a_loss(change):
+    times = Forwards(1.0, 2.0, 0.5, 0.1, 0.01)
+    found = list(every_way(replace(LIKE, **change), SparseDConfig(), PROMPT, times, (256.0, 140.0)))
+    assert len(found) == 5 and {way.nats for way in found} == {None}
+    assert {way.nats for way in every_way(LIKE, SparseDConfig(), PROMPT, times, (256.0, 140.0))} > {0.0, 0.021}

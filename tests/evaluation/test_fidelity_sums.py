@@ -222,6 +222,19 @@ def test_the_table_of_what_can_tell():
     ) in rows
 
 
+def test_the_table_says_what_was_left_out_in_the_latest_call_of_a_length():
+    summary = summary_of(gate_lines(), too_short=3)
+    summary["settings"]["leave_out"] = ["a.bin:1", "b.txt"]
+    summary["calls"].append({"documents": {"8192": {"measured": 1, "too_short": 9}}})
+    assert "Left out as too short: 3. Left out by name: a.bin:1, b.txt." in table(summary)
+
+
+def test_without_full_attention_s_line_there_is_no_difference():
+    lines = [line(name, "sparsed", nll=11.0) for name in "abcdef"]
+    (row,) = summarize(lines)["rows"]
+    assert row["difference"] is None and row["nll"][0] == pytest.approx(1.1)
+
+
 def test_what_cannot_tell_claims_nothing():
     summary = summary_of(gate_lines(anyway=20.0))
     text = table(summary)

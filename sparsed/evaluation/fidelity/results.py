@@ -78,7 +78,7 @@ def _row(cell: list[Record], lines: dict[tuple, Record]) -> Record:
         "documents": len(cell),
         "n": sum(record["n"] for record in cell),
         "nll": _mean("nll", cell),
-        "difference": None if variant_of(first) == variant_of(FULL_ATTENTION) else _mean("nll", cell, full),
+        "difference": None if variant_of(first) == variant_of(FULL_ATTENTION) else full and _mean("nll", cell, full),
         "accuracy": _mean("correct", cell),
         "kl": _mean("kl", cell),
         "same": _mean("same", cell),
@@ -109,8 +109,10 @@ def table(summary: Record) -> str:
 
 def _of_length(found: Record, summary: Record) -> str:
     length = found["length"]
-    documents = summary["calls"][-1]["documents"].get(str(length))
-    left_out = f" Left out as too short: {documents['too_short']}." if documents and documents["too_short"] else ""
+    counts = [call["documents"][str(length)] for call in summary["calls"] if str(length) in call["documents"]]
+    left_out = f" Left out as too short: {counts[-1]['too_short']}." if counts and counts[-1]["too_short"] else ""
+    if names := summary["settings"].get("leave_out"):
+        left_out += f" Left out by name: {', '.join(names)}."
     parts = [f"### {length:,} tokens, the last {summary['settings']['seq_len']} of them generated"]
     if found["cannot_tell"]:
         parts.append(f"**This cannot tell: {found['cannot_tell']}.** Nothing is claimed.{left_out}")

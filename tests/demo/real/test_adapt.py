@@ -136,3 +136,29 @@ def test_the_whole_recipe(base, ids_file, tmp_path):
     logits = [load_model(folder, device="cpu")(ids) for folder in (base, adapted, rebuilt)]
     assert (logits[2] - logits[1]).abs().max() < 0.05 * (logits[1] - logits[0]).abs().max()
     assert load_tokenizer(rebuilt).mask_token_id == 3
+
+
+def test_gradients_that_are_not_finite_end_the_run_and_keep_what_was_saved(
+    base, ids_file, tmp_path, monkeypatch, capsys
+):
+    words = training(base, ids_file, tmp_path / "out", "--save_every", "2")
+    loss = Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", lambda self, batch: loss(self, batch) * (torch.nan if self.step == 3 else 1))
+    assert adapt.main(words) == 2
+    assert "argument --lr: step 4 has gradients that are not finite" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "out/losses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    weights = load_file(tmp_path / "out/model.safetensors").values()
+    assert all(torch.isfinite(weight).all() for weight in weights)
+
+
+@pytest.mark.gpu
+def test_compiled_layers_train_as_plain_ones(base, ids_file, tmp_path):
+    """On a GPU the layers are compiled, and the forward is in bfloat16."""
+    losses = []
+    for device in ("cpu", "cuda"):
+        words = [*training(base, ids_file, tmp_path / device), "--device", device]
+        assert adapt.main(words) == 0
+        lines = [json.loads(line) for line in (tmp_path / device / "losses.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines])
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=0.02)
