@@ -49,12 +49,12 @@ class Forward:
 
     @staticmethod
     def of(one: float, several: float, count: int) -> "Forward":
-        """From the seconds on one GPU, and on so many."""
+        """From the seconds on one GPU, and on `count`."""
         whole = (count * several - one) / (count - 1)
         return Forward(one - whole, whole)
 
     def on(self, count: int) -> float:
-        """Seconds on so many GPUs."""
+        """Seconds on `count` GPUs."""
         return self.shared / count + self.whole
 
 
@@ -70,7 +70,7 @@ def some_rows(tokens: int, short: Point, long: Point) -> float:
 
 
 def laid_out_bytes(sizes: Sizes, head_dim: int, count: int, prompt: int, new: int, *, cached: bool) -> float:
-    """What one of so many GPUs holds throughout: its weights, cache and kept blocks; embedding and head are whole."""
+    """What one of `count` GPUs holds throughout: its weights, cache and kept blocks; embedding and head are whole."""
     layer = 2 * sizes.width * (sizes.heads * head_dim + sizes.kv_width) + 3 * sizes.width * sizes.mlp_width
     weights = sizes.layers * layer / count + 2 * sizes.vocabulary * sizes.width
     cache = 2 * sizes.layers * sizes.kv_width * (prompt + new) / count if cached else 0
@@ -125,7 +125,7 @@ class Measured:
         return (row[ALL]["peak_memory_bytes"] - laid_out) / self.tokens(length)
 
     def memory(self, count: int, prompt: int, like: str, *, cached: bool) -> float:
-        """Bytes on one of so many GPUs, of the rest as many per token as at a measured length."""
+        """Bytes on one of `count` GPUs, of the rest as many per token as at a measured length."""
         return self.laid_out(count, prompt, cached=cached) + self.rest(like) * (prompt + self.new)
 
 
@@ -162,7 +162,7 @@ def _measured_cells(entry: Record, gains: dict[str, float]) -> list[str]:
 
 @dataclass(frozen=True)
 class OnPaper:
-    """What so many GPUs would take: seconds by phase and of a whole generation, bytes on each."""
+    """What `count` GPUs would take: seconds by phase and of a whole generation, bytes on each."""
 
     seconds: dict[str, float]
     cached_bytes: float

@@ -22,7 +22,7 @@ def main(name: str = "Dream-org/Dream-v0-Instruct-7B", gen_length: int = 128, se
     config = SparseDConfig(dense_answer=True)
     with sparsify(model, config, steps=gen_length, gen_length=gen_length) as run:
         out = model.diffusion_generate(ids.to(device), max_new_tokens=gen_length, steps=gen_length)
-    sequences = getattr(out, "sequences", out)  # the hub's sampler gives either, as it is asked
+    sequences = getattr(out, "sequences", out)  # by the model's `return_dict_in_generate`
     print(tokenizer.decode(sequences[0, ids.shape[1] :].tolist(), skip_special_tokens=True))
     print(f"sparse steps read {run.density:.0%} of the pairs, by {run.backend}", file=sys.stderr)
 

@@ -21,7 +21,7 @@ from .schedule import ByStep, Schedule
 from .seams import seams_of
 from .selection import SPARSED, Rule
 
-# held while a model is patched, lest two threads both find it unpatched
+# held while a model is patched, so that two threads do not both find it unpatched
 PATCHING = threading.Lock()
 
 

@@ -1,4 +1,4 @@
-"""README.md, docs/, demo/README.md: marks hold what the committed records give, links and quotations lead somewhere."""
+"""README, docs/, the demo's pages: marks hold what the committed records give, links and quotations lead somewhere."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from benchmarks import readme, readme_judge, readme_values
 from benchmarks.readme_values import answered, speeds
 from benchmarks.records import TITLES, benchmark, evaluation, judged
 from docs.make import composition
+from sparsed.cli import main_dream, main_llada
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in readme.PAGES}
@@ -290,6 +291,34 @@ def test_what_follows_from_the_second_checkpoint():
     assert {name for name, lows in gates.items() if min(lows) > 0.1} == {"mixed", "mixed-continued"}
     likely = {name: found["8192"]["nll"][0] for name, found in trained.items()}
     assert likely["first-continued"] < likely["first"] < likely["mixed-continued"] < likely["mixed"]
+
+
+@pytest.mark.parametrize("main", [main_dream, main_llada])
+def test_the_settings_that_help_recommends(main, capsys):
+    """Their speeds and losses are the records', rounded as on the pages."""
+    assert main(["--help"]) == 0
+    said = {line.split("  ")[1]: line for line in capsys.readouterr().out.splitlines() if "loss 0." in line}
+    found = readme_values.figures()
+    both = [
+        [found[f"generation.{family}.64k.{kind}.gain"] for family in ("llada", "dream")] for kind in ("once", "dual")
+    ]
+    once, dual = (f"{low} to {high}x" for low, high in both)
+    assert found["generation.llada.64k.both.gain"] == found["generation.dream.64k.both.gain"]
+    assert list(said) == ["--cache dual --refresh 0 --origin", "--cache dual --dense_answer --select 0.15"] + [
+        "--cache dual --origin",
+        "--dense_answer",
+    ]
+    for line, parts in zip(
+        said.values(),
+        (
+            (once, f"loss {found['caches.once']}"),
+            (f"{found['generation.llada.64k.both.gain']}x", f"loss {found['caches.fast']}"),
+            (dual, f"loss {found['caches.dual']}"),
+            (f"loss {found['judge.dense.0.2']}", f"default: {found['judge.paper.0.2']})"),
+        ),
+        strict=True,
+    ):
+        assert all(part in line for part in parts)
 
 
 def test_what_follows_from_the_written_texts():

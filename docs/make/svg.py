@@ -7,7 +7,7 @@ def document(title: str, style: str, parts: Iterable[str], width: float, height:
     """A whole SVG file.
 
     Args:
-        title: what it shows, for who does not see it.
+        title: what it shows, for readers who cannot see it.
         style: CSS.
         parts: elements, a line each.
     """

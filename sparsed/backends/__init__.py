@@ -1,4 +1,4 @@
-"""Attention over the kept key blocks: a backend each for a kernel, all of which agree, and the choice among them."""
+"""Attention over the kept key blocks: one backend per kernel, all with the same result, and the choice among them."""
 
 from .backend import Backend, BackendError, Problem, SparseAttention
 from .registry import BACKENDS, DENSE, check_backend, choose_backend, sparse_attention

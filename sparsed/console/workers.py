@@ -79,7 +79,7 @@ def launched() -> int:
 
 
 def with_launcher(words: list[str], processes: int) -> list[str]:
-    """A command as it is when a launcher starts so many processes of it."""
+    """A command as it is when a launcher starts this number of processes of it."""
     if processes == 1:
         return words
     program = words[1:] if words[0] == "python" else ["--no-python", *words]

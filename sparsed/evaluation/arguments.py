@@ -214,7 +214,7 @@ def add_numbers(parser: Parser) -> Any:
     group = parser.add_argument_group(about)
     for name, kind in (("skip", float), ("select", float), ("block_size", int)):
         values, default = list_of(config_field(name, kind)), getattr(SparseDConfig, name)
-        about = f"as the scripts' (default: {default})"
+        about = f"the scripts' --{name} (default: {default})"
         group.add_argument(f"--{name}", type=values, default=[default], metavar="VALUES", help=about)
     return group
 

@@ -22,7 +22,13 @@ def add_bounds(group: Any) -> None:
     sure, surer = number_in(0, math.inf), number_in(0, math.inf, above=True)
     about = "the scripts'; none is the fixed schedule (default: none, or without it if --factor is given)"
     group.add_argument("--threshold", type=list_of(_or_none(sure)), metavar="VALUES", help=about)
-    group.add_argument("--factor", type=list_of(surer), default=[], metavar="VALUES", help="as well, the scripts'")
+    group.add_argument(
+        "--factor",
+        type=list_of(surer),
+        default=[],
+        metavar="VALUES",
+        help="the scripts' --factor, in addition to --threshold's",
+    )
 
 
 def _or_none(read: Callable[[str], float]) -> Callable[[str], float | None]:

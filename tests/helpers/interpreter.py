@@ -18,7 +18,7 @@ def poisoned(make):
     return empty
 torch.empty, torch.Tensor.new_empty = map(poisoned, (torch.empty, torch.Tensor.new_empty))
 """
-# Triton 3.6 prepares its language anew for every call of a function inside a kernel, a third of the time; once for
+# Triton 3.6 prepares its language again for every call of a function inside a kernel, a third of the time; once for
 # every function is enough
 PREPARED_ONCE = """
 from triton.runtime import interpreter

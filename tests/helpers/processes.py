@@ -19,7 +19,7 @@ IMPORTED = ["sparsed.cli", "sparsed.evaluation.command", "benchmarks.parallel"]
 
 
 def exit_codes(count: int, target: Callable[..., Any], *given: Any) -> list[int | None]:
-    """Those of so many fresh processes that do `target(rank, *given)`.
+    """Those of `count` fresh processes that do `target(rank, *given)`.
 
     They are forked from one that has imported what they need, but not where there is a GPU, which an import may start.
     """
@@ -36,7 +36,7 @@ def exit_codes(count: int, target: Callable[..., Any], *given: Any) -> list[int 
 
 
 def on_ranks(count: int, work: Callable[..., Any], *given: Any, backend: str = "gloo") -> list[Any]:
-    """`work(ranks, *given)` in so many fresh processes; what each of them returns, by rank.
+    """`work(ranks, *given)` in `count` fresh processes; what each of them returns, by rank.
 
     Args:
         backend: with NCCL, each process has a GPU of its own as the current one.
@@ -63,7 +63,7 @@ def new_store() -> dist.TCPStore:
 
 
 def outcomes(count: int, code: str, *words: Any) -> list[tuple[int | None, str, str]]:
-    """(exit code, stdout, stderr) of so many processes that run the code, told of each other as `torchrun` tells them,
+    """(exit code, stdout, stderr) of `count` processes that run the code, told of each other as `torchrun` tells them,
     but without its own words."""
     store = new_store()
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TORCHELASTIC_USE_AGENT_STORE": True}
