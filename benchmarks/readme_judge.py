@@ -206,6 +206,15 @@ def most_lost() -> float:
     return max(-row["difference"] for row in rows if row["cache"])
 
 
+def factor_costs() -> float:
+    """The most points that a factor of 1 costs a demo model under full attention, with a dual cache or without."""
+    places = product(TITLES, ("caches", "caches-ragged"), (FULL, DUAL))
+    rows = (
+        (answered_row(family, way, folder) for way in (how, how | {"factor": 1.0})) for family, folder, how in places
+    )
+    return max(fixed["accuracy"] - factor["accuracy"] for fixed, factor in rows)
+
+
 def _points_of(family: str, folder: str, wanted: Row, name: str = "difference") -> str:
     """Points of one cell; a dash where that was not measured."""
     try:
@@ -311,6 +320,7 @@ def judge_figures() -> dict[str, str]:
         "written.half.low": f"{low:.2f}",
         "written.half.high": f"{high:.2f}",
         "caches.once.more": f"{more:.3f}",
+        "answers.factor": f"{factor_costs():.1f}",
         "caches.answered.most": f"{most_lost():.1f}",
         **{
             f"mixed.kl.{name}.{length}.{size}": f"{mixed_row(row, size, length)['kl'][0]:.3f}"
