@@ -96,7 +96,7 @@ def claimed(
     }
     call = {
         "command": command(args.parser.prog),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": _now(),
         "environment": environment(model.device, model.dtype),
         **(more or {}),
     }
@@ -139,6 +139,10 @@ class Progress(tqdm):
         self.update(steps - self.n)
 
 
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def report(
     args: Call,
     folder: Folder,
@@ -156,7 +160,7 @@ def report(
         finished = folder.finished()
         records = [*(finished.pop(name) for name in order), *finished.values()]
         folder.close(records)
-        summary = {**summarize(records), **about(folder.path / RUN)}
+        summary = {**summarize(records), **about(folder.path / RUN), "finished": _now()}
         write_json(folder.path / SUMMARY, summary)
         text = table(summary)
         write_text(folder.path / TABLE, text)

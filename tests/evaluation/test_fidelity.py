@@ -62,6 +62,7 @@ def done(tmp_path_factory):
 def test_a_model_that_reads_far_can_judge(done):
     _, folder = done
     summary = json.loads((folder / SUMMARY).read_text())
+    assert summary["calls"][0]["date"] <= summary["finished"]
     (found,) = summary["lengths"]
     (gate,) = found["gates"]
     assert found["cannot_tell"] is None and (gate["mask_rate"], gate["far"]) == (0.75, 128)
