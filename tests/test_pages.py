@@ -240,6 +240,7 @@ UNMARKED = {"2.13", "1 %"}  # a version; and what the test above holds
     ("name", "begin", "end"),
     [
         ("README.md", "## When it pays", "## Which flags"),
+        ("docs/results.md", "### A second checkpoint", "## Dense answer rows"),
         ("docs/results.md", "* **Full attention is faster here too**", "## The paper's figures"),
     ],
 )
