@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import datetime
 from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
@@ -320,6 +321,13 @@ def test_the_settings_that_help_recommends(main, capsys):
         strict=True,
     ):
         assert all(part in line for part in parts)
+
+
+def test_the_small_measure_takes_five_minutes():
+    found = benchmark("fidelity-small-cpu")
+    begun, finished = map(datetime.fromisoformat, (found["calls"][0]["date"], found["finished"]))
+    assert 240 < (finished - begun).total_seconds() < 330 and len(found["calls"]) == 1
+    assert "It takes five minutes on two CPU cores" in " ".join(TEXTS[ROOT / "docs/evaluation.md"].split())
 
 
 def test_what_follows_from_the_written_texts():
