@@ -60,7 +60,11 @@ def peak_bytes(
             each = sum(ceil_share(config.select, part.stop - part.start) for part in grid.parts)
             kept = sizes.heads * grid.n_blocks * (sizes.layers * each * INDEX + grid.n_blocks * SCORE)
     cached = 2 * sizes.layers * length * sizes.kv_width * itemsize if sampler.cached else 0
-    return weight_bytes(model) + max(layer, head) + graphs * logits * itemsize + batch * (kept + cached)
+    # the first forward of all rows fills the cache layer by layer, and its last layer computes few rows: where there is
+    # no second one, the cache lacks that layer when the others are at their peak
+    lacks = cached // sizes.layers if sampler.cached and sampler.refreshes(sampler.blocks or 1) == 1 else 0
+    at_once = max(layer - batch * lacks, head)
+    return weight_bytes(model) + at_once + graphs * logits * itemsize + batch * (kept + cached)
 
 
 def _layer(sizes: Sizes, head_dim: int, tokens: int, mlp_rows: int) -> int:

@@ -46,8 +46,7 @@ def test_the_estimate_is_near_the_peaks_on_a_gpu(family, tokens, way):
     saving = {"block_length": 32, **way["saving"]}
     model = meta_model(family).to(torch.bfloat16)
     measured = way.get("peak_memory_bytes") or way["steps"]["256"]["peak_memory_bytes"]
-    # an estimate that is a little high refuses only what would barely fit
-    assert 0.98 * measured < peak(model, tokens, "cuda:0", 256, config, **saving) < 1.03 * measured
+    assert peak(model, tokens, "cuda:0", 256, config, **saving) == pytest.approx(measured, rel=0.02)
 
 
 SHARED = [
