@@ -3,14 +3,13 @@
 import argparse
 import statistics
 from collections.abc import Collection
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsed.console.environment import command, environment
+from sparsed.console.environment import call_of, environment
 from sparsed.console.files import write_json
 from sparsed.console.parser import Parser
 from sparsed.console.readers import some_of
@@ -68,15 +67,11 @@ def peak_memory(device: torch.device) -> int:
 
 def new_record(parser: Parser, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """How, when, where and with which versions the record is made."""
-    machine = environment(device, dtype)
+    call = call_of(parser.prog, device, dtype)
+    machine = call["environment"]
     machine["processor"] = environment(torch.device("cpu"), dtype)["device_name"]
     machine["packages"] = {name: _version(name) for name in KERNEL_PACKAGES}
-    return {
-        "command": command(parser.prog),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": machine,
-        "family": args.family,
-    }
+    return call | {"family": args.family}
 
 
 def _version(package: str) -> str | None:

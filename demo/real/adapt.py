@@ -13,7 +13,6 @@ import json
 import math
 import sys
 from dataclasses import fields
-from datetime import datetime, timezone
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from demo.real.folders import copy_tokenizer, folder
 from demo.real.text import read_ids
 from demo.real.training import Trainer
 from sparsed.console.endings import blame, guarded
-from sparsed.console.environment import command, environment
+from sparsed.console.environment import call_of
 from sparsed.console.files import write_json
 from sparsed.console.parser import Parser, add_value
 from sparsed.console.readers import device, number_in, path, whole
@@ -97,13 +96,8 @@ def _note_call(trainer: Trainer) -> None:
     """Add this call to the run's record; a new run begins a new one."""
     file, device = trainer.out / "run.json", trainer.model.device
     calls = json.loads(file.read_text(encoding="utf-8"))["calls"] if trainer.step and file.is_file() else []
-    call = {
-        "command": command(PROGRAM),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": environment(device, torch.bfloat16 if device.type == "cuda" else torch.float32),
-        "first_step": trainer.step,
-    }
-    write_json(file, {**trainer.made_from, "calls": [*calls, call]})
+    call = call_of(PROGRAM, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    write_json(file, {**trainer.made_from, "calls": [*calls, call | {"first_step": trainer.step}]})
 
 
 def _ids(args: argparse.Namespace, option: str, vocabulary: int) -> np.ndarray:

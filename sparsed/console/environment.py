@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ def command(prog: str) -> str:
     """
     count = int(os.environ.get("WORLD_SIZE") or 1)
     return shlex.join(with_launcher([*prog.split(), *sys.argv[1:]], count))
+
+
+def now() -> str:
+    """The date and time, for the record."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def call_of(prog: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """This process's command, when and where it runs, for the record."""
+    return {"command": command(prog), "date": now(), "environment": environment(device, dtype)}
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -5,14 +5,13 @@ import io
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from ..console.endings import Parsed, blame
-from ..console.environment import command, environment
+from ..console.environment import call_of, now
 from ..console.files import write_json, write_text
 from ..console.streams import Stdout, tell
 from ..console.workers import own_device
@@ -94,12 +93,7 @@ def claimed(
         "weights": weights_digest(whole_parameters(model)),
         "config_and_tokenizer": files_digest(files / name for name in DESCRIPTION_FILES),
     }
-    call = {
-        "command": command(args.parser.prog),
-        "date": _now(),
-        "environment": environment(model.device, model.dtype),
-        **(more or {}),
-    }
+    call = call_of(args.parser.prog, model.device, model.dtype) | (more or {})
     with blame(args, "--out", (OtherRun, OSError)), team.first():
         folder.claim(checkpoint | settings, call)
     return folder
@@ -139,10 +133,6 @@ class Progress(tqdm):
         self.update(steps - self.n)
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 def report(
     args: Call,
     folder: Folder,
@@ -160,7 +150,7 @@ def report(
         finished = folder.finished()
         records = [*(finished.pop(name) for name in order), *finished.values()]
         folder.close(records)
-        summary = {**summarize(records), **about(folder.path / RUN), "finished": _now()}
+        summary = {**summarize(records), **about(folder.path / RUN), "finished": now()}
         write_json(folder.path / SUMMARY, summary)
         text = table(summary)
         write_text(folder.path / TABLE, text)
