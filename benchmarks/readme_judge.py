@@ -245,6 +245,7 @@ def judge_tables() -> dict[str, str]:
 def judge_figures() -> dict[str, str]:
     """Every figure here, by name."""
     paper, dense = ({"method": "sparsed", "select": 0.3, "dense_answer": which} for which in (None, True))
+    rules = {"paper": paper, "dense": dense}
     few = {"method": "sparsed", "select": 0.15}
     fast = few | {"dense_answer": True}
     cached = {"dual": DUAL, "once": DUAL | {"refresh": 0}, "prefix": CACHED["prefix cache"], "fast": FAST, "near": NEAR}
@@ -276,11 +277,11 @@ def judge_figures() -> dict[str, str]:
         **{f"mixed.full.{length}": mixed_row(FULL | {"skip": None}, None, length)["nll"] for length in LENGTHS},
         **{
             f"mixed.{name}.{length}.{size}": mixed_row(row, size, length)["difference"]
-            for (name, row), length, size in product((("paper", paper), ("dense", dense)), LENGTHS, (128, 32))
+            for (name, row), length, size in product(rules.items(), LENGTHS, (128, 32))
         },
         **{
             f"mixed.{name}.skip.{shown}": mixed_row(row, 128, skip=skip)["difference"]
-            for (name, row), (shown, skip) in product((("paper", paper), ("dense", dense)), SKIPS.items())
+            for (name, row), (shown, skip) in product(rules.items(), SKIPS.items())
         },
         "mixed.isolated": mixed_row(paper | {"select": 0.2}, 32)["difference"],
         "mixed.shared": mixed_row(paper | {"method": "no_isolation", "select": 0.2}, 32)["difference"],
@@ -324,7 +325,7 @@ def judge_figures() -> dict[str, str]:
         "caches.answered.most": f"{most_lost():.1f}",
         **{
             f"mixed.kl.{name}.{length}.{size}": f"{mixed_row(row, size, length)['kl'][0]:.3f}"
-            for (name, row), length, size in product((("paper", paper), ("dense", dense)), LENGTHS, (128, 32))
+            for (name, row), length, size in product(rules.items(), LENGTHS, (128, 32))
         },
         "judge.kl.paper": f"{judge_row(paper, 128)['kl'][0]:.3f}",
         "judge.kl.dense.2": f"{judge_row(dense | {'select': 0.2}, 128)['kl'][0]:.3f}",
