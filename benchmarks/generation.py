@@ -31,8 +31,8 @@ from sparsed.console.parser import Parser
 from sparsed.console.readers import whole
 from sparsed.evaluation.results import markdown
 from sparsed.kernels import full_attention, full_attention_kernel
+from sparsed.laps import Laps
 from sparsed.models.common import DiffusionLM
-from sparsed.run import synchronize
 from sparsed.sampling import Settings, generate, schedule_of
 from sparsed.sampling.common import CACHED, Step, attention_of
 from sparsed.sampling.settings import FAMILIES
@@ -115,22 +115,24 @@ def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards:
     gc.collect()
     reset_peak(model.device)
     schedule = schedule_of(settings, way.config, SPARSED) if forwards is None else ByStep(forwards, 1)
-    found: list[tuple[str, int, float]] = []
+    steps: list[Step] = []
     with attention_of(model, way.config, settings.steps, NEW_TOKENS, schedule=schedule) as sparse:
-        compiled, last = 0.0, time.perf_counter()
+        compiled, laps = 0.0, Laps(model.device)
+        laps.mark()
 
         def tick(step: Step) -> None:
-            nonlocal compiled, last
-            synchronize(model.device)
-            now, so_far = time.perf_counter(), 0.0 if sparse is None else sparse.compile_seconds
-            if step.ran:
-                found.append((step.phase, step.computed, now - last - (so_far - compiled)))
-            compiled, last = so_far, now
-            if len(found) == forwards:
+            nonlocal compiled
+            so_far = 0.0 if sparse is None else sparse.compile_seconds
+            laps.deduct(so_far - compiled)
+            laps.mark()
+            compiled = so_far
+            steps.append(step)
+            if sum(step.ran for step in steps) == forwards:
                 raise Enough
 
         with suppress(Enough):
             generate(model, prompt, settings, on_step=tick)
+        found = [(step.phase, step.computed, lap) for step, lap in zip(steps, laps.seconds, strict=True) if step.ran]
         names = ("density", "backend", "backend_reason") if sparse is not None else ()
         kernel = {name: getattr(sparse, name) for name in names}
         return Run(found, compiled, peak_memory(model.device), kernel)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import sampling
 from ..chat import Speller, answer_length, decode, stop_ids
+from ..laps import Laps
 from ..models.common import DiffusionLM
 from ..prompts import answer_found
 from ..report.record import Mode, Phase, RunRecord, forwards_of
@@ -41,37 +42,42 @@ class Job:
 
 
 class StepClock:
-    """Times the denoising steps and shows the progress; the device is waited for at step ends only.
+    """Times the denoising steps and shows the progress.
 
     The compile time that `run` reports is taken out of the step in which it was spent. Showing counts in no step.
     """
 
     def __init__(self, device: torch.device, run: SparseRun | None, show: Show):
-        self.device, self.run, self.show = device, run, show
+        self.laps, self.run, self.show = Laps(device), run, show
         self.steps: list[Step] = []
-        self.step_seconds: list[float] = []
         self.compile_seconds = 0.0
 
     def start(self) -> None:
         """Begin to time the first step."""
-        synchronize(self.device)
-        self.last = time.perf_counter()
+        self.laps.mark()
 
     def begin(self, phase: str) -> None:
         """Show the phase that begins: what the next forward computes, or DONE."""
         began = time.perf_counter()
-        self.show(phase, self.steps, sum(self.step_seconds))
-        self.last += time.perf_counter() - began
+        self.show(phase, self.steps, sum(self._of_forwards(self.laps.finished)))
+        if not self.laps.ahead:
+            self.laps.deduct(time.perf_counter() - began)
 
     def tick(self, step: Step) -> None:
         """Note the end of `step`, which takes no time if it did not run the model."""
-        synchronize(self.device)
-        now = time.perf_counter()
         compiled = 0.0 if self.run is None else self.run.compile_seconds
-        self.step_seconds.append(now - self.last - (compiled - self.compile_seconds) if step.ran else 0.0)
+        self.laps.deduct(compiled - self.compile_seconds)
+        self.laps.mark()
         self.compile_seconds = compiled
         self.steps.append(step)
-        self.last = time.perf_counter()
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Of all steps; waits for the last one."""
+        return self._of_forwards(self.laps.seconds)
+
+    def _of_forwards(self, laps: list[float]) -> list[float]:
+        return [lap if step.ran else 0.0 for step, lap in zip(self.steps, laps, strict=False)]
 
     @property
     def phases(self) -> list[Phase]:
@@ -129,10 +135,11 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             torch.cuda.reset_peak_memory_stats(device)
         clock.start()
         output = generate(job, sampler, clock)
+        step_seconds = clock.step_seconds
         clock.begin(DONE)
         token_ids = output[0, len(job.input_ids) :].tolist()
         committed = history(clock.steps, token_ids, len(job.input_ids))
-        forwards = forwards_of(clock.phases, clock.step_seconds, [step.computed for step in clock.steps], committed)
+        forwards = forwards_of(clock.phases, step_seconds, [step.computed for step in clock.steps], committed)
         length = answer_length(token_ids, stop_ids(job.model.config, job.tokenizer), job.model.config.mask_token_id)
         text = decode(job.tokenizer, token_ids[:length]).strip()
         peak = torch.cuda.max_memory_allocated(device) if on_gpu else 0
@@ -140,7 +147,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             mode=mode,
             token_ids=token_ids,
             prompt_tokens=len(job.input_ids),
-            seconds=sum(clock.step_seconds),
+            seconds=sum(step_seconds),
             forwards=forwards,
             work=work_of(forwards, committed),
             **prefix_fields(forwards),

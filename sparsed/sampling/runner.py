@@ -1,5 +1,6 @@
 """The model's forward, once per denoising step; if the host would be slower than the GPU, from a CUDA graph."""
 
+from collections import deque
 from contextlib import nullcontext
 
 import torch
@@ -15,6 +16,7 @@ from .replay import Forward, Replays
 
 # up to this many tokens, over all batch rows, a GPU waits for the host to launch kernels; beyond, graphs gain nothing
 REPLAYED_TOKENS = 2048
+NOT_FINITE = "the model's logits are not finite: float32 may hold what another dtype cannot"
 
 
 class StepRunner:
@@ -47,8 +49,8 @@ class StepRunner:
         self.replays = Replays(model, nullcontext if run is None else run.uncounted)
         self.pattern_version: int | None = None
         self.window: Rows | None = None  # of the latest forward of few rows
-        self.total: Tensor | None = None  # of the latest logits; of a CUDA device on the host
-        self.arrived: torch.cuda.Event | None = None  # when it is there
+        # sums of the latest logits, of a CUDA device on their way to the host, and when they are there
+        self.totals: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def __call__(self, ids: Tensor, rows: Tensor, window: tuple[int, int] | None = None) -> Tensor:
         """Logits [n, V] of the flat rows [n] of ids [B, T]; the next call may overwrite them.
@@ -57,9 +59,10 @@ class StepRunner:
             window: the rows [start, stop) of every sequence that are computed, over the cache; None for all.
 
         Raises:
-            FloatingPointError: the logits of the call before were not finite.
+            FloatingPointError: logits of an earlier call were not finite. It comes with the next call; on a CUDA device
+                with the one after it, as the host does not wait for the latest.
         """
-        self.check()
+        self.check(unseen=1 if ids.is_cuda else 0)
         logits = self._whole(ids, rows) if window is None else self._window(ids, rows, *window)
         self._watch(logits)
         return logits
@@ -72,24 +75,23 @@ class StepRunner:
             self.run.count()
         return True
 
-    def check(self) -> None:
-        """Raise FloatingPointError if the latest logits were not finite.
-
-        Asked at the next step, when the sampler has waited for the device anyway.
-        """
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        if self.total is not None and not torch.isfinite(self.total):
-            raise FloatingPointError("the model's logits are not finite: float32 may hold what another dtype cannot")
+    def check(self, unseen: int = 0) -> None:
+        """Raise FloatingPointError if logits were not finite; the latest `unseen` ones are left for the next call."""
+        while len(self.totals) > unseen:
+            total, arrived = self.totals.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            if not torch.isfinite(total):
+                raise FloatingPointError(NOT_FINITE)
 
     def _watch(self, logits: Tensor) -> None:
         """Send the sum of the logits to the host; it is finite only if all of them are."""
-        total = logits.sum(dtype=torch.float32)
+        total, arrived = logits.sum(dtype=torch.float32), None
         if total.is_cuda:
-            self.total = total.to("cpu", non_blocking=True)
-            self.arrived = torch.cuda.current_stream(total.device).record_event()
-        else:
-            self.total = total
+            stream = torch.cuda.current_stream(total.device)
+            total = total.to("cpu", non_blocking=True)
+            arrived = stream.record_event()
+        self.totals.append((total, arrived))
 
     @property
     def phase(self) -> str:

@@ -1,0 +1,92 @@
+"""Times between points of a device's work: what they are, and what the host waits for."""
+
+import time
+
+import pytest
+import torch
+
+from sparsed import laps
+from sparsed.laps import Laps
+
+
+def test_a_cpu_s_laps_are_the_clock_s(monkeypatch):
+    times = iter([1.0, 3.0, 3.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    found = Laps(torch.device("cpu"))
+    found.mark()
+    assert found.seconds == [] and not found.ahead
+    found.deduct(0.75)
+    found.mark()
+    found.mark()
+    assert found.seconds == [1.25, 0.5]
+
+
+class Queue:
+    """A device's queue: its work takes time, and the host's calls are noted."""
+
+    def __init__(self):
+        self.now, self.noted = 0.0, []
+
+    def event(self, enable_timing):
+        assert enable_timing
+        return Event(self)
+
+
+class Event:
+    def __init__(self, queue):
+        self.queue = queue
+
+    def record(self, stream):
+        self.at = self.queue.now
+        self.queue.noted.append(("record", self.at))
+
+    def synchronize(self):
+        self.queue.noted.append(("wait", self.at))
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
+
+
+def test_a_gpu_works_on_one_lap_while_the_host_prepares_the_next(monkeypatch):
+    queue = Queue()
+    monkeypatch.setattr(laps.torch.cuda, "Event", queue.event)
+    monkeypatch.setattr(laps.torch.cuda, "current_stream", lambda device: None)
+    found = Laps(torch.device("cuda"))
+    for now in (0.0, 2.0, 2.5, 6.0):
+        queue.now = now
+        found.mark()
+    found.deduct(9.0)  # of a lap that does not end
+    assert found.ahead and found.finished == [2.0, 0.5]
+    # each mark waits for the one before it, never for itself; nothing lies before the first
+    assert queue.noted == [
+        ("record", 0.0),
+        ("record", 2.0),
+        ("record", 2.5),
+        ("wait", 2.0),
+        ("record", 6.0),
+        ("wait", 2.5),
+    ]
+    assert found.seconds == [2.0, 0.5, 3.5] and queue.noted[-1] == ("wait", 6.0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_laps_are_as_long_as_its_work():
+    device = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    found = Laps(device)
+
+    def work(times):
+        for _ in range(times):
+            x @ x
+
+    work(10)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    found.mark()
+    for times in (200, 400, 200):
+        work(times)
+        found.mark()
+    one, two, three = found.seconds
+    took = time.perf_counter() - began
+    assert one + two + three == pytest.approx(took, rel=0.1)
+    assert two == pytest.approx(2 * one, rel=0.2) and three == pytest.approx(one, rel=0.2)
