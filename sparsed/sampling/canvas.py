@@ -1,12 +1,14 @@
 """The tokens of a generation: the prompt, then the region in which masks give way to tokens."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .arriving import Arriving
 
 
 class PromptError(ValueError):
@@ -103,6 +105,17 @@ class Canvas:
             masked[:, :start] = False
         masked[:, end:] = False
         return masked.view(-1).nonzero().squeeze(-1)
+
+    def positions(self, start: int, end: int) -> Tensor:
+        """Flat positions b * T + t of all tokens between two positions, int64 [B * (end - start)], ascending."""
+        inner = torch.arange(start, end, device=self.ids.device)
+        return (torch.arange(0, self.ids.numel(), self.length, device=inner.device)[:, None] + inner).view(-1)
+
+    def places(self, start: int, end: int) -> Callable[[], Tensor]:
+        """Where in `positions` the `candidates` are; the answer waits only for what the device was given until now."""
+        masked = (self.ids[:, start:end] == self.mask_id).flatten()
+        count, order = Arriving(masked.sum()), masked.sort(descending=True, stable=True).indices
+        return lambda: order[: int(count.value())]
 
     def commit(self, rows: Tensor, tokens: Tensor, chosen: Tensor) -> None:
         """Write the chosen [n] of the tokens [n] to their flat positions `rows` [n]."""

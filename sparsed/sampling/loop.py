@@ -124,6 +124,23 @@ def reader(
     return Guided(runner, settings.cfg_scale, canvas.prompt_len, canvas.mask_id)
 
 
+def candidates_of(
+    canvas: Canvas, runner: StepRunner | Guided, settings: Settings, turn: Turn, window: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """A turn's candidates and their logits.
+
+    In a cached step, the host learns how many candidates there are only after it has launched the forward, which
+    computes the block's whole head in any case. So the device need not wait for the host.
+    """
+    if turn.rows is None and window is not None:
+        block, places = canvas.positions(turn.start, turn.end), canvas.places(turn.start, turn.end)
+        logits = runner(canvas.ids, settings.sources(block, canvas.length), window)
+        found = places()
+        return block[found], logits[found]
+    rows = canvas.candidates(turn.start, turn.end) if turn.rows is None else turn.rows
+    return rows, runner(canvas.ids, settings.sources(rows, canvas.length), window)
+
+
 def denoise(
     canvas: Canvas,
     runner: StepRunner | Guided,
@@ -138,14 +155,13 @@ def denoise(
     for index, turn in enumerate(turns):
         step = Step(index, IDLE)
         if not turn.idle or not runner.skip():
-            rows = canvas.candidates(turn.start, turn.end) if turn.rows is None else turn.rows
             window = settings.window(turn, canvas, settings.shift)
             phase, computed = runner.phase, canvas.length
             if window is not None:
                 phase, computed = CACHED if turn.opens is None else ANSWER, window[1] - window[0]
             if on_phase is not None:
                 on_phase(phase)
-            logits = runner(canvas.ids, settings.sources(rows, canvas.length), window)
+            rows, logits = candidates_of(canvas, runner, settings, turn, window)
             proposal = settings.propose(logits, config, generator)
             chosen = turn.choose(canvas.ids.shape, rows, proposal, generator)
             canvas.commit(rows, proposal.tokens, chosen)

@@ -12,6 +12,7 @@ from ..models.common import DiffusionLM
 from ..models.rows import Rows
 from ..run import SparseRun
 from ..schedule import FULL, SELECTING, SPARSE
+from .arriving import Arriving
 from .replay import Forward, Replays
 
 # up to this many tokens, over all batch rows, a GPU waits for the host to launch kernels; beyond, graphs gain nothing
@@ -49,8 +50,7 @@ class StepRunner:
         self.replays = Replays(model, nullcontext if run is None else run.uncounted)
         self.pattern_version: int | None = None
         self.window: Rows | None = None  # of the latest forward of few rows
-        # sums of the latest logits, of a CUDA device on their way to the host, and when they are there
-        self.totals: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.totals: deque[Arriving] = deque()  # sums of the latest logits, finite only if all of them are
 
     def __call__(self, ids: Tensor, rows: Tensor, window: tuple[int, int] | None = None) -> Tensor:
         """Logits [n, V] of the flat rows [n] of ids [B, T]; the next call may overwrite them.
@@ -64,7 +64,7 @@ class StepRunner:
         """
         self.check(unseen=1 if ids.is_cuda else 0)
         logits = self._whole(ids, rows) if window is None else self._window(ids, rows, *window)
-        self._watch(logits)
+        self.totals.append(Arriving(logits.sum(dtype=torch.float32)))
         return logits
 
     def skip(self) -> bool:
@@ -78,20 +78,8 @@ class StepRunner:
     def check(self, unseen: int = 0) -> None:
         """Raise FloatingPointError if logits were not finite; the latest `unseen` ones are left for the next call."""
         while len(self.totals) > unseen:
-            total, arrived = self.totals.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            if not torch.isfinite(total):
+            if not torch.isfinite(self.totals.popleft().value()):
                 raise FloatingPointError(NOT_FINITE)
-
-    def _watch(self, logits: Tensor) -> None:
-        """Send the sum of the logits to the host; it is finite only if all of them are."""
-        total, arrived = logits.sum(dtype=torch.float32), None
-        if total.is_cuda:
-            stream = torch.cuda.current_stream(total.device)
-            total = total.to("cpu", non_blocking=True)
-            arrived = stream.record_event()
-        self.totals.append((total, arrived))
 
     @property
     def phase(self) -> str:

@@ -65,7 +65,8 @@ class Turn:
         bound: with counts: commits all that are sure enough, and more only up to the counts.
         ends: end tokens; in the rows where its block is then complete or over and holds one, the later blocks get it.
         over: this is the block's last step, whatever is still masked.
-        rows: the candidates, as `Canvas.candidates` gives them, if the rule has looked at them.
+        rows: the candidates, as `Canvas.candidates` gives them, if the rule has looked at them: looking waits for the
+            device.
     """
 
     end: int
@@ -190,10 +191,14 @@ def while_masked(
     each = steps_per_block(canvas.length - canvas.prompt_len, steps, block_length)
     for block, start in enumerate(range(canvas.prompt_len, canvas.length, block_length)):
         end = start + block_length
-        counts = commit_counts(canvas.masked(start, end), each)
+        masked = canvas.masked(start, end)
+        counts = commit_counts(masked, each)
+        # how many are surely masked before each step: the shares are the most that is committed without a bound
+        left = (masked[:, None] - counts.cumsum(1) + counts).sum(0).tolist()
         for inner in range(each):
-            rows = canvas.candidates(start, end)
-            if not len(rows):
+            certain = bound is None and left[inner] > 0
+            rows = None if certain else canvas.candidates(start, end)
+            if rows is not None and not len(rows):
                 break
             share = counts[:, inner] if bound is None else counts[:, inner].clamp_min(1)
             opens, over = None if inner else block, inner == each - 1

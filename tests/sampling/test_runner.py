@@ -404,6 +404,26 @@ def test_no_forward_waits_for_the_gpu(family, block_size):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("family", MODELS)
+def test_no_cached_step_waits_for_the_gpu(captured, family, cache):
+    """From a block's third cached step on, which only replays, to its last but one."""
+    model, prompts, inside = MODELS[family]().cuda(), torch.randint(0, 90, (2, 61)).cuda(), []
+
+    def watch(step):
+        place = step.index % 16
+        inside.append(3 <= place < 14)
+        torch.cuda.set_sync_debug_mode("error" if inside[-1] else "default")
+
+    options = {"gen_length": 32, "steps": 32, "block_length": 16, "cache": cache, "config": SPARSE}
+    try:
+        GENERATE[family](model, prompts, **options, on_step=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert captured and sum(inside) == 22
+
+
 def test_nothing_is_captured_on_the_cpu(captured):
     for family, make in MODELS.items():
         options = options_of(family, {"gen_length": 16, "steps": 8, "config": SPARSE})

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from sparsed.sampling.canvas import Canvas
-from sparsed.sampling.unmasking import commit_counts, commit_fractions, even_shares, idle_steps, steps_per_block
+from sparsed.sampling.unmasking import (
+    Threshold,
+    commit_counts,
+    commit_fractions,
+    even_shares,
+    idle_steps,
+    steps_per_block,
+    while_masked,
+)
 
 
 @pytest.mark.parametrize("eps", [1e-3, 0.1, 0.9])
@@ -94,3 +102,50 @@ def test_a_block_that_is_over_stops_with_masks_in_it(over):
     stopped = [[0, 7, 9, 7, 7]] if over else [[0, 7, 9, 9, 9]]
     assert canvas.ids.tolist() == [*stopped, [0, 1, 7, 7, 7], [0, 1, 9, 9, 9]]
     assert filled.tolist() == [*([3, 4] if over else []), 8, 9]
+
+
+def canvas_with(masked):
+    """A canvas of 11 prompt tokens; `masked` [B, new] says where the mask, 9, is."""
+    prompt = torch.arange(11).expand(len(masked), -1) % 9
+    return Canvas(torch.cat((prompt, torch.where(masked, 9, 3)), dim=1), None, 11, 9)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_places_in_a_block_are_its_candidates(batch):
+    torch.manual_seed(batch)
+    for share in (0.0, 0.2, 0.7, 1.0):
+        canvas = canvas_with(torch.rand(batch, 24) < share)
+        for start, end in ((11, 19), (19, 27), (27, 35)):
+            block, places = canvas.positions(start, end), canvas.places(start, end)()
+            assert block.tolist() == [b * 35 + t for b in range(batch) for t in range(start, end)]
+            assert torch.equal(block[places], canvas.candidates(start, end))
+
+
+@pytest.mark.parametrize(("each", "again", "looks", "turns"), [
+    (8, 0, [], 8),  # every step has a share: masks are left before each
+    (4, 0, [], 4),
+    (12, 0, [8], 8),  # nothing is left after 8: looked at, and over
+    (12, 3, [8, 9, 10, 11], 11),  # three times the mask itself was drawn
+])  # fmt: skip
+def test_a_block_s_masks_are_looked_for_only_where_none_may_be_left(monkeypatch, each, again, looks, turns):
+    canvas, looked, taken = canvas_with(torch.ones(1, 8, dtype=torch.bool)), [], []
+    candidates = Canvas.candidates
+    monkeypatch.setattr(Canvas, "candidates", lambda *args: looked.append(len(taken)) or candidates(*args))
+    for turn in while_masked(canvas, each, 8, None, ()):
+        rows = candidates(canvas, turn.start, turn.end)
+        assert turn.rows is None or torch.equal(turn.rows, rows)
+        # one a step where the shares are used up, so that the block ends before its steps do
+        canvas.ids.view(-1)[rows[: max(1, int(turn.counts))]] = 9 if len(taken) < again else 4
+        taken.append(turn)
+    assert looked == looks and len(taken) == turns
+
+
+def test_a_bound_is_looked_after_at_every_step(monkeypatch):
+    canvas, looked = canvas_with(torch.ones(1, 8, dtype=torch.bool)), []
+    candidates = Canvas.candidates
+    monkeypatch.setattr(Canvas, "candidates", lambda *args: looked.append(1) or candidates(*args))
+    for turn in while_masked(canvas, 8, 8, Threshold(0.9), ()):
+        canvas.ids[:, turn.start + len(looked)] = 4
+        if len(looked) == 3:
+            canvas.ids[:, turn.start : turn.end] = 4
+    assert len(looked) == 4
