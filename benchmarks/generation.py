@@ -87,6 +87,7 @@ WAYS = (
     Way("dual cache, the paper's SparseD", PAPER, CACHE),
     Way("dual cache, dense answer rows, select 0.15", DENSE_ANSWER, CACHE),
     Way("dual cache, all rows once", None, CACHE | {"refresh": 0}),
+    Way("prefix cache", None, {"cache": "prefix"}),
 )
 
 

@@ -57,7 +57,7 @@ def test_from_end_to_end(family, tmp_path, monkeypatch, capsys):
     code, record = played.run()
     assert checked == [(way.name, tokens + 16) for tokens in (90, 170) for way in WAYS]
     assert code == 0 and [row["length"] for row in record["rows"]] == ["4k", "64k"]
-    full, sparsed, _, dual, both, _, once = (way.name for way in WAYS)
+    full, sparsed, _, dual, both, _, once, prefix = (way.name for way in WAYS)
     for row, whole in zip(record["rows"], (True, False), strict=True):
         counts = {
             (name, steps): {phase: part["count"] for phase, part in entry["forwards"].items()}
@@ -70,6 +70,7 @@ def test_from_end_to_end(family, tmp_path, monkeypatch, capsys):
         assert counts[sparsed, "8"] == {"full": 1, "selecting": 1, "sparse": 6}
         assert counts[dual, "16"] == {"full": 4, "cached": 12} and counts[dual, "8"] == {"full": 4, "cached": 4}
         assert counts[both, "16"] == {"selecting": 1, "sparse": 3, "cached": 12}  # of four refreshes one is full
+        assert counts[prefix, "16"] == counts[dual, "16"]
         assert counts[once, "16"] == {"full": 1, "answer": 3, "cached": 12}
         measured = {key: entry["measured"] for key, entry in row["ways"][full]["steps"].items()}
         assert measured == {"16": whole, "8": False}, "fewer steps are made of the same forwards"
@@ -84,7 +85,7 @@ def test_what_is_checked(tmp_path, monkeypatch):
     Played(tmp_path, monkeypatch, "llada")
     model = load_model(tmp_path / "model", device="cpu")
     both = ["sparse", "cached"]
-    expected = [], ["sparse"], ["sparse"], ["cached"], both, both, ["cached"]
+    expected = [], ["sparse"], ["sparse"], ["cached"], both, both, ["cached"], ["cached"]
     for way, kinds in zip(generation.WAYS, expected, strict=True):
         gates = generation.check(way, model, 122)
         assert list(gates) == ["full", *kinds]
