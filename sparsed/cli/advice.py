@@ -86,6 +86,7 @@ def advise(job: Job) -> dict[str, Any]:
     pays_from = None if beyond is None else max(short, math.ceil(beyond) - sampler.gen_length)
     if sparsed < origin:  # what was timed counts more than what follows from it
         pays_from = min(pays_from or prompt_tokens, prompt_tokens)
+    dense = _dense_answer(job, times[prompt_tokens], ran)
     return {
         "steps": [asdict(found) for found in times.values()],
         "steps_that_run": sum(ran),
@@ -94,19 +95,26 @@ def advise(job: Job) -> dict[str, Any]:
         "fitted_prompt_tokens": [short, long],
         "pays_from": pays_from,
         "command": command_of(args, job.model.ranks.count, origin=sparsed >= origin),
-        "dense_answer": _dense_answer(job, times[prompt_tokens], ran),
-        **_ways(job, times[prompt_tokens], (origin, sparsed)),
+        "dense_answer": dense,
+        **_ways(job, times[prompt_tokens], (origin, sparsed), dense),
     }
 
 
-def _ways(job: Job, own: StepTimes, whole: tuple[float, float]) -> dict[str, Any]:
+def _ways(job: Job, own: StepTimes, whole: tuple[float, float], dense_answer: list[dict[str, Any]]) -> dict[str, Any]:
     """`ways`, the whole runs with caches and without, the fastest first; or `no_cache`, why none was timed."""
     reason = no_cache(job, own.prompt_tokens)
     if reason is not None:
         return {"ways": [], "no_cache": reason}
     answer, cached = time_few_rows(job, own.prompt_tokens)
     forwards = Forwards(own.full, own.selecting, own.sparse, answer, cached)
-    found = ways(job, forwards, whole, own.backend == DENSE)
+    dense = [
+        (
+            replace(job.args.config, select=found["select"], dense_answer=True),
+            replace(forwards, selecting=found["selecting"], sparse=found["sparse"]),
+        )
+        for found in dense_answer
+    ]
+    found = ways(job, forwards, whole, own.backend == DENSE, dense)
     return {
         "ways": as_record(found, partial(command_of, job.args, job.model.ranks.count)),
         "forwards": asdict(forwards),

@@ -1,7 +1,7 @@
 """The ranking of `--advise`, with caches: whole runs, put together from one forward of each kind."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from typing import Any
@@ -65,9 +65,13 @@ def with_cache(sampler: Settings) -> Settings:
     return replace(sampler, **{**OFF, "cache": "dual"})
 
 
-def ways(job: Job, forwards: Forwards, whole_runs: tuple[float, float], keeps_all: bool) -> list[Way]:
-    """Every way to generate, the fastest first; `whole_runs` and `keeps_all` as in `every_way`."""
-    found = every_way(job.args.sampler, job.args.config, len(job.input_ids), forwards, whole_runs, keeps_all)
+Dense = Sequence[tuple[SparseDConfig, Forwards]]  # with dense answer rows, and what its forwards take
+
+
+def ways(job: Job, forwards: Forwards, whole_runs: tuple[float, float], keeps_all: bool, dense: Dense) -> list[Way]:
+    """Every way to generate, the fastest first; `whole_runs`, `keeps_all` and `dense` as in `every_way`."""
+    args, prompt_tokens = job.args, len(job.input_ids)
+    found = every_way(args.sampler, args.config, prompt_tokens, forwards, whole_runs, keeps_all, dense)
     return sorted(found, key=lambda way: (way.most, way.fewest))
 
 
@@ -78,12 +82,14 @@ def every_way(
     forwards: Forwards,
     whole_runs: tuple[float, float],
     keeps_all: bool = False,
+    dense: Dense = (),
 ) -> Iterator[Way]:
     """With full attention and with SparseD, with a cache and without, and with all rows computed once.
 
     Args:
         whole_runs: seconds of all steps without a cache, with full attention and with SparseD.
         keeps_all: whether SparseD keeps every block here, and loses nothing.
+        dense: what else to combine with a cache.
     """
     open_ended = sampler.bound is not None
     cached = with_cache(sampler)
@@ -102,16 +108,19 @@ def every_way(
             name, {"origin": chosen is None}, fewest, most, steps, tokens_per_forward(steps), nats_of(chosen, plain)
         )
     inner = blocks * (min(sampler.steps // blocks, cached.block_length or 1) - 1)
-    for name, refresh, chosen in (
-        ("cache", None, None),
-        ("cache and SparseD", None, config),
-        ("cache, all rows once", 0, None),
+    for name, refresh, chosen, times in (
+        ("cache", None, None, forwards),
+        ("cache and SparseD", None, config, forwards),
+        *((f"cache and dense answer rows, select {rule.select:g}", None, rule, times) for rule, times in dense),
+        ("cache, all rows once", 0, None, forwards),
     ):
         refreshing = replace(cached, refresh=refresh)
         whole = refreshing.refreshes(blocks)
-        refreshed = whole_rows(whole, refreshing, chosen, forwards) + (blocks - whole) * forwards.answer
-        most = refreshed + inner * forwards.cached
-        flags = {"origin": chosen is None, "cache": "dual", "refresh": refresh}
+        refreshed = whole_rows(whole, refreshing, chosen, times) + (blocks - whole) * times.answer
+        most = refreshed + inner * times.cached
+        flags: dict[str, Any] = {"origin": chosen is None, "cache": "dual", "refresh": refresh}
+        if chosen not in (None, config):
+            flags |= {"select": chosen.select, "dense_answer": True}
         fewest = refreshed if open_ended else most
         nats = nats_of(chosen, refreshing, cached=True, once=refresh == 0)
         yield Way(name, flags, fewest, most, whole, tokens_per_forward(blocks + inner), nats)

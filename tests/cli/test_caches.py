@@ -292,6 +292,20 @@ def test_whole_runs_of_every_way_by_hand():
     assert found["cache, all rows once"].flags == {"origin": True, "cache": "dual", "refresh": 0}
 
 
+def test_dense_answer_rows_are_ranked_with_a_cache_too():
+    dense = [(SparseDConfig(0.25, select, dense_answer=True), replace(FORWARDS, sparse=sparse, selecting=18.0))
+             for select, sparse in ((0.3, 5.0), (0.15, 3.0))]  # fmt: skip
+    found = list(
+        ways.every_way(LLaDASettings(128, 128, 32), SparseDConfig(skip=0.25), 4096, FORWARDS, (1.0, 1.0), dense=dense)
+    )
+    assert len(found) == 7
+    for way, select, sparse in zip(found[4:6], (0.3, 0.15), (5.0, 3.0), strict=True):
+        assert way.name == f"cache and dense answer rows, select {select}"
+        assert way.most == 18.0 + 3 * sparse + 124 * 1.0
+        assert way.flags["select"] == select and way.flags["dense_answer"] and not way.flags["origin"]
+    assert "dense_answer" not in found[3].flags
+
+
 def test_where_every_block_is_kept_sparsed_loses_what_full_attention_does():
     found = {
         way.name: way.nats
@@ -339,13 +353,16 @@ def test_advice_ranks_them_and_times_few_rows(call):
     _, _, record = call("--advise --seq_len 32 --steps 128")
     advice = record["advice"]
     names = {"full attention", "SparseD", "cache", "cache and SparseD", "cache, all rows once"}
-    assert {way["name"] for way in advice["ways"]} == names
+    dense = {f"cache and dense answer rows, select {select}" for select in (0.3, 0.15)}
+    assert {way["name"] for way in advice["ways"]} == names | dense
     assert [way["most"] for way in advice["ways"]] == sorted(way["most"] for way in advice["ways"])
     assert advice["forwards"]["cached"] > 0 < advice["forwards"]["answer"]
     took = {way["name"]: way["most"] for way in advice["ways"]}
     assert (took["full attention"], took["SparseD"]) == (advice["origin_seconds"], advice["sparsed_seconds"])
     commands = {way["name"]: way["command"] for way in advice["ways"]}
     assert "--cache dual --refresh 0 " in commands["cache, all rows once"] + " "
+    assert all({"--dense_answer", "--cache"} <= {*commands[name].split()} for name in dense)
+    assert "--select 0.15 " in commands["cache and dense answer rows, select 0.15"]
     assert "--cache" not in commands["SparseD"] and "--origin" not in commands["cache and SparseD"]
 
 
