@@ -5,10 +5,10 @@
 Batch 1, 256 new tokens in blocks of 32, bfloat16, greedy, random weights of the published shape. 256 steps give a block
 one forward of all rows and 31 cached ones; 72 steps give it one and 8. Cached generations are run whole, --repeats
 times, uncached ones once. Beyond 16k, uncached ones are put together from the medians of a few forwards of each kind,
-and the record says so (`measured`). At each length every way's attention is first checked against float64 on random
-heads, and every way has run once at the first length (`warm_up`: its time). With --reference, Fast-dLLM's own code then
-runs in its own process; `ours_faster` compares it with our dual cache at the same number of forwards of each kind. The
-record is written after each way.
+and the record says so (`measured`). A prefix cache's cached steps compute from 256 rows down to 32. At each length
+every way's attention is first checked against float64 on random heads, and every way has run once at the first length
+(`warm_up`: its time). With --reference, Fast-dLLM's own code then runs in its own process; `ours_faster` compares it
+with our dual cache at the same number of forwards of each kind. The record is written after each way.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards:
     gc.collect()
     reset_peak(model.device)
     schedule = schedule_of(settings, way.config, SPARSED) if forwards is None else ByStep(forwards, 1)
-    steps: list[Step] = []
+    steps: list[tuple[str, int, bool]] = []  # phase, rows, whether it ran
     with attention_of(model, way.config, settings.steps, NEW_TOKENS, schedule=schedule) as sparse:
         compiled, laps = 0.0, Laps(model.device)
         laps.mark()
@@ -127,13 +127,14 @@ def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards:
             laps.deduct(so_far - compiled)
             laps.mark()
             compiled = so_far
-            steps.append(step)
-            if sum(step.ran for step in steps) == forwards:
+            steps.append((step.phase, step.computed, step.ran))
+            if step.ran and sum(ran for *_, ran in steps) == forwards:
                 raise Enough
 
         with suppress(Enough):
             generate(model, prompt, settings, on_step=tick)
-        found = [(step.phase, step.computed, lap) for step, lap in zip(steps, laps.seconds, strict=True) if step.ran]
+        laps_of = zip(steps, laps.seconds(), strict=True)
+        found = [(phase, computed, lap) for (phase, computed, ran), lap in laps_of if ran]
         names = ("density", "backend", "backend_reason") if sparse is not None else ()
         kernel = {name: getattr(sparse, name) for name in names}
         return Run(found, compiled, peak_memory(model.device), kernel)
@@ -149,14 +150,15 @@ def check(way: Way, model: DiffusionLM, length: int) -> dict[str, Any]:
         checked = checked_dense_answer if way.config.dense_answer else checked_kernel
         found["sparse"] = backend, checked(backend, config, length, way.config, device)
     if way.saving:
-        found["cached"] = checked_cached(model, length)
+        found["cached"] = checked_cached(model, length, BLOCK_LENGTH)
+        found["answer"] = checked_cached(model, length, NEW_TOKENS)
     return {kind: {"kernel": kernel, **asdict(gate)} for kind, (kernel, gate) in found.items()}
 
 
-def checked_cached(model: DiffusionLM, length: int) -> tuple[str, Gate]:
-    """The kernel of a block's rows over cached keys, checked against float64, or WrongKernel."""
+def checked_cached(model: DiffusionLM, length: int, new_rows: int) -> tuple[str, Gate]:
+    """The kernel of the last rows over cached keys, checked against float64, or WrongKernel."""
     heads = random_heads(model.config, length, model.device)
-    rows = Heads(heads.q[:, :, -BLOCK_LENGTH - FAMILIES[model.family].shift :], heads.k, heads.v)
+    rows = Heads(heads.q[:, :, -new_rows - FAMILIES[model.family].shift :], heads.k, heads.v)
     kernel = full_attention_kernel(rows.q, rows.k, rows.v, False)
     gate = attention_gate(full_attention(rows.q, rows.k, rows.v)[0], rows)
     if not gate.passed:

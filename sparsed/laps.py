@@ -11,51 +11,68 @@ from .run import synchronize
 class Laps:
     """The seconds from each mark to the next.
 
-    On a CUDA device a mark is an event in its queue, and the host waits for the mark before it, not for this one. So it
-    prepares one lap while the device works on another, and knows a lap's time one lap later. Other devices are waited
-    for at every mark.
-
-    Attributes:
-        ahead: whether the host works while the device does; what it does then takes no lap longer.
-        finished: seconds of the laps that are known to be over.
+    On a CUDA device a point is an event in its queue, and at a mark the host waits for the mark before, not for this
+    one. So it prepares one lap while the device works on another, and knows a lap's time one lap later. Other devices
+    are waited for at every point.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.ahead = device, device.type == "cuda"
-        self.finished: list[float] = []
-        self._marks: list[Any] = []  # events, or times of the host's clock
-        self._off: list[float] = []  # seconds not counted, of each lap that has begun
+        self.device = device
+        self._points: list[Any] = []  # events, or times of the host's clock
+        self._laps: list[int | None] = []  # of the stretch from each point to the next: its lap, None if none counts it
+        self._marks: list[int] = []  # the points that are marks
+        self._seconds: list[float] = []  # of each lap that has begun, without the stretches that are not known yet
+        self._known = 0  # stretches that are
 
     def mark(self) -> None:
         """End a lap, if one has begun, and begin the next."""
-        if self.ahead:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self.device))
-            self._finish(len(self._marks))
-            self._marks.append(event)
-        else:
-            synchronize(self.device)
-            self._marks.append(time.perf_counter())
-            self._finish(len(self._marks))
-        self._off.append(0.0)
+        self._add(len(self._marks))
+        self._marks.append(len(self._points) - 1)
+        self._seconds.append(0.0)
+        self._learn(self._marks[-2:][0])
+
+    def pause(self) -> None:
+        """What the device does from here on, or the host keeps it from doing, counts in no lap."""
+        self._add(None)
+
+    def resume(self) -> None:
+        """Count again, in the lap that has begun."""
+        self._add(len(self._marks) - 1)
 
     def deduct(self, seconds: float) -> None:
         """Take seconds out of the lap that has begun."""
-        self._off[-1] += seconds
+        self._seconds[-1] -= seconds
 
     @property
+    def finished(self) -> list[float]:
+        """Of the laps that are known to be over; waits for nothing."""
+        return self._seconds[: sum(mark <= self._known for mark in self._marks[1:])]
+
     def seconds(self) -> list[float]:
         """Of all laps; waits for the last mark."""
-        self._finish(len(self._marks))
+        self._learn(self._marks[-1])
         return self.finished
 
-    def _finish(self, count: int) -> None:
-        """Wait for the first `count` marks, and note the laps between them."""
-        for lap in range(len(self.finished), count - 1):
-            begun, over = self._marks[lap : lap + 2]
-            if self.ahead:
-                over.synchronize()
-                seconds = begun.elapsed_time(over) / 1e3
-            else:
-                seconds = over - begun
-            self.finished.append(seconds - self._off[lap])
+    def _add(self, lap: int | None) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self._points.append(event)
+        else:
+            synchronize(self.device)
+            self._points.append(time.perf_counter())
+        self._laps.append(lap)
+
+    def _learn(self, point: int) -> None:
+        """Wait for a point, and add the stretches before it to their laps; on devices that were waited for, all."""
+        if self.device.type == "cuda":
+            self._points[point].synchronize()
+        else:
+            point = len(self._points) - 1
+        while self._known < point:
+            begun, over = self._points[self._known : self._known + 2]
+            lap = self._laps[self._known]
+            if lap is not None:
+                seconds = begun.elapsed_time(over) / 1e3 if self.device.type == "cuda" else over - begun
+                self._seconds[lap] += seconds
+            self._known += 1

@@ -28,6 +28,7 @@ ALLOWED = {
     "generation": {"kept", "recognition"},
     "tally": {"schedule"},
     "run": {"schedule", "selection", "backends", "masks", "kept", "generation", "tally", "ranks"},
+    "laps": {"run"},
     "seams": {"run"},
     "patch": {"ranks", "run", "schedule", "selection", "backends", "seams"},
     "models": {"kernels", "ranks"},
@@ -38,7 +39,7 @@ ALLOWED = {
     "saving_flags": {"console", "sampling"},
     "report": {"console", "chat"},
     "cli": {"console", "report", "sampling", "patch", "run", "schedule", "watching", "backends", "models", "chat"}
-    | {"blocks", "prompts", "saving_flags", "ranks"},
+    | {"blocks", "prompts", "saving_flags", "ranks", "laps"},
     "pictures": {"console", "sampling", "patch", "watching", "blocks", "models", "prompts"},
     "evaluation": {"console", "sampling", "run", "watching", "backends", "models", "chat", "prompts", "selection"}
     | {"blocks", "saving_flags", "ranks", "pictures"},

@@ -107,13 +107,10 @@ def _ways(job: Job, own: StepTimes, whole: tuple[float, float], dense_answer: li
         return {"ways": [], "no_cache": reason}
     answer, cached = time_few_rows(job, own.prompt_tokens)
     forwards = Forwards(own.full, own.selecting, own.sparse, answer, cached)
-    dense = [
-        (
-            replace(job.args.config, select=found["select"], dense_answer=True),
-            replace(forwards, selecting=found["selecting"], sparse=found["sparse"]),
-        )
+    dense = {
+        found["select"]: replace(forwards, selecting=found["selecting"], sparse=found["sparse"])
         for found in dense_answer
-    ]
+    }
     found = ways(job, forwards, whole, own.backend == DENSE, dense)
     return {
         "ways": as_record(found, partial(command_of, job.args, job.model.ranks.count)),
@@ -174,7 +171,7 @@ def time_steps(job: Job, prompt_tokens: int) -> StepTimes:
             runner(canvas, rows)
             clock.tick(Step(index, phase, canvas.shape[1]))
         runner.check()
-        seconds = dict(zip(clock.phases, clock.step_seconds, strict=True))  # of the last step of each phase
+        seconds = dict(zip(clock.phases, clock.step_seconds(), strict=True))  # of the last step of each phase
         full, selecting, sparse = (seconds.get(phase, seconds[Phase.FULL]) for phase in ORDER)
         return StepTimes(prompt_tokens, full, selecting, sparse, run.density, run.backend)
 

@@ -58,10 +58,9 @@ class StepClock:
 
     def begin(self, phase: str) -> None:
         """Show the phase that begins: what the next forward computes, or DONE."""
-        began = time.perf_counter()
+        self.laps.pause()
         self.show(phase, self.steps, sum(self._of_forwards(self.laps.finished)))
-        if not self.laps.ahead:
-            self.laps.deduct(time.perf_counter() - began)
+        self.laps.resume()
 
     def tick(self, step: Step) -> None:
         """Note the end of `step`, which takes no time if it did not run the model."""
@@ -71,12 +70,12 @@ class StepClock:
         self.compile_seconds = compiled
         self.steps.append(step)
 
-    @property
     def step_seconds(self) -> list[float]:
         """Of all steps; waits for the last one."""
-        return self._of_forwards(self.laps.seconds)
+        return self._of_forwards(self.laps.seconds())
 
     def _of_forwards(self, laps: list[float]) -> list[float]:
+        """Of the steps whose laps are known."""
         return [lap if step.ran else 0.0 for step, lap in zip(self.steps, laps, strict=False)]
 
     @property
@@ -135,7 +134,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             torch.cuda.reset_peak_memory_stats(device)
         clock.start()
         output = generate(job, sampler, clock)
-        step_seconds = clock.step_seconds
+        step_seconds = clock.step_seconds()
         clock.begin(DONE)
         token_ids = output[0, len(job.input_ids) :].tolist()
         committed = history(clock.steps, token_ids, len(job.input_ids))

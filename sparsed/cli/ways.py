@@ -1,9 +1,9 @@
 """The ranking of `--advise`, with caches: whole runs, put together from one forward of each kind."""
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import SparseDConfig
+from ..laps import Laps
 from ..models.loading import GIB, weight_bytes
-from ..run import synchronize
 from ..sampling import Settings
 from ..sampling.replay import UNTIL_REPLAYED
 from ..sampling.runner import StepRunner
@@ -65,10 +65,13 @@ def with_cache(sampler: Settings) -> Settings:
     return replace(sampler, **{**OFF, "cache": "dual"})
 
 
-Dense = Sequence[tuple[SparseDConfig, Forwards]]  # with dense answer rows, and what its forwards take
-
-
-def ways(job: Job, forwards: Forwards, whole_runs: tuple[float, float], keeps_all: bool, dense: Dense) -> list[Way]:
+def ways(
+    job: Job,
+    forwards: Forwards,
+    whole_runs: tuple[float, float],
+    keeps_all: bool,
+    dense: Mapping[float, Forwards],
+) -> list[Way]:
     """Every way to generate, the fastest first; `whole_runs`, `keeps_all` and `dense` as in `every_way`."""
     args, prompt_tokens = job.args, len(job.input_ids)
     found = every_way(args.sampler, args.config, prompt_tokens, forwards, whole_runs, keeps_all, dense)
@@ -82,14 +85,14 @@ def every_way(
     forwards: Forwards,
     whole_runs: tuple[float, float],
     keeps_all: bool = False,
-    dense: Dense = (),
+    dense: Mapping[float, Forwards] = MappingProxyType({}),
 ) -> Iterator[Way]:
     """With full attention and with SparseD, with a cache and without, and with all rows computed once.
 
     Args:
         whole_runs: seconds of all steps without a cache, with full attention and with SparseD.
         keeps_all: whether SparseD keeps every block here, and loses nothing.
-        dense: what else to combine with a cache.
+        dense: by `select`, the forwards with dense answer rows, which are ranked with a cache too.
     """
     open_ended = sampler.bound is not None
     cached = with_cache(sampler)
@@ -108,19 +111,22 @@ def every_way(
             name, {"origin": chosen is None}, fewest, most, steps, tokens_per_forward(steps), nats_of(chosen, plain)
         )
     inner = blocks * (min(sampler.steps // blocks, cached.block_length or 1) - 1)
-    for name, refresh, chosen, times in (
-        ("cache", None, None, forwards),
-        ("cache and SparseD", None, config, forwards),
-        *((f"cache and dense answer rows, select {rule.select:g}", None, rule, times) for rule, times in dense),
-        ("cache, all rows once", 0, None, forwards),
-    ):
+    caches: list[tuple[str, dict[str, Any], SparseDConfig | None, Forwards]] = [
+        ("cache", {}, None, forwards),
+        ("cache and SparseD", {}, config, forwards),
+        ("cache, all rows once", {"refresh": 0}, None, forwards),
+    ]
+    for select, times in dense.items():
+        rule = replace(config, select=select, dense_answer=True)
+        own: dict[str, Any] = {"select": select, "dense_answer": True}
+        caches.append((f"cache and dense answer rows, select {select:g}", own, rule, times))
+    for name, own, chosen, times in caches:
+        refresh = own.get("refresh")
         refreshing = replace(cached, refresh=refresh)
         whole = refreshing.refreshes(blocks)
         refreshed = whole_rows(whole, refreshing, chosen, times) + (blocks - whole) * times.answer
         most = refreshed + inner * times.cached
-        flags: dict[str, Any] = {"origin": chosen is None, "cache": "dual", "refresh": refresh}
-        if chosen not in (None, config):
-            flags |= {"select": chosen.select, "dense_answer": True}
+        flags = {"origin": chosen is None, "cache": "dual", "refresh": refresh} | own
         fewest = refreshed if open_ended else most
         nats = nats_of(chosen, refreshing, cached=True, once=refresh == 0)
         yield Way(name, flags, fewest, most, whole, tokens_per_forward(blocks + inner), nats)
@@ -169,17 +175,15 @@ def time_few_rows(job: Job, prompt_tokens: int) -> tuple[float, float]:
     start = prompt_tokens - sampler.shift
     rows = start + torch.arange(sampler.most_rows, device=model.device)
     runner(canvas, rows)  # which fills the cache
-    seconds = []
+    laps = Laps(model.device)
+    laps.mark()
     for stop in (canvas.shape[1], prompt_tokens + sampler.most_rows):
-        for _ in range(UNTIL_REPLAYED):  # the first one may compile
-            synchronize(model.device)
-            began = time.perf_counter()
+        for _ in range(UNTIL_REPLAYED + 1):  # the first one may compile; before the last, one is replayed
             runner(canvas, rows, (start, stop))
-            synchronize(model.device)
-            took = time.perf_counter() - began
-        seconds.append(took)
+            laps.mark()
     runner.check()
-    return seconds[0], seconds[1]
+    seconds = laps.seconds()
+    return seconds[UNTIL_REPLAYED], seconds[-1]
 
 
 def way_lines(found: list[dict[str, Any]]) -> list[str]:
@@ -196,10 +200,11 @@ def way_lines(found: list[dict[str, Any]]) -> list[str]:
             many, few = way["tokens_per_forward"]
             took = f"{way['fewest']:.1f} to {took}, if a forward commits {many:.3g} tokens or {few:.3g}"
         lines.append(f"  {way['name']}: {took}, {slowest / way['most']:.1f}x{lost(way['nats'])}; {way['command']}")
-    named = {way["name"]: way for way in found}
-    cache, both = named.get("cache"), named.get("cache and SparseD")
-    if cache and both and both["most"] >= cache["most"]:
-        with_so_many = "one forward" if both["whole"] == 1 else f"{both['whole']} forwards"
+    cached = [way for way in found if way["flags"].get("cache") and way["flags"]["refresh"] is None]
+    fastest = min(cached, key=lambda way: way["most"], default=None)
+    if fastest and fastest["name"] == "cache":
+        whole = fastest["whole"]
+        with_so_many = "one forward" if whole == 1 else f"{whole} forwards"
         lines.append(f"  selecting blocks does not pay with {with_so_many} of all rows: add --origin")
     return lines
 

@@ -112,7 +112,8 @@ class Canvas:
         return (torch.arange(0, self.ids.numel(), self.length, device=inner.device)[:, None] + inner).view(-1)
 
     def places(self, start: int, end: int) -> Callable[[], Tensor]:
-        """Where in `positions` the `candidates` are; the answer waits only for what the device was given until now."""
+        """Where in `positions` the `candidates` are. A CUDA device need not have done what it is given until the answer
+        is asked for."""
         masked = (self.ids[:, start:end] == self.mask_id).flatten()
         count, order = Arriving(masked.sum()), masked.sort(descending=True, stable=True).indices
         return lambda: order[: int(count.value())]

@@ -27,6 +27,11 @@ class Guided:
         """As the runner's."""
         return self.runner.phase
 
+    @property
+    def ahead(self) -> bool:
+        """As the runner's."""
+        return self.runner.ahead
+
     def skip(self) -> bool:
         """As the runner's."""
         return self.runner.skip()

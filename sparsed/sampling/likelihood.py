@@ -102,10 +102,10 @@ def is_greedy(
             confidence, tokens = _logits(runner, ids, hidden).softmax(-1).max(-1)
             best = confidence.argmax()
             if tokens[best] != ids[0, hidden[best]]:
-                return False
+                break
             hidden = torch.cat((hidden[:best], hidden[best + 1 :]))
         runner.check()
-    return True
+    return not len(hidden)
 
 
 def _sequence(model: DiffusionLM, prompt: Ids, target: Ids) -> Tensor:

@@ -129,10 +129,10 @@ def candidates_of(
 ) -> tuple[Tensor, Tensor]:
     """A turn's candidates and their logits.
 
-    In a cached step, the host learns how many candidates there are only after it has launched the forward, which
-    computes the block's whole head in any case. So the device need not wait for the host.
+    On a GPU, a cached step whose number of candidates the rule need not know is launched before the host knows it. The
+    forward then gives the whole block's logits, and the device does not wait for the host between two steps.
     """
-    if turn.rows is None and window is not None:
+    if turn.rows is None and window is not None and runner.ahead:
         block, places = canvas.positions(turn.start, turn.end), canvas.places(turn.start, turn.end)
         logits = runner(canvas.ids, settings.sources(block, canvas.length), window)
         found = places()

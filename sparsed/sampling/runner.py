@@ -62,10 +62,15 @@ class StepRunner:
             FloatingPointError: logits of an earlier call were not finite. It comes with the next call; on a CUDA device
                 with the one after it, as the host does not wait for the latest.
         """
-        self.check(unseen=1 if ids.is_cuda else 0)
+        self.check(unseen=int(self.ahead))
         logits = self._whole(ids, rows) if window is None else self._window(ids, rows, *window)
         self.totals.append(Arriving(logits.sum(dtype=torch.float32)))
         return logits
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the host launches a forward while the device computes the one before."""
+        return self.model.device.type == "cuda"
 
     def skip(self) -> bool:
         """Count a step that needs no logits, and run nothing; not a step that selects blocks: False."""

@@ -193,11 +193,10 @@ def while_masked(
         end = start + block_length
         masked = canvas.masked(start, end)
         counts = commit_counts(masked, each)
-        # how many are surely masked before each step: the shares are the most that is committed without a bound
-        left = (masked[:, None] - counts.cumsum(1) + counts).sum(0).tolist()
+        # how many are surely masked before each step: without a bound, the shares are the most that is committed
+        left = [0] * each if bound else (masked[:, None] - counts.cumsum(1) + counts).sum(0).tolist()
         for inner in range(each):
-            certain = bound is None and left[inner] > 0
-            rows = None if certain else canvas.candidates(start, end)
+            rows = None if left[inner] else canvas.candidates(start, end)
             if rows is not None and not len(rows):
                 break
             share = counts[:, inner] if bound is None else counts[:, inner].clamp_min(1)

@@ -84,14 +84,14 @@ def test_from_end_to_end(family, tmp_path, monkeypatch, capsys):
 def test_what_is_checked(tmp_path, monkeypatch):
     Played(tmp_path, monkeypatch, "llada")
     model = load_model(tmp_path / "model", device="cpu")
-    both = ["sparse", "cached"]
-    expected = [], ["sparse"], ["sparse"], ["cached"], both, both, ["cached"], ["cached"]
+    few, both = ["cached", "answer"], ["sparse", "cached", "answer"]
+    expected = [], ["sparse"], ["sparse"], few, both, both, few, few
     for way, kinds in zip(generation.WAYS, expected, strict=True):
         gates = generation.check(way, model, 122)
         assert list(gates) == ["full", *kinds]
         assert all(gate["error"] <= gate["allowed"] for gate in gates.values())
         assert {kind: gate["kernel"] for kind, gate in gates.items()} == {
-            kind: {"full": "full", "sparse": "gather", "cached": "torch"}[kind] for kind in gates
+            kind: {"full": "full", "sparse": "gather", "cached": "torch", "answer": "torch"}[kind] for kind in gates
         }
 
 

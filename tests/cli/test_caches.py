@@ -293,13 +293,12 @@ def test_whole_runs_of_every_way_by_hand():
 
 
 def test_dense_answer_rows_are_ranked_with_a_cache_too():
-    dense = [(SparseDConfig(0.25, select, dense_answer=True), replace(FORWARDS, sparse=sparse, selecting=18.0))
-             for select, sparse in ((0.3, 5.0), (0.15, 3.0))]  # fmt: skip
+    dense = {select: replace(FORWARDS, sparse=sparse, selecting=18.0) for select, sparse in ((0.3, 5.0), (0.15, 3.0))}
     found = list(
         ways.every_way(LLaDASettings(128, 128, 32), SparseDConfig(skip=0.25), 4096, FORWARDS, (1.0, 1.0), dense=dense)
     )
     assert len(found) == 7
-    for way, select, sparse in zip(found[4:6], (0.3, 0.15), (5.0, 3.0), strict=True):
+    for way, select, sparse in zip(found[5:7], (0.3, 0.15), (5.0, 3.0), strict=True):
         assert way.name == f"cache and dense answer rows, select {select}"
         assert way.most == 18.0 + 3 * sparse + 124 * 1.0
         assert way.flags["select"] == select and way.flags["dense_answer"] and not way.flags["origin"]
@@ -349,6 +348,17 @@ def test_selecting_that_does_not_pay_is_said():
     assert "does not pay" not in lines(128)
 
 
+def test_selecting_pays_if_it_does_with_dense_answer_rows():
+    slow = replace(FORWARDS, sparse=12.0)  # than a full one
+    found = {
+        name: [way for way in ways.every_way(LLaDASettings(128, 128, 32), SparseDConfig(0.25), 4096, slow, (1.0, 1.0),
+                                             dense=dense)]
+        for name, dense in (("without", {}), ("with", {0.15: FORWARDS}))
+    }  # fmt: skip
+    said = {name: "does not pay" in as_lines({way.name: way for way in ranked})[-1] for name, ranked in found.items()}
+    assert said == {"without": True, "with": False}
+
+
 def test_advice_ranks_them_and_times_few_rows(call):
     _, _, record = call("--advise --seq_len 32 --steps 128")
     advice = record["advice"]
@@ -376,9 +386,9 @@ def test_where_blocks_do_not_fit_no_cache_is_timed(checkpoints, tmp_path, capsys
 
 
 def test_few_rows_are_timed_as_they_are_replayed(checkpoints):
-    """The first of a kind runs as it is, the second is captured: the third is what most steps are like."""
+    """The first of a kind runs as it is, the second is captured: the later ones are like most steps."""
     model, shapes = load_model(checkpoints["llada"], device="cpu"), []
     model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[1]))
     words = "--device cpu --seq_len 32 --steps 32 --block_length 8"
     ways.time_few_rows(Job(model, None, [7] * 100, arguments.parse(LLADA, words.split())), 100)
-    assert shapes == [132, 32, 32, 32, 8, 8, 8]
+    assert shapes == [132, *[32] * 4, *[8] * 4]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sparsed import SparseDConfig
 from sparsed.sampling import settings_for_answer
+from sparsed.sampling.runner import StepRunner
 from sparsed.watching import watched
 from tests.helpers import reference_blocks, reference_sampling
 from tests.helpers.patch_cases import published_config
@@ -172,6 +173,13 @@ def test_the_twin_s_old_keys_are_old(family):
 # -------------------------------------------------------------------------------------------------- blocks and caches
 
 
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
+def ahead(request, monkeypatch):
+    """Cached steps as a GPU takes them, launched before their candidates are counted, and as other devices do."""
+    monkeypatch.setattr(StepRunner, "ahead", request.param)
+
+
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("refresh", [None, 2, 0])
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,6 +203,7 @@ SHAPES = [  # (prompt tokens, new tokens, steps, block length)
 ]
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,6 +220,7 @@ def test_dream_s_blocks_are_of_32_tokens_unless_it_is_told(gen_length, options):
     assert batch.forwards[0].last == 9 + gen_length
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("options", [{}, {"refresh": 0}, {"threshold": 0.5}, {"factor": 1.5, "refresh": 2}], ids=str)
 @pytest.mark.parametrize("cache", CACHES[1:])
 def test_under_guidance_both_halves_have_a_cache(cache, options):
@@ -314,6 +324,7 @@ ENDS = [
 ]
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("options", ENDS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_early_stops(ending, family, options):
