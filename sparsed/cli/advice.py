@@ -19,7 +19,7 @@ from ..sampling.replay import UNTIL_REPLAYED
 from ..sampling.runner import REPLAYED_TOKENS, StepRunner
 from ..watching import watched
 from .arguments import Call
-from .losses import ABOUT, loss, lost
+from .losses import ABOUT, ELSEWHERE, loss, lost
 from .progress import bar
 from .recording import SelectedBlocks
 from .running import Job, StepClock
@@ -236,8 +236,8 @@ def advice_lines(advice: dict[str, Any], prompt_tokens: int, steps: int) -> list
             f"{other['seconds']:.1f} s, {origin / other['seconds']:.2f}x as fast as full attention{lost(other['nats'])}"
         )
     lines += way_lines(advice["ways"]) if advice["ways"] else [f"no cache was timed: {advice['no_cache']}"]
-    if any(found["nats"] is not None for found in (*others, *advice["ways"])):
-        lines.append(ABOUT)
+    # full attention loses nothing, which says nothing
+    lines.append(ABOUT if any(found["nats"] for found in (*others, *advice["ways"])) else ELSEWHERE)
     lines.append("(estimates from a single forward pass of each kind; loading, compiling and sampling are not in them)")
     lines.append(f"{'without a cache, ' if advice['ways'] else ''}use: {advice['command']}")
     fastest = min(others, key=lambda other: other["seconds"], default=None)

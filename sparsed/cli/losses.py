@@ -9,14 +9,18 @@ from ..sampling import Settings
 
 CACHED_TOKENS, BLOCK_LENGTH = 256, 32  # new tokens with a cache; each step of a block computes one
 NEW_TOKENS = 128  # without one
-FEWEST = 2048  # prompt tokens: with much shorter prompts SparseD loses more than was measured
+FEWEST = 2048  # prompt tokens: much shorter prompts were not measured, and SparseD loses more with them
 ABOUT = (
     "(loss: nats per token that the setting lost on a real model of 135M at 4k. At 8k, dense answer rows with blocks "
     "of 128 and select 0.15 lost 0.22 on a second one: measure yours)"
 )
+ELSEWHERE = (
+    f"(what the ways lose was measured with --seq_len {NEW_TOKENS} without a cache and {CACHED_TOKENS} with one: "
+    "docs/decoding.md)"
+)
 
 Rule = tuple[float, bool]  # --select, --dense_answer
-WITHOUT_CACHE: dict[Rule, float] = {
+WITHOUT_CACHE: dict[Rule | None, float] = {
     (0.5, False): 0.010,
     (0.3, False): 0.035,
     (0.2, False): 0.069,
@@ -55,19 +59,20 @@ def loss(
     """
     if sampler.bound is not None or sampler.steps != sampler.gen_length:
         return None
+    if config is None and not cached:
+        return 0.0
+    if prompt_tokens < FEWEST or (config is not None and (config.block_size, config.skip) != (128, 0.2)):
+        return None
+    if not cached and sampler.gen_length != NEW_TOKENS:
+        return None
     if cached and (sampler.gen_length, sampler.block_length) != (CACHED_TOKENS, BLOCK_LENGTH):
         return None
-    if config is not None:
-        if (config.block_size, config.skip) != (128, 0.2) or prompt_tokens < FEWEST:
-            return None
-        if not cached and sampler.gen_length != NEW_TOKENS:
-            return None
     rule = None if config is None else (config.select, config.dense_answer)
     if once:
         return ROWS_ONCE if rule is None else None
     if cached:
         return WITH_CACHE.get(rule)
-    return 0.0 if rule is None else WITHOUT_CACHE.get(rule)
+    return WITHOUT_CACHE.get(rule)
 
 
 def lost(nats: float | None) -> str:

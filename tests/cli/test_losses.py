@@ -67,6 +67,7 @@ def test_what_was_not_measured_is_not_said(other, like):
 @pytest.mark.parametrize("like", [LIKE, PLAIN])
 def test_with_short_prompts_sparsed_was_not_measured(like):
     assert losses(SparseDConfig(), like, 1024) == [None] * 3 and losses(SparseDConfig(), like, 65536) != [None] * 3
+    assert losses(None, like, 1024) == [0.0, None, None], "nor were caches"
 
 
 @pytest.mark.parametrize("change", [{"steps": 128}, {"threshold": 0.9}, {"factor": 1.0}])
