@@ -6,9 +6,9 @@
 Batch 1, bfloat16, random weights of the published shape, blocks of 128, the paper's SparseD. First one GPU has the
 whole model and does every length, then all GPUs share it. At each length: full, selecting and sparse steps, and a whole
 generation of 256 tokens with a dual cache and SparseD, which also gives the cached steps. All of it runs once before,
-on 4,096 tokens (`warm_up`). `cached_step` is what a cached step's kernels take, under PyTorch's profiler. With
---longest, all GPUs do a whole generation at 128k tokens, and one step of each kind without a cache at 512k. `agreement`
-compares the logits of a short prompt. Rows are printed and saved as they come.
+on 4,096 tokens (`warm_up`). `cached_step` and `full_step` are what the kernels of such a step take, under PyTorch's
+profiler. With --longest, all GPUs do a whole generation at 128k tokens, and one step of each kind without a cache at
+512k. `agreement` compares the logits of a short prompt. Rows are printed and saved as they come.
 """
 
 import argparse
@@ -93,33 +93,43 @@ def measure(model: DiffusionLM, tokens: int) -> dict[str, Any]:
     steps = [one for _ in range(FEW) for one in one_of_each(model, tokens)]
     whole = whole_run(model, tokens)
     entry = entry_of(model, [*steps, whole]) | {"whole": measured([whole])}
-    return entry | {"cached_step": cached_step(model, tokens)}
+    return entry | {"cached_step": cached_step(model, tokens), "full_step": full_step(model, tokens)}
 
 
 def cached_step(model: DiffusionLM, tokens: int) -> dict[str, Any]:
-    """Seconds of one cached step, and of its kernels by purpose: means of `PROFILED` ones, in this process."""
+    """Seconds of one cached step, and of its kernels by purpose: means of several, in this process."""
+    return profiled_step(model, tokens, Way("dual cache", None, CACHE), SETTLED, PROFILED)
+
+
+def full_step(model: DiffusionLM, tokens: int) -> dict[str, Any]:
+    """The same of one full step, the second."""
+    return profiled_step(model, tokens, Way("full attention"), 1, 1)
+
+
+def profiled_step(model: DiffusionLM, tokens: int, way: Way, settled: int, count: int) -> dict[str, Any]:
+    """Means of `count` steps of a way, after `settled` ones."""
     prompt = torch.randint(0, model.config.mask_token_id, (1, tokens), device=model.device)
     profiled = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
     began = took = 0.0
     steps = 0
 
-    def tick(_: Step) -> None:
+    def tick(step: Step) -> None:
         nonlocal began, took, steps
-        steps += 1
-        if steps == SETTLED:
+        steps += step.ran
+        if steps == settled:
             synchronize(model.device)
             profiled.start()
             began = time.perf_counter()
-        elif steps == SETTLED + PROFILED:
+        elif steps == settled + count:
             synchronize(model.device)
             took = time.perf_counter() - began
             profiled.stop()
             raise Enough
 
     with suppress(Enough):
-        generate(model, prompt, Way("dual cache", None, CACHE).settings(model.family, NEW_TOKENS), on_step=tick)
-    kernels = {name: seconds / PROFILED for name, seconds in kernel_seconds(profiled).items()}
-    return {"seconds": took / PROFILED, "purposes": by_purpose(kernels), "kernels": kernels}
+        generate(model, prompt, way.settings(model.family, NEW_TOKENS), on_step=tick)
+    kernels = {name: seconds / count for name, seconds in kernel_seconds(profiled).items()}
+    return {"seconds": took / count, "purposes": by_purpose(kernels), "kernels": kernels}
 
 
 def entry_of(model: DiffusionLM, runs: list[Run]) -> dict[str, Any]:

@@ -288,6 +288,10 @@ def judge_figures() -> dict[str, str]:
         **{f"mixed.fast.{length}": mixed_row(fast, 128, length)["difference"] for length in LENGTHS},
         **{f"mixed.fast.{length}.32": mixed_row(fast, 32, length)["difference"] for length in LENGTHS},
         **{f"mixed.few.{length}": mixed_row(few, 128, length)["difference"] for length in LENGTHS},
+        **{
+            f"continued.{name}": judge_row(row, 128, length=8192, folder="table-mixed-continued")["difference"]
+            for name, row in (*rules.items(), ("few", few), ("fast", fast))
+        },
         "mixed.streaming.8192": mixed_row(STREAMING, 128, 8192)["difference"],
         "mixed.streaming.dense.8192": mixed_row(STREAMING | {"dense_answer": True}, 128, 8192)["difference"],
         "mixed.window.dense": mixed_row(WINDOW | {"dense_answer": True}, 128)["difference"],

@@ -66,6 +66,13 @@ CASES = {
     "dense answer rows, padded": {"config": DENSE_ANSWER, "padded": True},
     "prefix, padded": {"config": DENSE_ANSWER, "block_length": 12, "cache": "prefix", "padded": True},
     "dual": {"config": PAPER, "block_length": 12, "cache": "dual"},
+    "all rows once, factor, early stop": {
+        "block_length": 12,
+        "cache": "dual",
+        "refresh": 0,
+        "factor": 0.9,
+        "early_stop": True,
+    },
     "threshold": {"config": PAPER, "block_length": 12, "threshold": 0.2},
     "threshold and cache, padded": {"block_length": 12, "threshold": 0.2, "cache": "dual", "padded": True},
 }

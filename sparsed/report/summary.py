@@ -159,7 +159,8 @@ def run_lines(run: RunRecord) -> list[str]:
     seconds, kinds = phases(run), attention(run.forwards)
     sparse, few_rows = kinds.count(Phase.SPARSE), {kind: kinds.count(kind) for kind in FEW_ROWS}
     full = len(kinds) - sparse - sum(few_rows.values())
-    parts = [f"{_counted(full, 'full step')} {seconds['full_steps']:.2f} s"]
+    alone = seconds["selection"] is None and Phase.SELECTING in kinds  # no full step is there to compare it with
+    parts = [f"{_counted(full, 'selecting step' if alone else 'full step')} {seconds['full_steps']:.2f} s"]
     if seconds["selection"] is not None:
         parts.append(f"selection {seconds['selection']:.2f} s")
     if seconds["sparse_steps"] is not None:

@@ -16,6 +16,7 @@ from benchmarks import (
     agreement,
     attention,
     fast_dllm_worker,
+    few_queries,
     kernels,
     latency,
     phases,
@@ -262,6 +263,7 @@ LATENCY = [*OUT, "--random_weights"]
         (latency.main, [*LATENCY[2:], "--out", "."], "--out"),
         (latency.main, LATENCY, "CUDA"),
         (attention.main, OUT, "CUDA"),
+        (few_queries.main, OUT, "CUDA"),
         (attention.main, [*OUT, "--backends", "flash,xformers"], "'xformers'"),
         (attention.main, [*OUT, "--block_sizes", "48"], "'48'"),
         (selection.main, OUT, "CUDA"),
@@ -418,6 +420,17 @@ def test_plot(tmp_path):
 def heads():
     q, k, v = (torch.randn(1, h, 1000, 32, dtype=torch.bfloat16) for h in (4, 2, 2))
     return kernels.Heads(q, k, v)
+
+
+def test_few_rows_by_every_kernel(heads, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(kernels, "gpu_seconds", lambda work: [2.0, 2.0, 2.0])
+    rows = few_queries.measure(heads, SparseDConfig(), SimpleNamespace(family="dream"))
+    assert [row["queries"] for row in rows] == [33] * 4 + [257] * 4
+    for own in (rows[0], rows[4]):
+        assert own["kernel"].startswith("the package's choice: torch") and own["ratio"] == 1.0
+        assert own["bytes_per_second"] == 2 * heads.k.numel() * 2 / 2.0
+    assert all("unavailable" in row for row in rows if row["kernel"].startswith("split")), "no Triton kernel on a CPU"
 
 
 def test_attention_gate(heads):

@@ -49,6 +49,7 @@ def test_two_processes_against_one(tmp_path):
             step = row[who]["cached_step"]
             assert step["seconds"] > 0 and step["kernels"]["aten::mm"] == 2.0, "two steps' seconds, halved"
             assert sum(step["purposes"].values()) == pytest.approx(2.0 * len(step["kernels"]))
+            assert row[who]["full_step"]["kernels"]["aten::mm"] == 4.0, "one step's"
         assert row["speedup"].keys() == kinds | {"whole"}
         assert row["speedup"]["full"] == pytest.approx(
             row["one"]["forwards"]["full"]["median"] / row["all"]["forwards"]["full"]["median"]

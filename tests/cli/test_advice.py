@@ -111,7 +111,16 @@ def test_advice_for_people():
     found |= {"steps_that_run": 128, "ways": [], "no_cache": "there is no room"}
     found |= {"fitted_prompt_tokens": [1024, 4096], "pays_from": 2000}
     text = "\n".join(advice_lines(found, 4096, 128))
-    parts = ("4096 prompt tokens", "22.066 s", "backend gather", "1.50x as fast", "about 2000", "run it", "no room", "--seq_len 128 without")
+    parts = (
+        "4096 prompt tokens",
+        "22.066 s",
+        "backend gather",
+        "1.50x as fast",
+        "about 2000",
+        "run it",
+        "no room",
+        "--seq_len 128 without",
+    )
     for part in parts:
         assert part in text
     assert "128 steps with full attention" in text and text.endswith("\nuse: run it")

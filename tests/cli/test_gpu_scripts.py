@@ -1,4 +1,4 @@
-"""The scripts at the published shapes, random weights, on a GPU: every backend runs and the record says so."""
+"""The scripts at the published shapes, random weights, on a GPU: every backend and cache runs, as the record says."""
 
 import importlib.util
 import json
@@ -59,3 +59,19 @@ def test_compare_at_4k(family, backend, tmp_path, capsys):
     assert sparse["density"] == pytest.approx(0.3, abs=0.05)
     assert sparse["peak_memory_bytes"] < 20e9
     print(f"{backend}: full {dense['step_seconds'][-1]:.3f} s, sparse {sparse['step_seconds'][-1]:.3f} s a step")
+
+
+@pytest.mark.parametrize(
+    ("words", "refreshes"),
+    [("prefix", 4), ("dual", 4), ("dual --refresh 2", 2), ("dual --refresh 0", 1), ("dual --dense_answer", 4)],
+)
+def test_caches_at_4k(family, words, refreshes, tmp_path, capsys):
+    folder, main = family
+    record_file = tmp_path / "record.json"
+    flags = ["--model_path", str(folder), "--prompt", "4k", "--seq_len", "64", "--steps", "64", "--block_length", "16"]
+    assert main([*flags, "--cache", *words.split(), "--json", str(record_file)]) == 0, capsys.readouterr().err
+    (run,) = json.loads(record_file.read_text())["runs"]
+    rows = [forward["rows"] for forward in run["forwards"]]
+    assert len(rows) == 64 and rows.count(4096 + 64) == refreshes, "one forward a step, whole ones at refreshes only"
+    assert run["work"]["forwards"]["cached"] == 60 and run["cached_kernels"]
+    assert run["peak_memory_bytes"] < 25e9
