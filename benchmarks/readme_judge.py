@@ -6,8 +6,9 @@ from typing import Any
 from sparsed.evaluation.fidelity.results import figure
 from sparsed.evaluation.results import markdown
 
-from .records import TITLES, evaluation, has, judged
+from .records import ROOT, TITLES, evaluation, has, judged, read
 
+SMALL = ROOT / "benchmarks/results/fidelity-small-cpu.json"
 SIZES = (128, 64, 32)
 HALF = 0.5  # the share of the masked tokens in the tables of one rate
 PAPER, DENSE, SHARED = "SparseD, the paper's", "dense answer rows", "without isolated selection"
@@ -153,6 +154,17 @@ def _judged_cells(found: Row) -> list[str]:
     return [*("-" if value is None else f"{value[0]:.2f}" for value in likely), *(nats(value, ".2f") for value in gate)]
 
 
+def small_table() -> str:
+    """Markdown: what the evaluation's first command found on a CPU."""
+    titles = {"origin": "full attention", "sparsed": PAPER, "window": "sliding window", "streaming": "StreamingLLM"}
+    rows = read(SMALL)["rows"]
+    lines = [
+        [titles[row["method"]], nats(row["nll"], ".3f"), nats(row["difference"]), f"{100 * row['same'][0]:.1f}"]
+        for row in rows
+    ]
+    return markdown(["", "nats per token", "to full attention", "same token, %"], lines)
+
+
 def caches_table() -> str:
     """Markdown: nats lost under caches at three mask rates, and against full attention with the same cache."""
     rates = (0.75, HALF, 0.25)
@@ -236,6 +248,7 @@ def judge_tables() -> dict[str, str]:
         "judge": judge_table(),
         "judge-mixed": mixed_table(),
         "trainings": trainings_table(),
+        "fidelity-small": small_table(),
         "caches-judge": caches_table(),
         "caches-written": written_table(),
         "caches-demo": answered_table(),

@@ -6,6 +6,7 @@ are that a head would keep in different denoising steps.
 
 import argparse
 import importlib.util
+import math
 import sys
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -237,7 +238,11 @@ def steps_figure(seen: Seen) -> Any:
     own = seen.kept[:, layer, head]
     view, steps = seen.view, seen.view.looked_at
     ends = (steps[0] + 1 - view.stride / 2, steps[-1] + 1 + view.stride / 2)
-    picture = left.imshow(common(own[:, None], own[None]), cmap="viridis", vmin=0, vmax=1, extent=(*ends, *ends[::-1]))
+    pairs = common(own[:, None], own[None])
+    lowest = (
+        math.floor(10 * pairs.min().item()) / 10
+    )  # nearly all are above it: from 0 on, the picture would be one colour
+    picture = left.imshow(pairs, cmap="viridis", vmin=min(lowest, 0.9), vmax=1, extent=(*ends, *ends[::-1]))
     left.set(xlabel="step", ylabel="step", title=f"layer {layer}, head {head}: any two steps")
     figure.colorbar(picture, ax=left, label="blocks in common", shrink=0.8)
     numbers = [step + 1 for step in steps]

@@ -159,7 +159,7 @@ def run_lines(run: RunRecord) -> list[str]:
     seconds, kinds = phases(run), attention(run.forwards)
     sparse, few_rows = kinds.count(Phase.SPARSE), {kind: kinds.count(kind) for kind in FEW_ROWS}
     full = len(kinds) - sparse - sum(few_rows.values())
-    alone = seconds["selection"] is None and Phase.SELECTING in kinds  # no full step is there to compare it with
+    alone = full == kinds.count(Phase.SELECTING) == 1  # the step that selects blocks is the only full one
     parts = [f"{_counted(full, 'selecting step' if alone else 'full step')} {seconds['full_steps']:.2f} s"]
     if seconds["selection"] is not None:
         parts.append(f"selection {seconds['selection']:.2f} s")
