@@ -13,6 +13,7 @@ SPARSE, PAPER = "dual cache, dense answer rows, select 0.15", "dual cache, the p
 COLUMNS = {
     "SparseD": ("SparseD, dense answer rows, select 0.15", EQUAL),
     DUAL: (DUAL, EQUAL),
+    "with the paper's SparseD": (PAPER, EQUAL),
     "with SparseD": (SPARSE, EQUAL),
     "all rows once": (ONCE, EQUAL),
     f"{FEWER} steps: {DUAL}": (DUAL, FEWER),
@@ -35,7 +36,7 @@ def generation_table(records: list[Record], titles: dict[str, str]) -> str:
         gains = [_gain(ways, name, steps) for name, steps in COLUMNS.values()]
         step = f"{1e3 * cached['forwards']['cached']['seconds']['median']:.3g} ms"
         memory = f"{cached['peak_memory_bytes'] / 1e9:.0f} GB"
-        lines.append([titles[family], length, f"{full['seconds']:.0f} s", *gains, step, memory])
+        lines.append([titles[family], length, _seconds(full), *gains, step, memory])
     return markdown(["model", "prompt", FULL, *COLUMNS, "cached step", "memory"], lines)
 
 
@@ -45,13 +46,21 @@ def generation_table_short(records: list[Record], titles: dict[str, str]) -> str
     for (family, length), ways in rows_of(records).items():
         if length in ("4k", "32k", "64k"):
             gains = [_gain(ways, *COLUMNS[name]) for name in SHORT]
-            lines.append([titles[family], length, f"{ways[FULL]['steps'][EQUAL]['seconds']:.0f} s", *gains])
+            lines.append([titles[family], length, _seconds(ways[FULL]["steps"][EQUAL]), *gains])
     return markdown(["model", "prompt", FULL, *SHORT], lines)
 
 
+def _seconds(entry: Record) -> str:
+    """With an asterisk where a generation was put together from a few of its forwards."""
+    return f"{entry['seconds']:.0f}{'' if entry['measured'] else '*'} s"
+
+
 def _gain(ways: Record, name: str, steps: str) -> str:
-    """How many times as fast a way is; - if it was not measured."""
-    return f"{ways[name]['steps'][steps]['speedup']:.3g}x" if name in ways else "-"
+    """How many times as fast a way is; - if it was not run, and an asterisk as above."""
+    if name not in ways:
+        return "-"
+    entry = ways[name]["steps"][steps]
+    return f"{entry['speedup']:.3g}{'' if entry['measured'] else '*'}x"
 
 
 def generation_figures(records: list[Record]) -> dict[str, str]:
