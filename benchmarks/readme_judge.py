@@ -1,5 +1,6 @@
 """The pages' tables of quality, on the real model and under caches on the demo models, and the figures around them."""
 
+from contextlib import suppress
 from itertools import product
 from typing import Any
 
@@ -76,6 +77,8 @@ WRITTEN = {
     f"dual cache, SparseD, {DENSE}, 0.15, threshold 0.7": FAST | {"threshold": 0.7},
 }
 ANSWERED = {
+    f"{PAPER}, 0.3": {"method": "sparsed", "select": 0.3},
+    f"SparseD, {DENSE}, 0.3": {"method": "sparsed", "select": 0.3, "dense_answer": True},
     "threshold 0.9": FULL | {"threshold": 0.9},
     "dual cache": DUAL,
     "dual cache, all rows once": DUAL | {"refresh": 0},
@@ -204,18 +207,29 @@ def answered_table() -> str:
     places = list(product(TITLES, ANSWERS))
     lines = []
     for title, wanted in ANSWERED.items():
-        forwards = f"{answered_row('dream', wanted)['forwards']:.3g}"
+        row = answered_row("dream", wanted)
+        few = row["phases"].get("answer", 0) + row["phases"].get("cached", 0)
+        forwards = f"{row['forwards'] - few:.3g} + {few:.3g}"
         lines.append([title, *(_points_of(*place, wanted) for place in places), forwards])
     for title, wanted in ADDED.items():
         lines.append([f"{title}: to the cache's own", *(_points_of(*place, wanted, "sparse") for place in places), ""])
     names = [f"{TITLES[family]}, {ANSWERS[folder]}" for family, folder in places]
-    return markdown(["", *names, "forwards"], lines)
+    return markdown(["", *names, "forwards: all rows + few"], lines)
 
 
 def most_lost() -> float:
     """The most points that a demo model loses under a cache, with any setting."""
     rows = [row for place in product(TITLES, ANSWERS) for row in evaluation("-".join(place))["averages"]]
     return max(-row["difference"] for row in rows if row["cache"])
+
+
+def answered_cells() -> list[Row]:
+    """Every row that the table of demo models shows."""
+    cells = []
+    for (family, folder), wanted in product(product(TITLES, ANSWERS), ANSWERED.values()):
+        with suppress(ValueError):  # not measured
+            cells.append(answered_row(family, wanted, folder))
+    return cells
 
 
 def factor_costs() -> float:
@@ -319,6 +333,8 @@ def judge_figures() -> dict[str, str]:
     nearer = judge_row(paper, 128)["kl"][0] / judge_row(dense, 128)["kl"][0]
     low, high = values["written.half"][1:]
     more = cached_row(cached["once"])["difference"][0] - cached_row(DUAL)["difference"][0]
+    cells, uncached = answered_cells(), answered_row("dream", ANSWERED[f"{PAPER}, 0.3"], "caches-ragged")
+    widths = [abs(row["difference"] - row[f"difference_{end}"]) for row in cells for end in ("low", "high")]
     on_values = [lost for place in product(TITLES, ANSWERS) for lost in values_lost(*place)]
     percents = {f"heads.{name}": heads[name] for name in ("held", "later", "heads", "steps_alike")}
     gains = {
@@ -339,6 +355,11 @@ def judge_figures() -> dict[str, str]:
         "written.half.high": f"{high:.2f}",
         "caches.once.more": f"{more:.3f}",
         "answers.factor": f"{factor_costs():.1f}",
+        "answers.paper": f"{-uncached['difference']:.1f}",
+        "answers.paper.low": f"{-uncached['difference_high']:.2f}",
+        "answers.paper.high": f"{-uncached['difference_low']:.1f}",
+        "answers.narrowest": f"{min(widths):.1f}",
+        "answers.widest": f"{max(widths):.1f}",
         "caches.answered.most": f"{most_lost():.1f}",
         **{
             f"mixed.kl.{name}.{length}.{size}": f"{mixed_row(row, size, length)['kl'][0]:.3f}"
