@@ -3,9 +3,9 @@
 Weights that produce heads and rows keep some of their outputs. Weights that read them keep some of their inputs, and
 their products are summed over the processes: two sums per layer. Every process computes all else.
 
-torch.distributed.tensor.parallel does the same, but takes more of the host's time: a cached step of 32 layers takes
-0.82 s with it and 0.27 s with the layers here (0.16 s in one process, on a busy CPU;
-`benchmarks/results/dtensor-cpu.json`).
+torch.distributed.tensor.parallel does the same, but takes more of the host's time, which every step needs that is not
+replayed as a CUDA graph: a cached step of 32 layers takes 0.82 s with it and 0.27 s with the layers here (0.16 s in one
+process, on a busy CPU; `benchmarks/results/dtensor-cpu.json`).
 """
 
 import copy
