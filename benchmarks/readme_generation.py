@@ -8,7 +8,8 @@ from .common import LENGTHS
 
 Record = dict[str, Any]
 EQUAL, FEWER = "256", "72"
-FULL, DUAL, ONCE = "full attention", "dual cache", "dual cache, all rows once"
+THEIRS = "Fast-dLLM's code, dual cache"
+FULL, DUAL, ONCE, PREFIX = "full attention", "dual cache", "dual cache, all rows once", "prefix cache"
 SPARSE, PAPER = "dual cache, dense answer rows, select 0.15", "dual cache, the paper's SparseD"
 COLUMNS = {
     "SparseD": ("SparseD, dense answer rows, select 0.15", EQUAL),
@@ -23,8 +24,15 @@ SHORT = ("SparseD", DUAL, "with SparseD", "all rows once")  # of the columns, in
 
 
 def rows_of(records: list[Record]) -> dict[tuple[str, str], Record]:
-    """The ways in every record, by family and length, in the table's order."""
-    found = {(record["family"], row["length"]): row["ways"] for record in records for row in record["rows"]}
+    """The ways of every family and length, in the table's order. Of two calls the later one counts, but for
+    Fast-dLLM's code the one in which it was faster: it is not ours to choose a call in which its host was busy."""
+    found: dict[tuple[str, str], Record] = {}
+    for record in sorted(records, key=lambda record: record["date"]):
+        for row in record["rows"]:
+            place = record["family"], row["length"]
+            both = [ways for ways in (found.get(place), row["ways"]) if ways and THEIRS in ways]
+            quicker = min(both, key=lambda ways: ways[THEIRS]["steps"][EQUAL]["seconds"], default={})
+            found[place] = row["ways"] | {THEIRS: quicker[THEIRS]} if quicker else row["ways"]
     return dict(sorted(found.items(), key=lambda item: (item[0][0], LENGTHS[item[0][1]])))
 
 
@@ -66,7 +74,14 @@ def _gain(ways: Record, name: str, steps: str) -> str:
 def generation_figures(records: list[Record]) -> dict[str, str]:
     """By name: seconds and gains at 64k, and how much faster than Fast-dLLM's code where it ran."""
     found = {}
-    kinds = {"full": FULL, "sparse": COLUMNS["SparseD"][0], "dual": DUAL, "both": SPARSE, "once": ONCE}
+    kinds = {
+        "full": FULL,
+        "sparse": COLUMNS["SparseD"][0],
+        "dual": DUAL,
+        "both": SPARSE,
+        "once": ONCE,
+        "prefix": PREFIX,
+    }
     for (family, length), ways in rows_of(records).items():
         name = f"generation.{family}.{length}"
         for kind, way in kinds.items():
@@ -76,7 +91,7 @@ def generation_figures(records: list[Record]) -> dict[str, str]:
             found[f"{name}.{kind}"] = f"{entry['seconds']:.{0 if entry['seconds'] >= 100 else 1}f}"
             found[f"{name}.{kind}.gain"] = f"{entry['speedup']:.{0 if entry['speedup'] >= 10 else 1}f}"
         found[f"{name}.sparse.gain.fine"] = f"{ways[kinds['sparse']]['steps'][EQUAL]['speedup']:.2f}"
-        theirs = ways.get("Fast-dLLM's code, dual cache", {}).get("steps")
+        theirs = ways.get(THEIRS, {}).get("steps")
         if theirs:
             found[f"{name}.fast-dllm"] = f"{theirs[EQUAL]['ours_faster']:.1f}"
             found[f"{name}.fast-dllm.fewer"] = f"{theirs[FEWER]['ours_faster']:.1f}"

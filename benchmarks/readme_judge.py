@@ -18,10 +18,10 @@ Row = dict[str, Any]
 WINDOW, STREAMING = {"method": "window", "select": 0.3}, {"method": "streaming", "select": 0.3}
 # the table's line: what a row of the judge's table has
 JUDGED = {
-    **{f"{PAPER}, select {select}": {"method": "sparsed", "select": select} for select in (0.5, 0.3, 0.2, 0.1)},
+    **{f"{PAPER}, select {select}": {"method": "sparsed", "select": select} for select in (0.5, 0.3, 0.2, 0.15, 0.1)},
     **{
         f"{DENSE}, {select}": {"method": "sparsed", "select": select, "dense_answer": True}
-        for select in (0.5, 0.3, 0.2, 0.1, 0.05)
+        for select in (0.5, 0.3, 0.2, 0.15, 0.1, 0.05)
     },
     **{f"{SHARED}, {select}": {"method": "no_isolation", "select": select} for select in (0.3, 0.1)},
     "sliding window, 0.3": WINDOW,
@@ -66,12 +66,16 @@ WRITTEN = {
     "full attention, threshold 0.7": FULL | {"threshold": 0.7},
     "full attention, half of the steps": FULL | {"steps": 64},
     "full attention, a quarter of the steps": FULL | {"steps": 32},
+    "full attention, factor 2": FULL | {"factor": 2.0},
     f"{PAPER}, select 0.3": {"method": "sparsed", "select": 0.3},
     f"SparseD, {DENSE}, 0.3": {"method": "sparsed", "select": 0.3, "dense_answer": True},
+    "prefix cache": {"method": "origin", "cache": "prefix"},
     "dual cache": DUAL,
+    "dual cache, half of the steps": DUAL | {"steps": 64},
     "dual cache, threshold 0.7": DUAL | {"threshold": 0.7},
     "dual cache, factor 2": DUAL | {"factor": 2.0},
     "dual cache, all rows once": DUAL | {"refresh": 0},
+    f"dual cache, SparseD, {DENSE}, 0.3": NEAR,
     f"dual cache, SparseD, {DENSE}, 0.15": FAST,
     f"dual cache, SparseD, {DENSE}, 0.15, threshold 0.9": FAST | {"threshold": 0.9},
     f"dual cache, SparseD, {DENSE}, 0.15, threshold 0.7": FAST | {"threshold": 0.7},
@@ -101,7 +105,7 @@ def found(rows: list[Row], wanted: Row) -> Row:
 def judge_row(wanted: Row, size: int | None, skip: float = 0.2, length: int = 4096, folder: str = "table") -> Row:
     """A row of the judge's table."""
     skips = {"skip": skip if wanted["method"] in ("sparsed", "no_isolation") else None}
-    return found(judged(folder)["rows"], {**wanted, **skips, "block_size": size, "length": length})
+    return found(judged(folder)["rows"], {**wanted, **skips, "block_size": size, "length": length, "mask_rate": HALF})
 
 
 def mixed_row(wanted: Row, size: int | None, length: int = 4096, skip: float = 0.2) -> Row:
@@ -109,10 +113,21 @@ def mixed_row(wanted: Row, size: int | None, length: int = 4096, skip: float = 0
     return judge_row(wanted, size, skip, length, "table-mixed")
 
 
-def cached_row(wanted: Row, rate: float = HALF) -> Row:
+def cached_row(wanted: Row, rate: float = HALF, folder: str = "caches") -> Row:
     """A row of the judge's table of caches."""
     size = {"block_size": 128} if wanted["method"] == "sparsed" else {}
-    return found(judged("caches")["rows"], {**wanted, **size, "mask_rate": rate})
+    return found(judged(folder)["rows"], {**wanted, **size, "mask_rate": rate})
+
+
+def longer_row(wanted: Row, rate: float = HALF, folder: str = "table-256") -> Row:
+    """A row of the judge's table of 256 new tokens, in blocks of 128."""
+    skip = {"skip": 0.2} if wanted["method"] == "sparsed" else {}
+    return found(judged(folder)["rows"], {**wanted, **skip, "block_size": 128, "mask_rate": rate})
+
+
+def gate_of(length: Row) -> Row:
+    """The gate of a length in a summary, half masked, with the farthest evidence."""
+    return max((gate for gate in length["gates"] if gate["mask_rate"] == HALF), key=lambda gate: gate["far"])
 
 
 def nats(interval: list[float] | None, form: str = "+.3f") -> str:
@@ -276,8 +291,8 @@ def judge_figures() -> dict[str, str]:
     few = {"method": "sparsed", "select": 0.15}
     fast = few | {"dense_answer": True}
     cached = {"dual": DUAL, "once": DUAL | {"refresh": 0}, "prefix": CACHED["prefix cache"], "fast": FAST, "near": NEAR}
-    (gate,), (longer,) = (length["gates"] for length in judged("table")["lengths"])
-    mixed = {length["length"]: length["gates"][0] for length in judged("table-mixed")["lengths"]}
+    gate, longer = (gate_of(length) for length in judged("table")["lengths"])
+    mixed = {length["length"]: gate_of(length) for length in judged("table-mixed")["lengths"]}
     heads = found(judged("heads")["rows"], {"method": "sparsed", "block_size": 128})
     values = {
         **{f"judge.paper.{name}": judge_row(paper, 128, skip=skip)["difference"] for name, skip in SKIPS.items()},
@@ -313,6 +328,7 @@ def judge_figures() -> dict[str, str]:
         "mixed.isolated": mixed_row(paper | {"select": 0.2}, 32)["difference"],
         "mixed.shared": mixed_row(paper | {"method": "no_isolation", "select": 0.2}, 32)["difference"],
         **{f"mixed.fast.{length}": mixed_row(fast, 128, length)["difference"] for length in LENGTHS},
+        "mixed.fast.skip.0.05": mixed_row(fast, 128, skip=0.05)["difference"],
         **{f"mixed.fast.{length}.32": mixed_row(fast, 32, length)["difference"] for length in LENGTHS},
         **{f"mixed.few.{length}": mixed_row(few, 128, length)["difference"] for length in LENGTHS},
         **{
@@ -327,6 +343,40 @@ def judge_figures() -> dict[str, str]:
         "mixed.streaming.dense": mixed_row(STREAMING | {"dense_answer": True}, 128)["difference"],
         **{f"caches.{name}": cached_row(row)["difference"] for name, row in cached.items()},
         **{f"caches.{name}.added": cached_row(cached[name])["sparse"] for name in ("fast", "near")},
+        **{
+            f"caches.mixed.{name}": cached_row(cached[name], folder="caches-mixed")["difference"]
+            for name in ("dual", "once", "fast", "near")
+        },
+        **{
+            f"caches.mixed.{name}.added": cached_row(cached[name], folder="caches-mixed")["sparse"]
+            for name in ("fast", "near")
+        },
+        **{
+            f"{name}.256.{rule}": longer_row(row, folder=folder)["difference"]
+            for (name, folder), (rule, row) in product(
+                (("judge", "table-256"), ("mixed", "table-256-mixed")),
+                (*rules.items(), ("few", few), ("fast", fast)),
+            )
+        },
+        "judge.few": judge_row(few, 128)["difference"],
+        "judge.fast": judge_row(fast, 128)["difference"],
+        "judge.fast.32": judge_row(fast, 32)["difference"],
+        **{f"judge.fast.{name}": judge_row(fast, 128, skip=skip)["difference"] for name, skip in SKIPS.items()},
+        **{
+            f"judge.{rule}.rate.{rate}": found(
+                judged("table")["rows"],
+                {**row, "skip": 0.2, "block_size": 128, "length": 4096, "mask_rate": rate},
+            )["difference"]
+            for rule, row in rules.items()
+            for rate in (0.75, 0.25)
+        },
+        **{
+            f"mixed.{name}.8192.64": mixed_row(row, 64, 8192)["difference"]
+            for name, row in (*rules.items(), ("few", few), ("fast", fast))
+        },
+        "written.half.dual": written_row(DUAL | {"steps": 64})["difference"],
+        "written.quarter.dual": written_row(DUAL | {"steps": 32})["difference"],
+        "written.factor": written_row(FULL | {"factor": 2.0})["difference"],
         "written.half": written_row(FULL | {"steps": 64})["difference"],
         "written.quarter": written_row(FULL | {"steps": 32})["difference"],
     }
@@ -334,6 +384,7 @@ def judge_figures() -> dict[str, str]:
     low, high = values["written.half"][1:]
     more = cached_row(cached["once"])["difference"][0] - cached_row(DUAL)["difference"][0]
     cells, uncached = answered_cells(), answered_row("dream", ANSWERED[f"{PAPER}, 0.3"], "caches-ragged")
+    blocks = answered_row("dream", FULL | {"threshold": 1.01})
     widths = [abs(row["difference"] - row[f"difference_{end}"]) for row in cells for end in ("low", "high")]
     on_values = [lost for place in product(TITLES, ANSWERS) for lost in values_lost(*place)]
     percents = {f"heads.{name}": heads[name] for name in ("held", "later", "heads", "steps_alike")}
@@ -351,10 +402,13 @@ def judge_figures() -> dict[str, str]:
         "answers.values.least": f"{-max(on_values):.1f}",
         "answers.values.most": f"{-min(on_values):.1f}",
         "judge.nearer": f"{nearer:.1f}",
+        "written.factor.low": f"{values['written.factor'][1]:.2f}",
+        "written.factor.high": f"{values['written.factor'][2]:.2f}",
         "written.half.low": f"{low:.2f}",
         "written.half.high": f"{high:.2f}",
         "caches.once.more": f"{more:.3f}",
         "answers.factor": f"{factor_costs():.1f}",
+        "answers.blocks": f"{blocks['difference']:.1f}",
         "answers.paper": f"{-uncached['difference']:.1f}",
         "answers.paper.low": f"{-uncached['difference_high']:.2f}",
         "answers.paper.high": f"{-uncached['difference_low']:.1f}",

@@ -222,6 +222,11 @@ def parallel_figures(records: list[Record], titles: dict[str, str]) -> dict[str,
         figures |= {f"{name}.{who}.memory": f"{row[who]['peak_memory_bytes'] / 1e9:.1f}" for who in (ONE, ALL)}
         figures |= {f"{name}.{who}.cached": f"{1e3 * found.median(SHORT, CACHED, who):.1f}" for who in (ONE, ALL)}
         figures[f"{name}.cached.rest"] = f"{1e3 * found.forward(CACHED).whole:.1f}"
+        full = row[ALL]["full_step"]["purposes"]
+        figures[f"{name}.full.sums"] = f"{full['sums over GPUs']:.2f}"
+        figures[f"{name}.full.kernels"] = f"{sum(full.values()):.2f}"
+        one = row[ONE]["full_step"]["purposes"]
+        figures[f"{name}.full.bound"] = f"{sum(one.values()) / (sum(full.values()) - full['sums over GPUs']):.2f}"
         kept, none = (found.laid_out(1, row["prompt_tokens"], cached=which) for which in (True, False))
         figures[f"{name}.cache"] = f"{(kept - none) / 1e9:.1f}"
         near = next(r["agreement"] for r in records if r["family"] == family and "agreement" in r)

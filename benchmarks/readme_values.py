@@ -12,7 +12,16 @@ from . import readme_judge
 from .common import seconds
 from .phases import derive
 from .plot import overview
-from .readme_generation import generation_figures, generation_table, generation_table_short
+from .readme_generation import (
+    DUAL,
+    EQUAL,
+    FULL,
+    ONCE,
+    generation_figures,
+    generation_table,
+    generation_table_short,
+    rows_of,
+)
 from .readme_judge import answered_row, cached_row, judge_row, nats
 from .readme_parallel import kernels_table, paper_table, parallel_figures, parallel_table
 from .readme_steps import steps_figures
@@ -80,6 +89,7 @@ def tables() -> dict[str, str]:
         "generation-short": generation_table_short(_generation(), TITLES),
         "quality-short": _quality(),
         **readme_judge.judge_tables(),
+        "few-queries": _few_queries(),
         "parallel": parallel_table(_parallel(), TITLES),
         "parallel-kernels": kernels_table(_parallel(), TITLES),
         "parallel-paper": paper_table(_parallel(), TITLES),
@@ -97,6 +107,7 @@ def figures() -> dict[str, str]:
         **_flex_figures(),
         **_cache_figures(),
         **generation_figures(_generation()),
+        **_bound_figures(),
         **parallel_figures(_parallel(), TITLES),
         **_released_figures(),
         **_parity_figures(),
@@ -107,6 +118,18 @@ def figures() -> dict[str, str]:
     }
 
 
+def _few_queries() -> str:
+    """How long attention of few rows over many keys takes by each kernel."""
+    lines = []
+    for family, title in TITLES.items():
+        rows = benchmark(f"few-queries-{family}-h200")["rows"]
+        for place in dict.fromkeys((row["length"], row["queries"]) for row in rows):
+            own, split, *others = (row for row in rows if (row["length"], row["queries"]) == place)
+            times = [f"{1e6 * row['seconds']['median']:.0f}" for row in (split, *others)]
+            lines.append([f"{title}, {place[0]}", str(place[1]), *times, own["kernel"].split(": ")[1].split(",")[0]])
+    return markdown(["model, keys", "rows", "split", "cuDNN", "FlashAttention-2", "taken"], lines)
+
+
 def _quality() -> str:
     """What some ways to attend, and caches, lose on the demo models and on the real one."""
     lines = []
@@ -114,15 +137,28 @@ def _quality() -> str:
         skip = 0.2 if method == "sparsed" else None
         rows = [answered(family, "dense", 4096, method)[128, select, skip, bool(dense)] for family in TITLES]
         row = judge_row({"method": method, "select": select, "dense_answer": dense}, 128)
-        lines.append([title, *(figure(row, "difference") for row in rows), *_lost(row)])
+        lines.append([title, *_lost(row), *(figure(row, "difference") for row in rows)])
     for place, (title, wanted) in enumerate(QUALITY_CACHED, len(lines) - 1):  # the window comes last
         rows = [answered_row(family, wanted) for family in TITLES]
-        lines.insert(place, [title, *(figure(row, "difference") for row in rows), *_lost(cached_row(wanted))])
-    return markdown(["", *(f"{title}, points" for title in TITLES.values()), "nats", "same token, %"], lines)
+        lines.insert(place, [title, *_lost(cached_row(wanted)), *(figure(row, "difference") for row in rows)])
+    return markdown(["", "nats", "same token, %", *(f"{title}, points" for title in TITLES.values())], lines)
 
 
 def _lost(row: Record) -> list[str]:
     return [nats(row["difference"]), f"{100 * row['same'][0]:.1f}"]
+
+
+def _bound_figures() -> dict[str, str]:
+    """How many times as fast LLaDA's caches at 64k could be if a cached step took only its kernels' time."""
+    ways = rows_of(_generation())["llada", "64k"]
+    (row,) = benchmark("parallel-llada-64k-h200")["rows"]
+    cached, figures = sum(row["one"]["cached_step"]["purposes"].values()), {}
+    for name, way in (("dual", DUAL), ("once", ONCE)):
+        forwards = ways[way]["steps"][EQUAL]["forwards"]
+        rest = sum(part["count"] * part["seconds"]["median"] for kind, part in forwards.items() if kind != "cached")
+        bound = ways[FULL]["steps"][EQUAL]["seconds"] / (rest + forwards["cached"]["count"] * cached)
+        figures[f"generation.bound.{name}"] = f"{bound:.{1 if bound < 100 else 0}f}"
+    return figures
 
 
 def _fidelity_figures() -> dict[str, str]:

@@ -24,13 +24,20 @@ from .svg import document
 
 FILE = ROOT / "assets" / "quality_time.svg"
 TIMES = ROOT / "benchmarks/results/generation-llada-64k-h200.json"
-CACHES, TABLE, WRITTEN = (ROOT / f"demo/real/results/{name}/summary.json" for name in ("caches", "table", "written"))
-TOKENS, LENGTH = 256, 4096
+CACHES, TABLE, WRITTEN = (
+    ROOT / f"demo/real/results/{name}/summary.json" for name in ("caches", "table-256", "written")
+)
+TOKENS, LENGTH, BLOCK = 256, 4096, 32
+PAPER, DENSE = "SparseD, the paper's", "SparseD, dense answer rows, select 0.15"
+PREFIX, WINDOW, STREAMING = "prefix cache", "window", "StreamingLLM"
 
 # ------------------------------------------------------------------------------------------------------------ data
 
-# rows of a way that are drawn small next to it: their label, and what is different; a bare number is a threshold
+# rows of a way that are drawn small next to it: their label, and what is different; a bare number is a threshold, a
+# whole one a refresh
 VARIANTS: dict[str, Record] = {
+    "2": {"refresh": 2},
+    "4": {"refresh": 4},
     "0.9": {"threshold": 0.9},
     "0.7": {"threshold": 0.7},
     "factor 2": {"factor": 2.0},
@@ -45,12 +52,13 @@ class Point:
 
     Args:
         way: its name in the record of times.
-        attention: full, paper (the paper's SparseD) or dense (SparseD with dense answer rows).
-        cache: none, dual or once (dual, with all rows computed once).
+        attention: full, paper (the paper's SparseD), dense (SparseD with dense answer rows) or window (also
+            StreamingLLM).
+        cache: none, prefix, dual or once (dual, with all rows computed once).
         loss: value, low, high, in nats per token.
         documents: that this is the mean of.
         variant: one of `VARIANTS`, or empty.
-        elsewhere: whether the row is not of the summary that the panel is about.
+        elsewhere: whether the row is not of the summary that the panel is about, but of uncached ways by themselves.
     """
 
     way: str
@@ -64,21 +72,49 @@ class Point:
 
 
 def ways() -> dict[str, Record]:
-    """The ways whose forwards were timed after 64k tokens."""
+    """The ways whose forwards were timed after 64k tokens, and windows, whose forwards are sparse ones of SparseD's."""
     (row,) = read(TIMES)["rows"]
-    return row["ways"]
+    timed = row["ways"]
+    answer = forwards_of(timed[ONCE])["answer"]
+    for way in timed.values():
+        if way["saving"]:  # refresh 2 and 4 have some of them
+            forwards_of(way).setdefault("answer", answer)
+    return {**timed, **dict(windows(timed))}
+
+
+def forwards_of(way: Record) -> Record:
+    """The kinds of forwards of 256 steps: how many, and their seconds."""
+    kinds: Record = way["steps"][str(TOKENS)]["forwards"]
+    return kinds
+
+
+def windows(timed: dict[str, Record]) -> Iterator[tuple[str, Record]]:
+    """A window and StreamingLLM with as many blocks as the paper's rule keeps. They need no full step, and select at
+    once."""
+    config = {name: value for name, value in timed[PAPER]["config"].items() if name != "skip"}
+    sparse = {**forwards_of(timed[PAPER])["sparse"], "count": TOKENS}
+    steps = {"seconds": TOKENS * sparse["seconds"]["median"], "forwards": {"sparse": sparse}}
+    for method, title in (("window", WINDOW), ("streaming", STREAMING)):
+        yield title, {"method": method, "config": config, "saving": {}, "steps": {str(TOKENS): steps}}
 
 
 def settings_of(way: Record) -> Record:
     """What the summaries know the way by."""
-    return {"method": "sparsed" if way["config"] else "origin", **(way["config"] or {}), **way["saving"]}
+    method = way.get("method") or ("sparsed" if way["config"] else "origin")
+    return {"method": method, **(way["config"] or {}), **way["saving"]}
 
 
 def drawn_as(way: Record) -> tuple[str, str]:
     """Attention and cache, as `Point` has them."""
     config, saving = way["config"], way["saving"]
     attention = "full" if config is None else "dense" if config["dense_answer"] else "paper"
-    return attention, "none" if not saving else "once" if saving.get("refresh") == 0 else "dual"
+    attention = "window" if "method" in way else attention
+    return attention, "once" if saving.get("refresh") == 0 else saving.get("cache", "none")
+
+
+def variants(*changed: str) -> dict[str, Record]:
+    """The variants that change nothing but one of these, and the way itself."""
+    return {"": {}} | {name: change for name, change in VARIANTS.items() if set(change) <= set(changed)}
 
 
 def row_of(summary: Record, settings: Record, **others: Any) -> Record | None:
@@ -103,10 +139,12 @@ def counts(row: Record, config: Record | None, tokens: int, new_tokens: int = TO
     whole = sum(kinds.values()) - cached - answer
     if row["refresh"] == 0:
         whole, answer = 1.0, whole + answer - 1
-    elif answer:
+    elif answer and tokens // BLOCK % row["refresh"]:
         raise ValueError(f"not known how often refresh {row['refresh']} computes all rows of {new_tokens} tokens")
     if config is None:
         shared = {"full": whole}
+    elif "skip" not in config:
+        shared = {"sparse": whole}
     else:
         full = SparseDConfig(**config).n_full(round(whole))
         shared = {"full": full - 1.0, "selecting": 1.0, "sparse": whole - full}
@@ -115,8 +153,15 @@ def counts(row: Record, config: Record | None, tokens: int, new_tokens: int = TO
 
 def seconds(way: Record, forwards: dict[str, float]) -> float:
     """Those of the forwards, each as long as the median of its kind."""
-    timed = way["steps"][str(TOKENS)]["forwards"]
+    timed = forwards_of(way)
     return sum(count * timed[kind]["seconds"]["median"] for kind, count in forwards.items())
+
+
+def refreshed(way: Record, refresh: int) -> float:
+    """Seconds of 256 steps with a cache in which every `refresh`-th block computes all rows."""
+    blocks = TOKENS // BLOCK
+    forwards = {"full": blocks / refresh, "answer": blocks - blocks / refresh, "cached": TOKENS - blocks}
+    return seconds(way, counts({"refresh": refresh, "forwards": forwards}, way["config"], TOKENS))
 
 
 def forced() -> list[Point]:
@@ -125,13 +170,16 @@ def forced() -> list[Point]:
     caches, table = read(CACHES), read(TABLE)
     for name, way in ways().items():
         settings = settings_of(way)
-        row = row_of(caches, settings, mask_rate=0.5)
-        other = None if row else row_of(table, settings, mask_rate=0.5)
-        found = row or other
-        if found:
-            loss = tuple(found["difference"] or (0.0, 0.0, 0.0))
-            time = way["steps"][str(TOKENS)]["seconds"]
-            points.append(Point(name, *drawn_as(way), time, loss, found["documents"], elsewhere=other is not None))
+        refreshes = way["saving"] and "refresh" not in way["saving"]
+        for variant, change in variants(*["refresh"] * bool(refreshes)).items():
+            row = row_of(caches, settings, mask_rate=0.5, **change)
+            other = None if row or change else row_of(table, settings, mask_rate=0.5)
+            found = row or other
+            if found:
+                loss = tuple(found["difference"] or (0.0, 0.0, 0.0))
+                time = refreshed(way, **change) if change else way["steps"][str(TOKENS)]["seconds"]
+                elsewhere = other is not None
+                points.append(Point(name, *drawn_as(way), time, loss, found["documents"], variant, elsewhere))
     return points
 
 
@@ -141,8 +189,9 @@ def written() -> list[Point]:
     summary = read(WRITTEN)
     tokens = summary["settings"]["seq_len"]
     for name, way in ways().items():
-        for variant, different in {"": {}, **VARIANTS}.items():
-            row = row_of(summary, settings_of(way), **{"steps": tokens, **different})
+        few = () if name == PREFIX else ("threshold", "factor", "steps")
+        for variant, change in variants(*few).items():
+            row = row_of(summary, settings_of(way), **{"steps": tokens, **change})
             if row:
                 time = seconds(way, counts(row, way["config"], tokens))
                 loss = tuple(row["difference"] or (0.0, 0.0, 0.0))
@@ -152,9 +201,9 @@ def written() -> list[Point]:
 
 # --------------------------------------------------------------------------------------------------------- drawing
 
-WIDE, TALL, TOP = 366, 420, 138  # of a panel's axes, and where they begin
+WIDE, TALL, TOP = 366, 420, 160  # of a panel's axes, and where they begin
 LEFTS = (54, 478)
-WIDTH, HEIGHT = LEFTS[1] + WIDE + 62, TOP + TALL + 132
+WIDTH, HEIGHT = LEFTS[1] + WIDE + 62, TOP + TALL + 148
 LARGE, SMALL = 4.6, 2.0  # marks, from their middle
 FIRST, LAST = 6.0, 1600.0  # seconds
 STYLE = """
@@ -166,6 +215,7 @@ text { font: 12px system-ui, sans-serif; fill: #24292f }
 .full { stroke: #3b82c4; fill: #3b82c4 }
 .dense { stroke: #d9822b; fill: #d9822b }
 .paper { stroke: #d9822b; fill: none }
+.window { stroke: #2f9e66; fill: none }
 .mark { stroke-width: 1.8 }
 .bar { stroke-width: 1.2; fill: none }
 .path { stroke-width: 1; fill: none }
@@ -207,28 +257,30 @@ class Panel:
 
     def y(self, loss: float) -> float:
         """The place of a loss in nats."""
-        if loss > self.high:
-            return TOP + self.band / 2
+        if loss > self.high:  # only in their order
+            return TOP + self.band - (self.band - 10) * min(1, (loss - self.high) / 0.6)
         return TOP + self.band + (TALL - self.band) * (self.high - loss) / (self.high - self.low)
 
 
-PAPER, DENSE = "SparseD, the paper's", "SparseD, dense answer rows, select 0.15"
 FORCED = Panel(
     left=LEFTS[0],
     title="Nats lost per masked token",
     about="to full attention, in a given text; lower is better",
     low=-0.01,
-    high=0.09,
-    band=0,
-    ticks=(0, 0.02, 0.04, 0.06, 0.08),
+    high=0.2,
+    band=56,
+    ticks=(0, 0.05, 0.1, 0.15, 0.2),
     labels={
         (FULL, ""): ("full attention", 6, -12, "end"),
         (PAPER, ""): ("SparseD", -11, 4, "end"),
         (DENSE, ""): ("dense rows", -11, 4, "end"),
+        (PREFIX, ""): ("prefix", 9, 12, "start"),
+        (WINDOW, ""): ("window", -9, 4, "end"),
+        (STREAMING, ""): ("StreamingLLM", -9, 4, "end"),
         (DUAL, ""): ("dual cache", 11, 4, "start"),
-        (DUAL_PAPER, ""): ("dual cache + SparseD", 11, 4, "start"),
-        (DUAL_DENSE, ""): ("dual cache +|dense rows", -11, -2, "end"),
-        (ONCE, ""): ("all rows once", -8, BELOW, "start"),
+        (DUAL_PAPER, ""): ("dual cache + SparseD", 11, -3, "start"),
+        (DUAL_DENSE, ""): ("dual cache + dense rows", 11, 12, "start"),
+        (ONCE, ""): ("all rows|once", -24, BELOW, "start"),
     },
 )
 TEXTS = Panel(
@@ -243,9 +295,11 @@ TEXTS = Panel(
         (FULL, ""): ("full|attention", 10, -18, "start"),
         (FULL, "0.9"): ("0.9", 7, 17, "start"),
         (FULL, "0.7"): ("0.7", 1, 21, "start"),
-        (FULL, "32 steps"): ("32 steps", -8, -2, "end"),
+        (FULL, "32 steps"): ("32 steps", -8, 4, "end"),
+        (DUAL, "32 steps"): ("32 steps", -8, 4, "end"),
         (PAPER, ""): ("SparseD", 2, BELOW, "start"),
         (DENSE, ""): ("dense rows", -11, 4, "end"),
+        (PREFIX, ""): ("prefix", 9, -9, "start"),
         (DUAL, ""): ("dual cache", 11, 4, "start"),
         (DUAL, "0.7"): ("0.7", 7, 7, "start"),
         (DUAL_PAPER, ""): ("dual cache + SparseD", 0, BELOW, "middle"),
@@ -256,14 +310,21 @@ TEXTS = Panel(
     },
 )
 PLAIN: Label = ("", 7, 4, "start")  # the variant's name, right of the point
-LINES = (("", "0.9", "0.7"), ("", "factor 2"), ("", "64 steps", "32 steps"))  # variants that a line joins
+LINES = (
+    ("", "0.9", "0.7"),
+    ("", "factor 2"),
+    ("", "64 steps", "32 steps"),
+    ("", "2", "4"),
+)  # variants that a line joins
 ATTENTION = {
     "full": "full attention",
     "paper": "SparseD, the paper's: select 0.3",
     "dense": "SparseD with dense answer rows: select 0.15",
+    "window": "window or StreamingLLM: select 0.3",
 }
 CACHE = {
     "none": "no cache",
+    "prefix": "prefix cache",
     "dual": "dual cache, all rows computed at each block's start",
     "once": "dual cache, all rows computed once",
 }
@@ -285,6 +346,8 @@ def mark(x: float, y: float, attention: str, cache: str, small: bool = False) ->
     if cache == "dual":
         return f'<path {look} d="M{x - size:.1f} {y - size:.1f}h{2 * size}v{2 * size}h{-2 * size}z"/>'
     size += 1.4
+    if cache == "prefix":
+        return f'<path {look} d="M{x:.1f} {y - size:.1f}l{size} {2 * size - 1.4:.1f}h{-2 * size}z"/>'
     return f'<path {look} d="M{x:.1f} {y - size:.1f}l{size} {size}l{-size} {size}l{-size} {-size}z"/>'
 
 
@@ -298,7 +361,7 @@ def axes(panel: Panel) -> Iterator[str]:
     left, below = panel.left, TOP + TALL
     yield words(left, TOP - 30, panel.title, bold=True)
     yield words(left, TOP - 13, panel.about, small=True)
-    digits = 2 if panel.high < 0.1 else 1
+    digits = 2 if panel.high <= 0.2 else 1
     for tick in panel.ticks:
         yield f'<path class="{"grid" if tick else "axis"}" d="M{left} {panel.y(tick):.1f}h{WIDE}"/>'
         yield words(left - 7, panel.y(tick) + 4, signed(tick, digits), "end", small=True)
@@ -324,7 +387,7 @@ def lines(panel: Panel, points: list[Point]) -> Iterator[str]:
 
 def has_bar(point: Point, panel: Panel) -> bool:
     """Whether the interval is drawn; those of thresholds and factors would cover one another."""
-    crowded = VARIANTS.get(point.variant, {}).keys() & {"threshold", "factor"}
+    crowded = VARIANTS.get(point.variant, {}).keys() & {"threshold", "factor", "refresh"}
     return point.loss[1] < point.loss[2] <= panel.high and not crowded
 
 
@@ -356,7 +419,7 @@ def shown(panel: Panel, point: Point, points: list[Point]) -> Iterator[str]:
     text, right, down, anchor = panel.labels.get((point.way, point.variant), PLAIN)
     text = (text or point.variant) + "*" * point.elsewhere
     if value > panel.high:
-        text += f": {signed(value, 2)}|({signed(low, 2)} to {signed(high, 2)}), beyond the axis"
+        text += f": {signed(value, 2)}"
     if same := alike(panel, point, points):
         text += f' <tspan class="small">and {", ".join(same)}</tspan>'
     first = end + 14 if isinstance(down, str) else y + down
@@ -374,8 +437,8 @@ def legend() -> Iterator[str]:
     for row, (cache, title) in enumerate(CACHE.items()):
         yield mark(left, 14 + 18 * row, "full", cache)
         yield words(left + 13, 18 + 18 * row, title)
-    yield mark(left, 14 + 54, "full", "none", small=True)
-    yield words(left + 13, 18 + 54, "fewer steps: threshold 0.9 or 0.7, factor 2, 64 or 32 steps")
+    yield mark(left, 14 + 72, "full", "none", small=True)
+    yield words(left + 13, 18 + 72, "refresh 2 or 4; threshold 0.9 or 0.7; factor 2; fewer steps")
 
 
 def numbers(points: list[Point]) -> str:
@@ -393,11 +456,11 @@ def notes(left: list[Point], right: list[Point]) -> Iterator[str]:
         "Time: LLaDA's 8B shape with random weights, one H200. Quality: a real model of 135M parameters, 4,096 tokens.",
         f"Left: {numbers(left)} documents, the last 256 tokens in blocks of 32, half of a block masked. "
         f"Right: {numbers(right)} documents, 128 tokens written in blocks of 32, 128 steps.",
-        "Bars: 95 % intervals, not drawn at thresholds and factors. Repetitions make a text likely: "
-        f"of full attention's runs of four tokens, {repeated} stood before.",
+        "Above the uppermost line nothing is to scale. Bars: 95 % intervals, of small points for fewer steps only.",
+        f"Repetitions make a text likely: of full attention's runs of four tokens, {repeated} stood before.",
     ]
     if any(point.elsewhere for point in left):
-        said.append("* Measured separately: the last 128 tokens as one block, half of it masked.")
+        said.append("* Measured separately: half of all 256 tokens masked.")
     absent = [
         f"{', '.join(missing)} ({side})"
         for side, points in (("left", left), ("right", right))

@@ -24,10 +24,12 @@ WITHOUT_CACHE: dict[Rule | None, float] = {
     (0.5, False): 0.010,
     (0.3, False): 0.035,
     (0.2, False): 0.069,
+    (0.15, False): 0.117,
     (0.1, False): 0.149,
     (0.5, True): 0.002,
     (0.3, True): 0.007,
     (0.2, True): 0.022,
+    (0.15, True): 0.052,
     (0.1, True): 0.073,
     (0.05, True): 0.173,
 }
@@ -35,8 +37,8 @@ WITH_CACHE: dict[Rule | None, float] = {
     None: 0.021,
     (0.3, False): 0.060,
     (0.15, False): 0.088,
-    (0.3, True): 0.031,
-    (0.15, True): 0.048,
+    (0.3, True): 0.033,
+    (0.15, True): 0.050,
 }
 ROWS_ONCE = 0.033  # a dual cache that computes all rows once
 
