@@ -149,9 +149,8 @@ def mixed_table() -> str:
     places = list(product(LENGTHS, (128, 32)))
     lines = []
     for title, wanted in MIXED.items():
-        shown = LENGTHS[:1] if wanted["method"] == "no_isolation" else LENGTHS  # it was measured at the first only
-        rows = [mixed_row(wanted, size, length) if length in shown else None for length, size in places]
-        lines.append([title, *("-" if row is None else nats(row["difference"]) for row in rows)])
+        rows = [mixed_row(wanted, size, length) for length, size in places]
+        lines.append([title, *(nats(row["difference"]) for row in rows)])
     return markdown(["", *(f"{length:,} tokens, blocks of {size}" for length, size in places)], lines)
 
 
@@ -325,6 +324,12 @@ def judge_figures() -> dict[str, str]:
             f"mixed.{name}.skip.{shown}": mixed_row(row, 128, skip=skip)["difference"]
             for (name, row), (shown, skip) in product(rules.items(), SKIPS.items())
         },
+        **{
+            f"mixed.{name}.8192.skip.{shown}": mixed_row(row, 128, 8192, skip)["difference"]
+            for (name, row), (shown, skip) in product(rules.items(), SKIPS.items())
+        },
+        "mixed.isolated.8192": mixed_row(paper | {"select": 0.2}, 32, 8192)["difference"],
+        "mixed.shared.8192": mixed_row(paper | {"method": "no_isolation", "select": 0.2}, 32, 8192)["difference"],
         "mixed.isolated": mixed_row(paper | {"select": 0.2}, 32)["difference"],
         "mixed.shared": mixed_row(paper | {"method": "no_isolation", "select": 0.2}, 32)["difference"],
         **{f"mixed.fast.{length}": mixed_row(fast, 128, length)["difference"] for length in LENGTHS},

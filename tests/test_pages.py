@@ -281,7 +281,9 @@ def test_what_follows_from_the_losses():
 def test_what_follows_from_the_second_checkpoint():
     found = judged("table-mixed")
     assert not any(length["cannot_tell"] for length in found["lengths"])
-    assert {(row["length"], row["documents"]) for row in found["rows"]} == {(4096, 48), (8192, 18)}
+    short = [row for row in found["rows"] if row["documents"] != {4096: 48, 8192: 18}[row["length"]]]
+    cut = {(row["length"], row["method"], row["skip"], row["documents"]) for row in short}
+    assert cut == {(8192, "sparsed", 0.05, 14), (8192, "no_isolation", 0.2, 17)}
     rows = {setting_of(row): row for row in found["rows"]}
     for measure, (length, size) in product(("difference", "kl"), product((4096, 8192), (128, 32))):
         paper, dense = (rows[length, "sparsed", 0.3, 0.2, size, which][measure][0] for which in (None, True))
