@@ -1,5 +1,6 @@
 """The pages' tables of quality, on the real model and under caches on the demo models, and the figures around them."""
 
+import math
 from contextlib import suppress
 from itertools import product
 from typing import Any
@@ -232,9 +233,9 @@ def answered_table() -> str:
 
 
 def most_lost() -> float:
-    """The most points that a demo model loses under a cache, with any setting."""
+    """The most points that a demo model loses under a cache, with any setting, rounded up to a tenth."""
     rows = [row for place in product(TITLES, ANSWERS) for row in evaluation("-".join(place))["averages"]]
-    return max(-row["difference"] for row in rows if row["cache"])
+    return math.ceil(10 * max(-row["difference"] for row in rows if row["cache"])) / 10
 
 
 def answered_cells() -> list[Row]:
@@ -389,6 +390,12 @@ def judge_figures() -> dict[str, str]:
     low, high = values["written.half"][1:]
     more = cached_row(cached["once"])["difference"][0] - cached_row(DUAL)["difference"][0]
     cells, uncached = answered_cells(), answered_row("dream", ANSWERED[f"{PAPER}, 0.3"], "caches-ragged")
+    timed = {
+        "full": FULL,
+        "threshold": FULL | {"threshold": 0.9},
+        "dual": DUAL,
+        "both": DUAL | {"threshold": 0.9},
+    }
     blocks = answered_row("dream", FULL | {"threshold": 1.01})
     widths = [abs(row["difference"] - row[f"difference_{end}"]) for row in cells for end in ("low", "high")]
     on_values = [lost for place in product(TITLES, ANSWERS) for lost in values_lost(*place)]
@@ -413,6 +420,10 @@ def judge_figures() -> dict[str, str]:
         "written.half.high": f"{high:.2f}",
         "caches.once.more": f"{more:.3f}",
         "answers.factor": f"{factor_costs():.1f}",
+        **{
+            f"timed.{name}": f"{1e3 * answered_row('dream', way, 'timed')['seconds']:.0f}"
+            for name, way in timed.items()
+        },
         "answers.blocks": f"{blocks['difference']:.1f}",
         "answers.paper": f"{-uncached['difference']:.1f}",
         "answers.paper.low": f"{-uncached['difference_high']:.2f}",

@@ -34,7 +34,7 @@ examples:
       two GPUs, each with half of the heads of every layer
 
 which settings (speed over full attention: 256 tokens in 256 steps after 64k, one H200; loss: nats per token on a real
-model of 135M at 4k, more in docs/decoding.md):
+model of 135M at 4k; beyond, measure dense answer rows first; more in docs/decoding.md):
   --cache dual --refresh 0 --origin             149 to 165x, loss 0.033: a long answer to a long prompt
   --cache dual --dense_answer --select 0.15     44x, loss 0.050: the same, refreshed at every block
   --cache dual --origin                         29 to 30x, loss 0.021: closer
