@@ -65,6 +65,7 @@ WRITTEN = {
     "full attention": FULL,
     "full attention, threshold 0.9": FULL | {"threshold": 0.9},
     "full attention, threshold 0.7": FULL | {"threshold": 0.7},
+    "full attention, three quarters of the steps": FULL | {"steps": 96},
     "full attention, half of the steps": FULL | {"steps": 64},
     "full attention, a quarter of the steps": FULL | {"steps": 32},
     "full attention, factor 2": FULL | {"factor": 2.0},
@@ -248,8 +249,9 @@ def answered_cells() -> list[Row]:
 
 
 def factor_costs() -> float:
-    """The most points that a factor of 1 costs a demo model under full attention, with a dual cache or without."""
-    places = product(TITLES, ("caches", "caches-ragged"), (FULL, DUAL))
+    """The most points that a factor of 1 costs a demo model under full attention, with a cache or without."""
+    prefix = CACHED["prefix cache"]
+    places = product(TITLES, ("caches", "caches-ragged"), (FULL, DUAL, prefix))
     rows = (
         (answered_row(family, way, folder) for way in (how, how | {"factor": 1.0})) for family, folder, how in places
     )
@@ -380,6 +382,7 @@ def judge_figures() -> dict[str, str]:
             f"mixed.{name}.8192.64": mixed_row(row, 64, 8192)["difference"]
             for name, row in (*rules.items(), ("few", few), ("fast", fast))
         },
+        "written.most": written_row(FULL | {"steps": 96})["difference"],
         "written.half.dual": written_row(DUAL | {"steps": 64})["difference"],
         "written.quarter.dual": written_row(DUAL | {"steps": 32})["difference"],
         "written.factor": written_row(FULL | {"factor": 2.0})["difference"],

@@ -319,7 +319,7 @@ def test_the_settings_that_help_recommends(main, capsys):
             (once, f"loss {found['caches.once']}"),
             (f"{found['generation.llada.64k.both.gain']}x", f"loss {found['caches.fast']}"),
             (dual, f"loss {found['caches.dual']}"),
-            (f"loss {found['judge.dense.0.2']}", f"default: {found['judge.paper.0.2']})"),
+            (f"loss {found['judge.256.dense']}", f"default: {found['judge.256.paper']})"),
         ),
         strict=True,
     ):

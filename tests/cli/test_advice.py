@@ -119,7 +119,7 @@ def test_advice_for_people():
         "about 2000",
         "run it",
         "no room",
-        "--seq_len 128 without",
+        "--seq_len 256, without",
     )
     for part in parts:
         assert part in text
