@@ -203,7 +203,6 @@ SHAPES = [  # (prompt tokens, new tokens, steps, block length)
 ]
 
 
-@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
