@@ -239,9 +239,8 @@ def steps_figure(seen: Seen) -> Any:
     view, steps = seen.view, seen.view.looked_at
     ends = (steps[0] + 1 - view.stride / 2, steps[-1] + 1 + view.stride / 2)
     pairs = common(own[:, None], own[None])
-    lowest = (
-        math.floor(10 * pairs.min().item()) / 10
-    )  # nearly all are above it: from 0 on, the picture would be one colour
+    # from 0 on, the picture would be one colour: nearly all are far above
+    lowest = math.floor(10 * pairs.min().item()) / 10
     picture = left.imshow(pairs, cmap="viridis", vmin=min(lowest, 0.9), vmax=1, extent=(*ends, *ends[::-1]))
     left.set(xlabel="step", ylabel="step", title=f"layer {layer}, head {head}: any two steps")
     figure.colorbar(picture, ax=left, label="blocks in common", shrink=0.8)

@@ -170,8 +170,8 @@ def forced() -> list[Point]:
     caches, table = read(CACHES), read(TABLE)
     for name, way in ways().items():
         settings = settings_of(way)
-        refreshes = way["saving"] and "refresh" not in way["saving"]
-        for variant, change in variants(*["refresh"] * bool(refreshes)).items():
+        changed = ("refresh",) if way["saving"] and "refresh" not in way["saving"] else ()
+        for variant, change in variants(*changed).items():
             row = row_of(caches, settings, mask_rate=0.5, **change)
             other = None if row or change else row_of(table, settings, mask_rate=0.5)
             found = row or other

@@ -19,7 +19,7 @@ ELSEWHERE = (
 )
 
 Rule = tuple[float, bool]  # --select, --dense_answer
-WITHOUT_CACHE: dict[int, dict[Rule, float]] = {  # by new tokens; half of all 256 are masked
+WITHOUT_CACHE: dict[int, dict[Rule | None, float]] = {  # by new tokens; half of all 256 are masked
     128: {
         (0.5, False): 0.010,
         (0.3, False): 0.035,
@@ -72,9 +72,7 @@ def loss(
     rule = None if config is None else (config.select, config.dense_answer)
     if once:
         return ROWS_ONCE if rule is None else None
-    if cached or rule is None:
-        return WITH_CACHE.get(rule)
-    return WITHOUT_CACHE.get(sampler.gen_length, {}).get(rule)
+    return (WITH_CACHE if cached else WITHOUT_CACHE.get(sampler.gen_length, {})).get(rule)
 
 
 def lost(nats: float | None) -> str:
