@@ -39,6 +39,7 @@ PURPOSES = {
     "sorting": r"sort|topk",
 }
 OTHER = "other"
+MARK = "nccl:"  # PyTorch marks a call of NCCL beside its kernel
 
 
 def purpose(kernel: str) -> str:
@@ -50,7 +51,8 @@ def by_purpose(kernels: dict[str, float]) -> dict[str, float]:
     """The seconds of kernels, by name, summed by purpose."""
     sums = dict.fromkeys([*PURPOSES, OTHER], 0.0)
     for name, seconds in kernels.items():
-        sums[purpose(name)] += seconds
+        if not name.startswith(MARK):
+            sums[purpose(name)] += seconds
     return sums
 
 

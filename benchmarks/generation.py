@@ -28,7 +28,7 @@ import torch
 from sparsed import SparseDConfig
 from sparsed.backends import DENSE, Problem, choose_backend
 from sparsed.console.parser import Parser
-from sparsed.console.readers import whole
+from sparsed.console.readers import some_of, whole
 from sparsed.evaluation.results import markdown
 from sparsed.kernels import full_attention, full_attention_kernel
 from sparsed.laps import Laps
@@ -89,6 +89,8 @@ WAYS = (
     Way("dual cache, all rows once", None, CACHE | {"refresh": 0}),
     Way("prefix cache", None, {"cache": "prefix"}),
 )
+# as --ways names them
+FLAGS = ("origin", "sparsed", "sparsed-dense", "dual", "dual-sparsed", "dual-dense", "once", "prefix")
 
 
 @dataclass(frozen=True)
@@ -235,14 +237,19 @@ def uncached(model: DiffusionLM, tokens: int, way: Way, full: Times) -> dict[str
     return entry
 
 
-def measure(model: DiffusionLM, row: dict[str, Any], repeats: int) -> Iterator[str]:
+def chosen(flags: list[str]) -> list[Way]:
+    """The ways that --ways names, in the usual order, and full attention, with which all are compared."""
+    return [way for flag, way in zip(FLAGS, WAYS, strict=True) if flag in flags or way is WAYS[0]]
+
+
+def measure(model: DiffusionLM, row: dict[str, Any], ways: list[Way], repeats: int) -> Iterator[str]:
     """Fill in the row of one length; yields a line after each way.
 
     Raises:
         WrongKernel: before anything of that way is timed.
     """
     tokens, full = row["prompt_tokens"], {}
-    for way in WAYS:
+    for way in ways:
         entry = {"config": way.config and asdict(way.config), "saving": way.saving}
         row["ways"][way.name] = entry
         try:
@@ -270,10 +277,10 @@ def add_gains(row: dict[str, Any]) -> None:
             entry["speedup"] = origin[str(max(STEPS))]["seconds"] / entry["seconds"]
 
 
-def warm(model: DiffusionLM, tokens: int) -> dict[str, float]:
+def warm(model: DiffusionLM, tokens: int, ways: list[Way]) -> dict[str, float]:
     """Run every way's kinds of forwards once; returns the seconds of this first use, by name."""
     seconds = {}
-    for way in WAYS:
+    for way in ways:
         began = time.perf_counter()
         with suppress(torch.OutOfMemoryError):  # it comes again later, and is reported there
             run(model, tokens, way, way.settings(model.family, min(STEPS)), None if way.saving else 2)
@@ -313,6 +320,8 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """The flags, checked; a wrong call exits with code 2 after one line."""
     parser = build_parser("generation", __doc__, lengths="4k,16k", families=SHAPES)
     text = "cached generations of each way (default: %(default)s)"
+    every = ",".join(FLAGS)
+    parser.add_argument("--ways", type=some_of(FLAGS), default=every, metavar="NAMES", help=f"some of {every}, or all")
     parser.add_argument("--repeats", type=whole(1), default=3, help=text)
     parser.add_argument("--reference", type=Path, metavar="DIR", help="also time Fast-dLLM's own code, in this folder")
     args = parse_arguments(parser, argv)
@@ -333,7 +342,7 @@ def add_reference(record: dict[str, Any], args: argparse.Namespace) -> None:
                 continue
             row = rows[answer.pop("length")]
             row["ways"][fast_dllm.NAME] = answer
-            ours = row["ways"][CACHE_ALONE].get("steps", {})
+            ours = row["ways"].get(CACHE_ALONE, {}).get("steps", {})
             for steps, entry in answer.get("steps", {}).items():
                 entry["ours_faster"] = fast_dllm.ratio(entry, ours[steps]) if ours else None
             add_gains(row)
@@ -346,16 +355,16 @@ def add_reference(record: dict[str, Any], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse(argv)
-    device, right = require_gpu(parser), True
+    device, right, ways = require_gpu(parser), True, chosen(args.ways)
     torch.manual_seed(0)
     model = random_model(args.family, device)
     record = new_record(parser, args, device, DTYPE) | {"weights": "random", "new_tokens": NEW_TOKENS, "rows": []}
-    record |= {"block_length": BLOCK_LENGTH, "warm_up": warm(model, LENGTHS[args.lengths[0]])}
+    record |= {"block_length": BLOCK_LENGTH, "warm_up": warm(model, LENGTHS[args.lengths[0]], ways)}
     for name in args.lengths:
         row = {"length": name, "prompt_tokens": LENGTHS[name], "ways": {}}
         record["rows"].append(row)
         try:
-            for line in measure(model, row, args.repeats):
+            for line in measure(model, row, ways, args.repeats):
                 print(line, flush=True)
                 save(args.out, record)
         except WrongKernel as error:

@@ -24,15 +24,16 @@ SHORT = ("SparseD", DUAL, "with SparseD", "all rows once")  # of the columns, in
 
 
 def rows_of(records: list[Record]) -> dict[tuple[str, str], Record]:
-    """The ways of every family and length, in the table's order. Of two calls the later one counts, but for
+    """The ways of every family and length, in the table's order. Of two calls of a way the later one counts, but for
     Fast-dLLM's code the one in which it was faster: it is not ours to choose a call in which its host was busy."""
     found: dict[tuple[str, str], Record] = {}
     for record in sorted(records, key=lambda record: record["date"]):
         for row in record["rows"]:
             place = record["family"], row["length"]
-            both = [ways for ways in (found.get(place), row["ways"]) if ways and THEIRS in ways]
+            earlier = found.get(place, {})
+            both = [ways for ways in (earlier, row["ways"]) if THEIRS in ways]
             quicker = min(both, key=lambda ways: ways[THEIRS]["steps"][EQUAL]["seconds"], default={})
-            found[place] = row["ways"] | {THEIRS: quicker[THEIRS]} if quicker else row["ways"]
+            found[place] = earlier | row["ways"] | ({THEIRS: quicker[THEIRS]} if quicker else {})
     return dict(sorted(found.items(), key=lambda item: (item[0][0], LENGTHS[item[0][1]])))
 
 

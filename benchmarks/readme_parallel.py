@@ -17,6 +17,7 @@ from sparsed.models.common import Sizes
 from sparsed.sampling.common import CACHED
 from sparsed.schedule import FULL, SELECTING, SPARSE
 
+from .breakdown import by_purpose
 from .common import seconds
 from .generation import PAPER
 from .parallel import ALL, LONGEST, LONGEST_CACHED, ONE
@@ -203,7 +204,7 @@ def kernels_table(records: list[Record], titles: dict[str, str]) -> str:
     for family in sorted(titles, key=lambda family: family != LARGE):
         found = Measured(records, family)
         for who, count in ((ONE, 1), (ALL, found.count)):
-            purposes = found.rows[SHORT][who]["cached_step"]["purposes"]
+            purposes = by_purpose(found.rows[SHORT][who]["cached_step"]["kernels"])
             parts = [purposes[name] for name in KERNELS]
             together, step = sum(purposes.values()), found.median(SHORT, CACHED, who)
             times = (*parts, together - sum(parts), together, step)
@@ -222,10 +223,9 @@ def parallel_figures(records: list[Record], titles: dict[str, str]) -> dict[str,
         figures |= {f"{name}.{who}.memory": f"{row[who]['peak_memory_bytes'] / 1e9:.1f}" for who in (ONE, ALL)}
         figures |= {f"{name}.{who}.cached": f"{1e3 * found.median(SHORT, CACHED, who):.1f}" for who in (ONE, ALL)}
         figures[f"{name}.cached.rest"] = f"{1e3 * found.forward(CACHED).whole:.1f}"
-        full = row[ALL]["full_step"]["purposes"]
+        one, full = (by_purpose(row[who]["full_step"]["kernels"]) for who in (ONE, ALL))
         figures[f"{name}.full.sums"] = f"{full['sums over GPUs']:.2f}"
         figures[f"{name}.full.kernels"] = f"{sum(full.values()):.2f}"
-        one = row[ONE]["full_step"]["purposes"]
         figures[f"{name}.full.bound"] = f"{sum(one.values()) / (sum(full.values()) - full['sums over GPUs']):.2f}"
         kept, none = (found.laid_out(1, row["prompt_tokens"], cached=which) for which in (True, False))
         figures[f"{name}.cache"] = f"{(kept - none) / 1e9:.1f}"

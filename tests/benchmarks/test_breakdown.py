@@ -33,6 +33,11 @@ def test_kernels_are_told_apart_by_their_names():
     assert {name: sums[name] / 2 for name in sums} == {name: list(KERNELS.values()).count(name) for name in sums}
 
 
+def test_a_mark_around_a_kernel_counts_for_nothing():
+    kernel = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    assert sum(breakdown.by_purpose({kernel: 2.0, "nccl:all_reduce": 2.0}).values()) == 2.0
+
+
 def test_every_kind_of_step_is_profiled(monkeypatch, tmp_path, capsys):
     """On a CPU, whose operations stand in for kernels."""
     model = load_model(tiny_checkpoint(tmp_path / "model", "llada"), device="cpu")

@@ -81,6 +81,15 @@ def test_from_end_to_end(family, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith(generation.table([record]) + "\n")
 
 
+def test_some_ways(tmp_path, monkeypatch):
+    played = Played(tmp_path, monkeypatch, "dream")
+    monkeypatch.setattr(generation, "check", lambda *_: {})
+    played.flags += ["--ways", "once,dual-dense"]
+    code, record = played.run()
+    names = ["full attention", "dual cache, dense answer rows, select 0.15", "dual cache, all rows once"]
+    assert code == 0 and all(list(row["ways"]) == names for row in record["rows"])
+
+
 def test_what_is_checked(tmp_path, monkeypatch):
     Played(tmp_path, monkeypatch, "llada")
     model = load_model(tmp_path / "model", device="cpu")
@@ -160,7 +169,7 @@ def test_it_runs_after_ours_and_is_held_against_the_cache_alone(fails, tmp_path,
     played = Played(tmp_path, monkeypatch, "llada")
     monkeypatch.setattr(generation, "check_reference", lambda *_: None)
 
-    def ours(model, row, repeats):
+    def ours(model, row, ways, repeats):
         full = {"full": {"count": 4, "seconds": {"median": 0.5}}}
         entry = {"measured": True, "seconds": 8.0, "forwards": full, "peak_memory_bytes": 7}
         for name in (WAYS[0].name, generation.CACHE_ALONE):
