@@ -20,6 +20,7 @@ COLUMNS = {
     f"{FEWER} steps: {DUAL}": (DUAL, FEWER),
     "with SparseD ": (SPARSE, FEWER),
 }
+WARM = "1k"  # calls of long prompts began there, with some ways
 SHORT = ("SparseD", DUAL, "with SparseD", "all rows once")  # of the columns, in the README
 
 
@@ -29,6 +30,8 @@ def rows_of(records: list[Record]) -> dict[tuple[str, str], Record]:
     found: dict[tuple[str, str], Record] = {}
     for record in sorted(records, key=lambda record: record["date"]):
         for row in record["rows"]:
+            if row["length"] == WARM:
+                continue
             place = record["family"], row["length"]
             earlier = found.get(place, {})
             both = [ways for ways in (earlier, row["ways"]) if THEIRS in ways]
@@ -39,14 +42,15 @@ def rows_of(records: list[Record]) -> dict[tuple[str, str], Record]:
 
 def generation_table(records: list[Record], titles: dict[str, str]) -> str:
     """Markdown: a line for each family and length; seconds of full attention, and how many times faster the others."""
-    lines = []
-    for (family, length), ways in rows_of(records).items():
+    lines, rows = [], rows_of(records)
+    columns = {title: place for title, place in COLUMNS.items() if any(place[0] in ways for ways in rows.values())}
+    for (family, length), ways in rows.items():
         full, cached = ways[FULL]["steps"][EQUAL], ways[DUAL]["steps"][EQUAL]
-        gains = [_gain(ways, name, steps) for name, steps in COLUMNS.values()]
+        gains = [_gain(ways, name, steps) for name, steps in columns.values()]
         step = f"{1e3 * cached['forwards']['cached']['seconds']['median']:.3g} ms"
         memory = f"{cached['peak_memory_bytes'] / 1e9:.0f} GB"
         lines.append([titles[family], length, _seconds(full), *gains, step, memory])
-    return markdown(["model", "prompt", FULL, *COLUMNS, "cached step", "memory"], lines)
+    return markdown(["model", "prompt", FULL, *columns, "cached step", "memory"], lines)
 
 
 def generation_table_short(records: list[Record], titles: dict[str, str]) -> str:

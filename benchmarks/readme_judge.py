@@ -1,6 +1,7 @@
 """The pages' tables of quality, on the real model and under caches on the demo models, and the figures around them."""
 
 import math
+import statistics
 from contextlib import suppress
 from itertools import product
 from typing import Any
@@ -43,6 +44,9 @@ MIXED = {
         )
     },
 }
+# at 8,192 tokens, with a third training
+CLEAN = {title: way for title, way in MIXED.items() if way["method"] == "sparsed" or way["select"] == 0.3}
+HEADS = ("heads", "heads-clean")
 LENGTHS = (4096, 8192)
 SKIPS = {"0": 0.0, "0.05": 0.05, "0.2": 0.2}
 # the line of the tables under caches: what its row has
@@ -96,6 +100,7 @@ ANSWERED = {
 }
 ADDED = {f"dual cache, SparseD, {DENSE}, {row['select']}": row for row in (NEAR, FAST)}
 ANSWERS = {"caches": "4,096", "caches-ragged": "4,010", "caches-held-out": "second seed"}  # folder -> its samples
+MORE = {"caches-held-out": "caches-held-out-more"}  # where other ways were measured on the same samples
 
 
 def found(rows: list[Row], wanted: Row) -> Row:
@@ -113,6 +118,11 @@ def judge_row(wanted: Row, size: int | None, skip: float = 0.2, length: int = 40
 def mixed_row(wanted: Row, size: int | None, length: int = 4096, skip: float = 0.2) -> Row:
     """A row of the second checkpoint's table."""
     return judge_row(wanted, size, skip, length, "table-mixed")
+
+
+def clean_row(wanted: Row, size: int | None, length: int = 8192, skip: float = 0.2) -> Row:
+    """A row of the third training's table."""
+    return judge_row(wanted, size, skip, length, "table-clean")
 
 
 def cached_row(wanted: Row, rate: float = HALF, folder: str = "caches") -> Row:
@@ -154,6 +164,15 @@ def mixed_table() -> str:
         rows = [mixed_row(wanted, size, length) for length, size in places]
         lines.append([title, *(nats(row["difference"]) for row in rows)])
     return markdown(["", *(f"{length:,} tokens, blocks of {size}" for length, size in places)], lines)
+
+
+def clean_table() -> str:
+    """Markdown: nats lost by each way to attend under the third training, at 8,192 tokens and three sizes of blocks."""
+    lines = []
+    for title, wanted in CLEAN.items():
+        rows = [clean_row(wanted, size) for size in SIZES]
+        lines.append([title, *(nats(row["difference"]) for row in rows)])
+    return markdown(["8,192 tokens", *(f"blocks of {size}" for size in SIZES)], lines)
 
 
 def trainings_table() -> str:
@@ -214,23 +233,49 @@ def written_table() -> str:
 
 
 def answered_row(family: str, wanted: Row, folder: str = "caches") -> Row:
-    """The average over tasks of a demo model under caches."""
-    return found(evaluation(f"{family}-{folder}")["averages"], wanted)
+    """The average over tasks of a demo model under caches; ValueError if it was not measured."""
+    with suppress(ValueError):
+        return found(evaluation(f"{family}-{folder}")["averages"], wanted)
+    if folder not in MORE:
+        raise ValueError(f"{family}-{folder} does not have {wanted}")
+    return found(evaluation(f"{family}-{MORE[folder]}")["averages"], wanted)
 
 
 def answered_table() -> str:
-    """Markdown: points of accuracy against full attention, and what SparseD adds to a cache; forwards of a batch."""
+    """Markdown: points of accuracy against full attention, and what SparseD adds to a cache; forwards of a batch, and
+    the time of a sample on a GPU that does nothing else."""
     places = list(product(TITLES, ANSWERS))
     lines = []
     for title, wanted in ANSWERED.items():
         row = answered_row("dream", wanted)
         few = row["phases"].get("answer", 0) + row["phases"].get("cached", 0)
         forwards = f"{row['forwards'] - few:.3g} + {few:.3g}"
-        lines.append([title, *(_points_of(*place, wanted) for place in places), forwards])
+        times = (_milliseconds(family, wanted) for family in TITLES)
+        lines.append([title, *(_points_of(*place, wanted) for place in places), forwards, *times])
     for title, wanted in ADDED.items():
-        lines.append([f"{title}: to the cache's own", *(_points_of(*place, wanted, "sparse") for place in places), ""])
+        added = (_points_of(*place, wanted, "sparse") for place in places)
+        lines.append([f"{title}: to the cache's own", *added, "", "", ""])
     names = [f"{TITLES[family]}, {ANSWERS[folder]}" for family, folder in places]
-    return markdown(["", *names, "forwards: all rows + few"], lines)
+    times = (f"ms a sample, {title}" for title in TITLES.values())
+    return markdown(["", *names, "forwards: all rows + few", *times], lines)
+
+
+def seconds_of(family: str, wanted: Row) -> float:
+    """Of a sample on a GPU that does nothing else: the middle one of the tasks, of which the first starts kernels.
+
+    ValueError if it was not timed."""
+    rows = [row for row in evaluation(f"{family}-timed")["rows"] if has(row, wanted)]
+    if not rows:
+        raise ValueError(f"{family}-timed does not have {wanted}")
+    return statistics.median(row["seconds"] for row in rows)
+
+
+def _milliseconds(family: str, wanted: Row) -> str:
+    """The same as a table's cell has it; a dash where that was not timed."""
+    try:
+        return f"{1e3 * seconds_of(family, wanted):.1f}"
+    except ValueError:
+        return "-"
 
 
 def most_lost() -> float:
@@ -278,6 +323,7 @@ def judge_tables() -> dict[str, str]:
     return {
         "judge": judge_table(),
         "judge-mixed": mixed_table(),
+        "judge-clean": clean_table(),
         "trainings": trainings_table(),
         "fidelity-small": small_table(),
         "caches-judge": caches_table(),
@@ -295,7 +341,8 @@ def judge_figures() -> dict[str, str]:
     cached = {"dual": DUAL, "once": DUAL | {"refresh": 0}, "prefix": CACHED["prefix cache"], "fast": FAST, "near": NEAR}
     gate, longer = (gate_of(length) for length in judged("table")["lengths"])
     mixed = {length["length"]: gate_of(length) for length in judged("table-mixed")["lengths"]}
-    heads = found(judged("heads")["rows"], {"method": "sparsed", "block_size": 128})
+    heads, others = (found(judged(n)["rows"], {"method": "sparsed", "block_size": 128}) for n in HEADS)
+    gates = [gate for length in judged("table-clean")["lengths"] for gate in length["gates"]]
     values = {
         **{f"judge.paper.{name}": judge_row(paper, 128, skip=skip)["difference"] for name, skip in SKIPS.items()},
         **{f"judge.dense.{name}": judge_row(dense, 128, skip=skip)["difference"] for name, skip in SKIPS.items()},
@@ -349,6 +396,23 @@ def judge_figures() -> dict[str, str]:
         "mixed.window": mixed_row(WINDOW, 128)["difference"],
         "mixed.streaming": mixed_row(STREAMING, 128)["difference"],
         "mixed.streaming.dense": mixed_row(STREAMING | {"dense_answer": True}, 128)["difference"],
+        **{
+            f"clean.{name}.{length}.{size}": clean_row(row, size, length)["difference"]
+            for (name, row), length, size in product((*rules.items(), ("few", few), ("fast", fast)), LENGTHS, (128, 32))
+        },
+        **{
+            f"clean.{name}.skip.{shown}": clean_row(row, 128, skip=skip)["difference"]
+            for (name, row), (shown, skip) in product(rules.items(), SKIPS.items())
+        },
+        **{
+            f"clean.{name}": clean_row({"method": method, "select": 0.2}, 32)["difference"]
+            for name, method in (("isolated", "sparsed"), ("shared", "no_isolation"))
+        },
+        **{f"clean.full.{length}": clean_row(FULL | {"skip": None}, None, length)["nll"] for length in LENGTHS},
+        "clean.gate.copy": gate_of(judged("table-clean")["lengths"][1])["copy"]["advantage"],
+        "clean.window.4096": clean_row(WINDOW, 128, 4096)["difference"],
+        "clean.window": clean_row(WINDOW, 128)["difference"],
+        "clean.streaming": clean_row(STREAMING, 128)["difference"],
         **{f"caches.{name}": cached_row(row)["difference"] for name, row in cached.items()},
         **{f"caches.{name}.added": cached_row(cached[name])["sparse"] for name in ("fast", "near")},
         **{
@@ -393,18 +457,19 @@ def judge_figures() -> dict[str, str]:
     low, high = values["written.half"][1:]
     more = cached_row(cached["once"])["difference"][0] - cached_row(DUAL)["difference"][0]
     cells, uncached = answered_cells(), answered_row("dream", ANSWERED[f"{PAPER}, 0.3"], "caches-ragged")
-    timed = {
-        "full": FULL,
-        "threshold": FULL | {"threshold": 0.9},
-        "dual": DUAL,
-        "both": DUAL | {"threshold": 0.9},
-    }
     blocks = answered_row("dream", FULL | {"threshold": 1.01})
     widths = [abs(row["difference"] - row[f"difference_{end}"]) for row in cells for end in ("low", "high")]
     on_values = [lost for place in product(TITLES, ANSWERS) for lost in values_lost(*place)]
-    percents = {f"heads.{name}": heads[name] for name in ("held", "later", "heads", "steps_alike")}
+    percents = {
+        f"heads.{name}{more}": row[name]
+        for (row, more), name in product(((heads, ""), (others, ".clean")), ("held", "later", "heads", "steps_alike"))
+    }
+    least = min(gate[name]["advantage"][1] for gate in gates for name in ("planted", "copy", "repeated"))
     gains = {
-        f"mixed.gain.{name}": mixed_row(row, 128, 8192)["gain"] for name, row in (("dense", dense), ("fast", fast))
+        f"{folder}.gain.{name}": row_of(row, 128, 8192)["gain"]
+        for (folder, row_of), (name, row) in product(
+            (("mixed", mixed_row), ("clean", clean_row)), (("dense", dense), ("fast", fast))
+        )
     }
     return {
         **{name: f"{value[0]:.3f}" for name, value in values.items()},
@@ -414,6 +479,11 @@ def judge_figures() -> dict[str, str]:
             for name, value in gains.items()
             for at, end in ((1, "low"), (2, "high"))
         },
+        "clean.gate.least": f"{least:.3f}",
+        "clean.gain.dense.nearer": f"{-gains['clean.gain.dense'][0]:.3f}",
+        "clean.gain.dense.nearer.low": f"{-gains['clean.gain.dense'][2]:.3f}",
+        "clean.gain.dense.nearer.high": f"{-gains['clean.gain.dense'][1]:.3f}",
+        "clean.streaming.gains": f"{-values['clean.streaming'][0]:.3f}",
         "answers.values.least": f"{-max(on_values):.1f}",
         "answers.values.most": f"{-min(on_values):.1f}",
         "judge.nearer": f"{nearer:.1f}",
@@ -423,10 +493,8 @@ def judge_figures() -> dict[str, str]:
         "written.half.high": f"{high:.2f}",
         "caches.once.more": f"{more:.3f}",
         "answers.factor": f"{factor_costs():.1f}",
-        **{
-            f"timed.{name}": f"{1e3 * answered_row('dream', way, 'timed')['seconds']:.0f}"
-            for name, way in timed.items()
-        },
+        "timed.full": f"{1e3 * seconds_of('dream', FULL):.0f}",
+        "timed.full.llada": f"{1e3 * seconds_of('llada', FULL):.0f}",
         "answers.blocks": f"{blocks['difference']:.1f}",
         "answers.paper": f"{-uncached['difference']:.1f}",
         "answers.paper.low": f"{-uncached['difference_high']:.2f}",

@@ -19,7 +19,7 @@ from sparsed.schedule import FULL, SELECTING, SPARSE
 
 from .breakdown import by_purpose
 from .common import seconds
-from .generation import PAPER
+from .generation import BLOCK_LENGTH, PAPER
 from .parallel import ALL, LONGEST, LONGEST_CACHED, ONE
 from .shapes import model_config
 
@@ -222,6 +222,7 @@ def parallel_figures(records: list[Record], titles: dict[str, str]) -> dict[str,
         figures |= {f"{name}.{kind}": f"{gain:.2f}" for kind, gain in row["speedup"].items()}
         figures |= {f"{name}.{who}.memory": f"{row[who]['peak_memory_bytes'] / 1e9:.1f}" for who in (ONE, ALL)}
         figures |= {f"{name}.{who}.cached": f"{1e3 * found.median(SHORT, CACHED, who):.1f}" for who in (ONE, ALL)}
+        figures[f"{name}.one.cached.fine"] = f"{1e3 * found.median(SHORT, CACHED, ONE):.2f}"
         figures[f"{name}.cached.rest"] = f"{1e3 * found.forward(CACHED).whole:.1f}"
         one, full = (by_purpose(row[who]["full_step"]["kernels"]) for who in (ONE, ALL))
         figures[f"{name}.full.sums"] = f"{full['sums over GPUs']:.2f}"
@@ -242,4 +243,21 @@ def parallel_figures(records: list[Record], titles: dict[str, str]) -> dict[str,
     figures["parallel.paper.1M"] = f"{OnPaper.of(found, '1M', 8).seconds[WHOLE] / 60:.0f}"
     for length in (LONGEST_CACHED, LONGEST):
         figures[f"parallel.{length}.memory"] = f"{found.rows[length][ALL]['peak_memory_bytes'] / 1e9:.1f}"
+    return figures
+
+
+def sums_figures(records: list[Record]) -> dict[str, str]:
+    """A sum of a cached step, in us, by NCCL and by the one-shot kernel; both layers of 64k rows, in ms, in one sum and
+    in pieces."""
+    figures = {}
+    for record in records:
+        rows = BLOCK_LENGTH + (record["family"] == "dream")  # Dream's has one more on the left
+        (few,) = (row for row in record["few"] if row["rows"] == rows)
+        name = f"sums.{record['family']}"
+        figures |= {f"{name}.{way}": f"{1e6 * few[way]:.1f}" for way in ("nccl", "one_shot")}
+        layers = model_config(record["family"]).sizes.layers
+        figures[f"{name}.saved"] = f"{1e3 * 2 * layers * (few['nccl'] - few['one_shot']):.2f}"
+        figures |= {
+            f"{name}.{way}": f"{1e3 * sum(row[way] for row in record['many']):.1f}" for way in ("whole", "pieces")
+        }
     return figures

@@ -5,6 +5,8 @@ from itertools import product
 from typing import Any
 
 from .common import LENGTHS
+from .readme_generation import rows_of
+from .records import benchmarks_of
 
 Record = dict[str, Any]
 Read = Callable[[str], Record]  # a record of benchmarks/results by its name
@@ -23,13 +25,25 @@ def steps_figures(read: Read, latency: list[Record]) -> dict[str, str]:
         found |= _latency_figures(family, rows[family, "64k"], rows[family, "short_context"])
         found |= _breakdown_figures(read, family)
         found |= _short_prompt_figures(read, family)
-        found |= _memory_figures(read, family, rows[family, "64k"])
+        found |= _memory_figures(family, rows[family, "64k"])
         found |= _kernel_figures(read, family)
         found |= _first_use_figures(read, family)
         found |= _cpu_figures(read, family)
     names = [f"{kind}-{family}-h100" for kind, family in product(("attention", "selection"), FAMILIES)]
     most = max(read(name)["matmul_tflops"] for name in names)
-    return found | _small_block_figures(read) | {"kernel.matmul.most": f"{most:.0f}"}
+    return found | _small_block_figures(read) | _unchanged_figures(read) | {"kernel.matmul.most": f"{most:.0f}"}
+
+
+def _unchanged_figures(read: Read) -> dict[str, str]:
+    """The most, in %, by which a full or a sparse step is slower than before there were caches and thresholds."""
+    slower = []
+    for family, mode, phase in product(FAMILIES, ("origin", "sparsed"), ("full_step", "sparse_step")):
+        before, after = (
+            read(f"unchanged-{family}-{when}-h200")["rows"][0]["runs"][mode][phase] for when in ("before", "after")
+        )
+        if before is not None:
+            slower.append(after["median"] / before["median"] - 1)
+    return {"unchanged.slower": f"{100 * max(slower):.1f}"}
 
 
 def of_full(row: Record, phase: str) -> float:
@@ -90,10 +104,10 @@ def _small_block_figures(read: Read) -> dict[str, str]:
     return {f"small.{row['length']}": f"{of_full(row, 'sparse_step'):.2f}" for row in rows}
 
 
-def _memory_figures(read: Read, family: str, long: Record) -> dict[str, str]:
+def _memory_figures(family: str, long: Record) -> dict[str, str]:
     """The peak of SparseD's defaults at 64k, before the MLP was computed in chunks and after."""
-    (row,) = read(f"generation-{family}-64k-h200")["rows"]
-    before, after = (run["peak_memory_bytes"] / GB for run in (long["runs"]["sparsed"], row["ways"][PAPER]))
+    ways = rows_of(benchmarks_of("generation"))[family, "64k"]
+    before, after = (run["peak_memory_bytes"] / GB for run in (long["runs"]["sparsed"], ways[PAPER]))
     return {f"memory.{family}.before": f"{before:.1f}", f"memory.{family}.after": f"{after:.1f}"}
 
 

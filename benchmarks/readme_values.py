@@ -23,9 +23,9 @@ from .readme_generation import (
     rows_of,
 )
 from .readme_judge import answered_row, cached_row, judge_row, nats
-from .readme_parallel import kernels_table, paper_table, parallel_figures, parallel_table
+from .readme_parallel import kernels_table, paper_table, parallel_figures, parallel_table, sums_figures
 from .readme_steps import steps_figures
-from .records import RESULTS, ROOT, TITLES, Record, benchmark, evaluation, read
+from .records import RESULTS, ROOT, TITLES, Record, benchmark, benchmarks_of, evaluation, read
 
 METHODS = {
     "origin": "full attention",
@@ -45,7 +45,8 @@ QUALITY_CACHED = (
     ("dual cache", readme_judge.DUAL),
     ("dual cache, SparseD, dense answer rows, select 0.15", readme_judge.FAST),
 )
-FAST, PAPERS = "dense answer rows, select 0.15", "the paper's, select 0.3"
+FAST, DENSE = "dense answer rows, select 0.15", "dense answer rows, select 0.3"
+PAPERS = "the paper's, select 0.3"
 # folder, length, new tokens, blocks, the shares that are shown
 ANSWERED = (
     ("1k", 1024, 64, 128, (0.2, 0.3)),
@@ -85,14 +86,15 @@ def tables() -> dict[str, str]:
         "dense-answer-accuracy": _dense_answer_accuracy(),
         "demo-steps": _demo_steps(),
         "latency": overview(_latency()),
-        "generation": generation_table(_generation(), TITLES),
-        "generation-short": generation_table_short(_generation(), TITLES),
+        "generation": generation_table(benchmarks_of("generation"), TITLES),
+        "generation-flash": generation_table(benchmarks_of("flash-generation"), TITLES),
+        "generation-short": generation_table_short(benchmarks_of("generation"), TITLES),
         "quality-short": _quality(),
         **readme_judge.judge_tables(),
         "few-queries": _few_queries(),
-        "parallel": parallel_table(_parallel(), TITLES),
-        "parallel-kernels": kernels_table(_parallel(), TITLES),
-        "parallel-paper": paper_table(_parallel(), TITLES),
+        "parallel": parallel_table(benchmarks_of("parallel"), TITLES),
+        "parallel-kernels": kernels_table(benchmarks_of("parallel"), TITLES),
+        "parallel-paper": paper_table(benchmarks_of("parallel"), TITLES),
     }
 
 
@@ -106,9 +108,10 @@ def figures() -> dict[str, str]:
         **_agreement_figures(),
         **_flex_figures(),
         **_cache_figures(),
-        **generation_figures(_generation()),
+        **generation_figures(benchmarks_of("generation")),
         **_bound_figures(),
-        **parallel_figures(_parallel(), TITLES),
+        **sums_figures(benchmarks_of("sums")),
+        **parallel_figures(benchmarks_of("parallel"), TITLES),
         **_released_figures(),
         **_parity_figures(),
         **steps_figures(benchmark, _latency()),
@@ -150,7 +153,7 @@ def _lost(row: Record) -> list[str]:
 
 def _bound_figures() -> dict[str, str]:
     """How many times as fast LLaDA's caches at 64k could be if a cached step took only its kernels' time."""
-    ways = rows_of(_generation())["llada", "64k"]
+    ways = rows_of(benchmarks_of("generation"))["llada", "64k"]
     (row,) = benchmark("parallel-llada-64k-h200")["rows"]
     cached, figures = sum(row["one"]["cached_step"]["purposes"].values()), {}
     for name, way in (("dual", DUAL), ("once", ONCE)):
@@ -190,8 +193,8 @@ def _dense_answer_speed() -> str:
 def _speed_figures() -> dict[str, str]:
     return {
         f"speed.{family}.{length}.{kind}": f"{speeds(family, length)[name]['skips'][skip]['speedup']['1024']:.2f}"
-        for family, length in product(TITLES, ("16k", "128k"))
-        for kind, name, skip in (("fast", FAST, "0.05"), ("paper", PAPERS, "0.2"))
+        for family, length in product(TITLES, ("16k", "64k", "128k"))
+        for kind, name, skip in (("fast", FAST, "0.05"), ("paper", PAPERS, "0.2"), ("dense", DENSE, "0.2"))
     }
 
 
@@ -357,11 +360,3 @@ def _checkpoint_figures() -> dict[str, str]:
         for mode in ("origin", "sparsed"):
             found[f"demo.{family}.{mode}"] = f"{results[family]['word_problems'][mode]['exact_percent']:.1f}"
     return found | {"demo.seconds": f"{max(took):.0f}"}
-
-
-def _generation() -> list[Record]:
-    return [benchmark(path.stem) for path in sorted(RESULTS.glob("generation-*.json"))]
-
-
-def _parallel() -> list[Record]:
-    return [benchmark(path.stem) for path in sorted(RESULTS.glob("parallel-*.json"))]

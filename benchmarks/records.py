@@ -24,6 +24,11 @@ def benchmark(name: str) -> Record:
     return read(RESULTS / f"{name}.json")
 
 
+def benchmarks_of(kind: str) -> list[Record]:
+    """All records of benchmarks/results of one kind, which their names begin with."""
+    return [benchmark(path.stem) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
+
+
 @cache
 def evaluation(name: str) -> Record:
     """The summary of an evaluation of a demo model."""

@@ -69,9 +69,9 @@ def test_seconds_by_hand():
 
 def test_points_by_hand_and_as_timed():
     drawn = {(point.way, point.variant): point.seconds for point in written()}
-    # medians of the record: 1 x 5.0766 + 1 x 7.4354 + 6 x 2.2605 + 172.8 x 0.01317
-    assert drawn["dual cache, dense answer rows, select 0.15", "0.7"] == pytest.approx(28.35, abs=0.03)
-    assert drawn["full attention", "64 steps"] == pytest.approx(128 * 5.06645, rel=1e-4)
+    # medians of the record: 1 x 5.0309 + 1 x 7.3670 + 6 x 2.2159 + 172.8 x 0.01290
+    assert drawn["dual cache, dense answer rows, select 0.15", "0.7"] == pytest.approx(27.92, abs=0.03)
+    assert drawn["full attention", "64 steps"] == pytest.approx(128 * 4.99423, rel=1e-4)
     timed = {name: way["steps"]["256"]["seconds"] for name, way in ways().items()}
     whole = {name: time for (name, variant), time in drawn.items() if not variant}
     assert len(whole) == 8 and whole == pytest.approx({name: timed[name] for name in whole}, rel=0.02)
@@ -89,7 +89,7 @@ def test_every_way_is_in_a_panel_and_has_a_label():
 def test_a_row_is_taken_from_where_it_is(monkeypatch):
     """SparseD without a cache is drawn from the caches' summary as soon as that has it."""
     name = "SparseD, dense answer rows, select 0.15"
-    records = {path: read(path) for path in (quality_time.TIMES, CACHES, quality_time.TABLE)}
+    records = {path: read(path) for path in (CACHES, quality_time.TABLE)}
     rows = records[CACHES]["rows"]
     uncached = [one for one in rows if not (one["method"] == "sparsed" and one["cache"] is None)]
     monkeypatch.setattr(quality_time, "read", records.get)

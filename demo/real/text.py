@@ -4,7 +4,8 @@
 
 Every UTF-8 file is a document; other files are skipped. A paragraph that an earlier document already had is left out,
 so that no held-out text was trained on; repetitions within a document stay. Only a document's text and --seed decide
-whether it is held out. Writes train.bin.xz and held-out.bin.xz, uint16 ids with id 0 after every document, and
+whether it is held out. With --apart, documents that share 24 tokens in a row with texts to judge by are left out.
+Writes train.bin.xz and held-out.bin.xz, uint16 ids with id 0 after every document, and
 text.json, which describes them.
 """
 
@@ -14,7 +15,7 @@ import lzma
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,9 @@ PROGRAM = "python -m demo.real.text"
 END = 0
 LONG = 80  # characters of the shortest paragraph that is compared with others; shorter ones are headings and the like
 AT_ONCE = 64  # documents
+RUN = 24  # tokens in a row that two texts do not share by chance
 PARTS = ("train", "held-out")
+SHARED = "shared"  # documents that --apart leaves out
 
 
 def files_in(paths: Iterable[Path]) -> Iterator[Path]:
@@ -82,15 +85,25 @@ def tokenised(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     return [np.array([*encoding.ids, END], np.uint16) for encoding in encodings]
 
 
-def prepare(texts: Iterable[str], tokenizer: Tokenizer, share: float, shortest: int, seed: int) -> dict[str, list]:
-    """The documents' ids by part; those shorter than `shortest` tokens are left out."""
-    parts: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
+def runs_of(ids: np.ndarray) -> Iterator[bytes]:
+    """Every `RUN` ids in a row."""
+    raw = ids.astype("<u2").tobytes()
+    return (raw[start : start + 2 * RUN] for start in range(0, len(raw) - 2 * RUN + 1, 2))
+
+
+def prepare(
+    texts: Iterable[str], tokenizer: Tokenizer, share: float, shortest: int, seed: int, apart: Container[bytes] = ()
+) -> dict[str, list]:
+    """The documents' ids by part; those shorter than `shortest` tokens, or with a run of `apart`, are in neither, but
+    the latter are under "shared"."""
+    parts: dict[str, list[np.ndarray]] = {part: [] for part in (*PARTS, SHARED)}
     waiting: list[str] = []
 
     def take() -> None:
         for text, ids in zip(waiting, tokenised(tokenizer, waiting), strict=True):
             if len(ids) > shortest:
-                parts[PARTS[is_held_out(text, share, seed)]].append(ids)
+                part = PARTS[is_held_out(text, share, seed)]
+                parts[SHARED if any(run in apart for run in runs_of(ids)) else part].append(ids)
         waiting.clear()
 
     for text in deduplicated(texts):
@@ -130,6 +143,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_value(parser, "--held_out", "share of the documents that is held out", 0.01, type=number_in(0, 1))
     add_value(parser, "--shortest", "least tokens of a document", 64, type=whole(1))
     add_value(parser, "--seed", "of what is held out", 0, type=whole(0))
+    text = "ids that the model will be judged by: documents that share a run with them are left out"
+    parser.add_argument("--apart", type=path, metavar="FILE", nargs="+", default=[], help=text)
     args = parser.parse_args(argv)
     args.parser = parser
     return args
@@ -149,8 +164,11 @@ def _prepare(args: argparse.Namespace) -> None:
             if text is not None:
                 yield text
 
+    with blame(args, "--apart"):
+        apart = {run for file in args.apart for run in runs_of(read_ids(file, len(tokenizer)))}
     with blame(args, "PATH"):
-        parts = prepare(texts(), tokenizer.backend_tokenizer, args.held_out, args.shortest, args.seed)
+        parts = prepare(texts(), tokenizer.backend_tokenizer, args.held_out, args.shortest, args.seed, apart)
+        shared = parts.pop(SHARED)
         if not any(parts.values()):
             raise ValueError(f"no document of {args.shortest} tokens and more")
     with blame(args, "--out"):
@@ -159,7 +177,10 @@ def _prepare(args: argparse.Namespace) -> None:
             counts[f"{part} documents"], counts[f"{part} tokens"] = len(documents), sum(map(len, documents))
             with replacing(args.out / f"{part}.bin.xz") as temporary:
                 temporary.write_bytes(lzma.compress(b"".join(ids.astype("<u2").tobytes() for ids in documents)))
+        if args.apart:
+            counts["documents left out"] = len(shared)
         options = {"held_out": args.held_out, "shortest": args.shortest, "seed": args.seed}
+        options["apart"] = list(map(str, args.apart))
         write_json(args.out / "text.json", {"paths": list(map(str, args.paths)), **options, **counts})
     tell(f"written to {args.out}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
 

@@ -7,15 +7,16 @@ soon as the record has it. The time is that of LLaDA's 8B shape with random weig
 quality is that of a real model of 135 million parameters at 4,096 tokens.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.readme_generation import DUAL, FULL, ONCE
+from benchmarks.readme_generation import DUAL, FULL, ONCE, rows_of
 from benchmarks.readme_generation import PAPER as DUAL_PAPER
 from benchmarks.readme_generation import SPARSE as DUAL_DENSE
-from benchmarks.records import ROOT, Record, has, read
+from benchmarks.records import ROOT, Record, benchmarks_of, has, read
 from sparsed import SparseDConfig
 from sparsed.console.files import write_text
 from sparsed.console.parser import Parser
@@ -23,7 +24,6 @@ from sparsed.console.parser import Parser
 from .svg import document
 
 FILE = ROOT / "assets" / "quality_time.svg"
-TIMES = ROOT / "benchmarks/results/generation-llada-64k-h200.json"
 CACHES, TABLE, WRITTEN = (
     ROOT / f"demo/real/results/{name}/summary.json" for name in ("caches", "table-256", "written")
 )
@@ -73,8 +73,7 @@ class Point:
 
 def ways() -> dict[str, Record]:
     """The ways whose forwards were timed after 64k tokens, and windows, whose forwards are sparse ones of SparseD's."""
-    (row,) = read(TIMES)["rows"]
-    timed = row["ways"]
+    timed = copy.deepcopy(rows_of(benchmarks_of("generation"))["llada", "64k"])
     answer = forwards_of(timed[ONCE])["answer"]
     for way in timed.values():
         if way["saving"]:  # refresh 2 and 4 have some of them

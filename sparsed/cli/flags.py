@@ -35,7 +35,7 @@ examples:
 
 which settings (speed over full attention: 256 tokens in 256 steps after 64k, one H200; loss: nats per token on a real
 model of 135M at 4k; beyond, measure dense answer rows first; more in docs/decoding.md):
-  --cache dual --refresh 0 --origin             149 to 165x, loss 0.033: a long answer to a long prompt
+  --cache dual --refresh 0 --origin             151 to 165x, loss 0.033: a long answer to a long prompt
   --cache dual --dense_answer --select 0.15     44x, loss 0.050: refreshed at every block; slower
   --cache dual --origin                         29 to 30x, loss 0.021: closer
   --dense_answer                                close without a cache, loss 0.024 (the paper's rule, the default: 0.150)

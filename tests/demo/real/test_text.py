@@ -47,12 +47,29 @@ def test_what_is_held_out_follows_from_text_and_seed_alone():
     assert drawn != [text.is_held_out(one, 0.1, 8) for one in texts]
 
 
+def test_what_shares_a_run_with_the_judge_s_text_is_left_out(base, tmp_path):
+    words = load_tokenizer(base).encode(" ".join(SENTENCES * 3))[: 3 * text.RUN]
+    np.array([0, *words[5 : 5 + text.RUN], 0], "<u2").tofile(tmp_path / "judge.bin")
+    sharing, near = words[: text.RUN + 5], words[: text.RUN + 4]
+    for name, ids in (("sharing", sharing), ("near", near)):
+        (tmp_path / f"{name}.txt").write_text(load_tokenizer(base).decode(ids))
+    files = [str(tmp_path / f"{name}.txt") for name in ("sharing", "near")]
+    flags = ["--checkpoint", str(base), "--out", str(tmp_path / "out"), "--shortest", "1", "--held_out", "0"]
+    for apart, left in ((["--apart", str(tmp_path / "judge.bin")], [near]), ([], [sharing, near])):
+        assert text.main([*files, *flags, *apart]) == 0
+        ids = read_ids(tmp_path / "out" / "train.bin.xz")
+        assert ids.tolist() == [one for document in left for one in (*document, 0)]
+        record = json.loads((tmp_path / "out" / "text.json").read_text())
+        assert record.get("documents left out", 0) == 2 - len(left)
+
+
 def test_wrong_text_is_refused(base, tmp_path, capsys):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\xff")
     common = ["--checkpoint", base, "--out", tmp_path / "out"]
     assert "PATH: no document" in refused(capsys, text.main, [tmp_path, *common])
     assert "No such file" in refused(capsys, text.main, [tmp_path / "nothing", *common])
     assert "--checkpoint" in refused(capsys, text.main, [tmp_path, "--checkpoint", tmp_path, "--out", tmp_path])
+    assert "--apart" in refused(capsys, text.main, [tmp_path, *common, "--apart", tmp_path / "nothing"])
     for content, name, said in (
         (b"abc", "x.bin", "3 bytes"),
         (b"ab", "x.bin.xz", "not an xz"),
