@@ -120,15 +120,12 @@ def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards:
     schedule = schedule_of(settings, way.config, SPARSED) if forwards is None else ByStep(forwards, 1)
     steps: list[tuple[str, int, bool]] = []  # phase, rows, whether it ran
     with attention_of(model, way.config, settings.steps, NEW_TOKENS, schedule=schedule) as sparse:
-        compiled, laps = 0.0, Laps(model.device)
+        laps = Laps(model.device)
         laps.mark()
 
         def tick(step: Step) -> None:
-            nonlocal compiled
-            so_far = 0.0 if sparse is None else sparse.compile_seconds
-            laps.deduct(so_far - compiled)
+            laps.deduct(0.0 if sparse is None else sparse.compile_seconds)
             laps.mark()
-            compiled = so_far
             steps.append((step.phase, step.computed, step.ran))
             if step.ran and sum(ran for *_, ran in steps) == forwards:
                 raise Enough
@@ -139,7 +136,7 @@ def run(model: DiffusionLM, tokens: int, way: Way, settings: Settings, forwards:
         found = [(phase, computed, lap) for (phase, computed, ran), lap in laps_of if ran]
         names = ("density", "backend", "backend_reason") if sparse is not None else ()
         kernel = {name: getattr(sparse, name) for name in names}
-        return Run(found, compiled, peak_memory(model.device), kernel)
+        return Run(found, laps.deducted, peak_memory(model.device), kernel)
 
 
 def check(way: Way, model: DiffusionLM, length: int) -> dict[str, Any]:

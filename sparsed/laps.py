@@ -14,6 +14,9 @@ class Laps:
     On a CUDA device a point is an event in its queue, and at a mark the host waits for the mark before, not for this
     one. So it prepares one lap while the device works on another, and knows a lap's time one lap later. Other devices
     are waited for at every point.
+
+    Attributes:
+        deducted: seconds that were taken out of laps.
     """
 
     def __init__(self, device: torch.device):
@@ -23,6 +26,7 @@ class Laps:
         self._marks: list[int] = []  # the points that are marks
         self._seconds: list[float] = []  # of each lap that has begun, without the stretches that are not known yet
         self._known = 0  # stretches that are
+        self.deducted = 0.0
 
     def mark(self) -> None:
         """End a lap, if one has begun, and begin the next."""
@@ -39,9 +43,10 @@ class Laps:
         """Count again, in the lap that has begun."""
         self._add(len(self._marks) - 1)
 
-    def deduct(self, seconds: float) -> None:
-        """Take seconds out of the lap that has begun."""
-        self._seconds[-1] -= seconds
+    def deduct(self, total: float) -> None:
+        """Take out of the lap that has begun what `total`, a count of seconds, has grown by since the last call."""
+        self._seconds[-1] -= total - self.deducted
+        self.deducted = total
 
     @property
     def finished(self) -> list[float]:

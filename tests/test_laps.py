@@ -20,8 +20,9 @@ def test_a_cpu_s_laps_are_the_clock_s(monkeypatch):
     assert found.finished == [1.25]
     found.pause()
     found.resume()
+    found.deduct(0.75)  # no more than before
     found.mark()
-    assert found.finished == found.seconds() == [1.25, 0.25 + 0.5]
+    assert found.finished == found.seconds() == [1.25, 0.25 + 0.5] and found.deducted == 0.75
 
 
 class Queue:

@@ -50,7 +50,6 @@ class StepClock:
     def __init__(self, device: torch.device, run: SparseRun | None, show: Show):
         self.laps, self.run, self.show = Laps(device), run, show
         self.steps: list[Step] = []
-        self.compile_seconds = 0.0
 
     def start(self) -> None:
         """Begin to time the first step."""
@@ -64,10 +63,8 @@ class StepClock:
 
     def tick(self, step: Step) -> None:
         """Note the end of `step`, which takes no time if it did not run the model."""
-        compiled = 0.0 if self.run is None else self.run.compile_seconds
-        self.laps.deduct(compiled - self.compile_seconds)
+        self.laps.deduct(0.0 if self.run is None else self.run.compile_seconds)
         self.laps.mark()
-        self.compile_seconds = compiled
         self.steps.append(step)
 
     def step_seconds(self) -> list[float]:
@@ -150,7 +147,7 @@ def run_once(job: Job, mode: Mode, label: str = "") -> RunRecord:
             forwards=forwards,
             work=work_of(forwards, committed),
             **prefix_fields(forwards),
-            compile_seconds=clock.compile_seconds,
+            compile_seconds=clock.laps.deducted,
             density=None if run is None else run.density,
             layers=choices.layers(),
             pattern=choices.pattern(),

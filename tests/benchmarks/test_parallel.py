@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import parallel
-from tests.helpers.processes import new_store, outcomes
+from benchmarks import parallel, sums
+from sparsed.models.parallel import SummedLinear
+from tests.helpers.processes import new_store, on_ranks, outcomes
 
 # tiny shapes, lengths and blocks instead of the published ones
 RUN = """
@@ -62,9 +63,27 @@ def test_two_processes_against_one(tmp_path):
         assert line in first[1]
 
 
-def test_one_process_is_not_enough(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(parallel, "require_gpu", lambda parser: torch.device("cpu"))
-    assert parallel.main(["--out", str(tmp_path / "record.json")]) == 2
+@pytest.mark.parametrize(("module", "name"), [(parallel, "parallel"), (sums, "sums")])
+def test_one_process_is_not_enough(module, name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(module, "require_gpu", lambda parser: torch.device("cpu"))
+    assert module.main(["--out", str(tmp_path / "record.json")]) == 2
     assert capsys.readouterr().err.endswith(
-        "needs several processes: torchrun --nproc_per_node 2 -m benchmarks.parallel ...\n"
+        f"needs several processes: torchrun --nproc_per_node 2 -m benchmarks.{name} ...\n"
     )
+    assert not any(tmp_path.iterdir())
+
+
+def in_pieces(ranks):
+    """A layer's sum piece by piece, and as the package makes it."""
+    x, weight = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(ranks.index)) for shape in ((37, 6), (10, 6))
+    )
+    layer = SummedLinear(weight, ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums, "PIECE", 16)
+        return sums.in_pieces(x, layer), layer(x)
+
+
+def test_pieces_have_the_same_sum():
+    for found, wanted in on_ranks(2, in_pieces):
+        torch.testing.assert_close(found, wanted)
