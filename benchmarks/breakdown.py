@@ -57,7 +57,7 @@ def by_purpose(kernels: dict[str, float]) -> dict[str, float]:
 
 
 def kernel_seconds(profiled: profile) -> dict[str, float]:
-    """The GPU's seconds by kernel, the longest first; copies and fills of memory are included."""
+    """The GPU's seconds by kernel, the longest first, with copies and fills of memory, and marks of NCCL's calls."""
     events = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
     found = {event.key: event.self_device_time_total / 1e6 for event in events}
     return dict(sorted(found.items(), key=lambda item: -item[1]))

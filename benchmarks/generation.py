@@ -6,9 +6,9 @@ Batch 1, 256 new tokens in blocks of 32, bfloat16, greedy, random weights of the
 one forward of all rows and 31 cached ones; 72 steps give it one and 8. Cached generations are run whole, --repeats
 times, uncached ones once. Beyond 16k, uncached ones are put together from the medians of a few forwards of each kind,
 and the record says so (`measured`). A prefix cache's cached steps compute from 256 rows down to 32. At each length
-every way's attention is first checked against float64 on random heads, and every way has run once at the first length
-(`warm_up`: its time). With --reference, Fast-dLLM's own code then runs in its own process; `ours_faster` compares it
-with our dual cache at the same number of forwards of each kind. The record is written after each way.
+every way's attention is first checked against float64 on random heads, and every way of the call has run once at the
+first length (`warm_up`: its time). With --reference, Fast-dLLM's own code then runs in its own process; `ours_faster`
+compares it with our dual cache at the same number of forwards of each kind. The record is written after each way.
 """
 
 import argparse
@@ -65,11 +65,12 @@ FEW = 3  # least number of forwards of a kind from which an uncached generation 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to generate: SparseD under a config, or full attention without one; and its cache."""
+    """A way to generate: SparseD under a config, or full attention without one; its cache; what --ways calls it."""
 
     name: str
     config: SparseDConfig | None = None
     saving: dict[str, Any] = field(default_factory=dict)
+    flag: str = ""
 
     def settings(self, family: str, steps: int) -> Settings:
         """How the family samples."""
@@ -80,17 +81,15 @@ PAPER, DENSE_ANSWER = SparseDConfig(), SparseDConfig(select=0.15, dense_answer=T
 CACHE = {"cache": "dual"}
 CACHE_ALONE = "dual cache"
 WAYS = (
-    Way("full attention"),
-    Way("SparseD, the paper's", PAPER),
-    Way("SparseD, dense answer rows, select 0.15", DENSE_ANSWER),
-    Way(CACHE_ALONE, None, CACHE),
-    Way("dual cache, the paper's SparseD", PAPER, CACHE),
-    Way("dual cache, dense answer rows, select 0.15", DENSE_ANSWER, CACHE),
-    Way("dual cache, all rows once", None, CACHE | {"refresh": 0}),
-    Way("prefix cache", None, {"cache": "prefix"}),
+    Way("full attention", flag="origin"),
+    Way("SparseD, the paper's", PAPER, flag="sparsed"),
+    Way("SparseD, dense answer rows, select 0.15", DENSE_ANSWER, flag="sparsed-dense"),
+    Way(CACHE_ALONE, None, CACHE, "dual"),
+    Way("dual cache, the paper's SparseD", PAPER, CACHE, "dual-sparsed"),
+    Way("dual cache, dense answer rows, select 0.15", DENSE_ANSWER, CACHE, "dual-dense"),
+    Way("dual cache, all rows once", None, CACHE | {"refresh": 0}, "once"),
+    Way("prefix cache", None, {"cache": "prefix"}, "prefix"),
 )
-# as --ways names them
-FLAGS = ("origin", "sparsed", "sparsed-dense", "dual", "dual-sparsed", "dual-dense", "once", "prefix")
 
 
 @dataclass(frozen=True)
@@ -235,8 +234,8 @@ def uncached(model: DiffusionLM, tokens: int, way: Way, full: Times) -> dict[str
 
 
 def chosen(flags: list[str]) -> list[Way]:
-    """The ways that --ways names, in the usual order, and full attention, with which all are compared."""
-    return [way for flag, way in zip(FLAGS, WAYS, strict=True) if flag in flags or way is WAYS[0]]
+    """The ways that --ways names, in the usual order, after full attention, with which all are compared."""
+    return [way for way in WAYS if way.flag in flags or way is WAYS[0]]
 
 
 def measure(model: DiffusionLM, row: dict[str, Any], ways: list[Way], repeats: int) -> Iterator[str]:
@@ -317,8 +316,9 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """The flags, checked; a wrong call exits with code 2 after one line."""
     parser = build_parser("generation", __doc__, lengths="4k,16k", families=SHAPES)
     text = "cached generations of each way (default: %(default)s)"
-    every = ",".join(FLAGS)
-    parser.add_argument("--ways", type=some_of(FLAGS), default=every, metavar="NAMES", help=f"some of {every}, or all")
+    flags = [way.flag for way in WAYS]
+    text = f"some of {', '.join(flags)}, separated by commas; origin always runs (default: all)"
+    parser.add_argument("--ways", type=some_of(flags), default=",".join(flags), metavar="NAMES", help=text)
     parser.add_argument("--repeats", type=whole(1), default=3, help=text)
     parser.add_argument("--reference", type=Path, metavar="DIR", help="also time Fast-dLLM's own code, in this folder")
     args = parse_arguments(parser, argv)

@@ -20,23 +20,26 @@ COLUMNS = {
     f"{FEWER} steps: {DUAL}": (DUAL, FEWER),
     "with SparseD ": (SPARSE, FEWER),
 }
-WARM = "1k"  # calls of long prompts began there, with some ways
+UNCACHED = ("SparseD, the paper's", "SparseD, dense answer rows, select 0.15")
+WARM_UP = "1k"  # the length at which calls of long prompts began; in no table
 SHORT = ("SparseD", DUAL, "with SparseD", "all rows once")  # of the columns, in the README
 
 
 def rows_of(records: list[Record]) -> dict[tuple[str, str], Record]:
-    """The ways of every family and length, in the table's order. Of two calls of a way the later one counts, but for
-    Fast-dLLM's code the one in which it was faster: it is not ours to choose a call in which its host was busy."""
+    """The ways of every family and length that ran, in the table's order. Of two calls of a way the later one counts,
+    but for Fast-dLLM's code the one in which it was faster: it is not ours to choose a call in which its host was busy.
+    """
     found: dict[tuple[str, str], Record] = {}
     for record in sorted(records, key=lambda record: record["date"]):
         for row in record["rows"]:
-            if row["length"] == WARM:
+            if row["length"] == WARM_UP:
                 continue
-            place = record["family"], row["length"]
-            earlier = found.get(place, {})
-            both = [ways for ways in (earlier, row["ways"]) if THEIRS in ways]
-            quicker = min(both, key=lambda ways: ways[THEIRS]["steps"][EQUAL]["seconds"], default={})
-            found[place] = earlier | row["ways"] | ({THEIRS: quicker[THEIRS]} if quicker else {})
+            ways = found.setdefault((record["family"], row["length"]), {})
+            ran = {name: way for name, way in row["ways"].items() if "steps" in way}
+            theirs = [way for way in (ways.get(THEIRS), ran.get(THEIRS)) if way]
+            ways |= ran
+            if theirs:
+                ways[THEIRS] = min(theirs, key=lambda way: way["steps"][EQUAL]["seconds"])
     return dict(sorted(found.items(), key=lambda item: (item[0][0], LENGTHS[item[0][1]])))
 
 
@@ -45,11 +48,13 @@ def generation_table(records: list[Record], titles: dict[str, str]) -> str:
     lines, rows = [], rows_of(records)
     columns = {title: place for title, place in COLUMNS.items() if any(place[0] in ways for ways in rows.values())}
     for (family, length), ways in rows.items():
-        full, cached = ways[FULL]["steps"][EQUAL], ways[DUAL]["steps"][EQUAL]
         gains = [_gain(ways, name, steps) for name, steps in columns.values()]
-        step = f"{1e3 * cached['forwards']['cached']['seconds']['median']:.3g} ms"
-        memory = f"{cached['peak_memory_bytes'] / 1e9:.0f} GB"
-        lines.append([titles[family], length, _seconds(full), *gains, step, memory])
+        step, memory = "-", "-"
+        if DUAL in ways:
+            cached = ways[DUAL]["steps"][EQUAL]
+            step = f"{1e3 * cached['forwards']['cached']['seconds']['median']:.3g} ms"
+            memory = f"{cached['peak_memory_bytes'] / 1e9:.0f} GB"
+        lines.append([titles[family], length, _seconds(ways[FULL]["steps"][EQUAL]), *gains, step, memory])
     return markdown(["model", "prompt", FULL, *columns, "cached step", "memory"], lines)
 
 
@@ -77,8 +82,10 @@ def _gain(ways: Record, name: str, steps: str) -> str:
 
 
 def generation_figures(records: list[Record]) -> dict[str, str]:
-    """By name: seconds and gains at 64k, and how much faster than Fast-dLLM's code where it ran."""
-    found = {}
+    """By name: seconds and gains, how much faster than Fast-dLLM's code where it ran, and SparseD's gains at 4k."""
+    rows = [row for record in records for row in record["rows"] if row["length"] == "4k"]
+    gains = [row["ways"][way]["steps"][EQUAL]["speedup"] for row in rows for way in UNCACHED]
+    found = {"generation.4k.sparse.least": f"{min(gains):.2f}", "generation.4k.sparse.most": f"{max(gains):.2f}"}
     kinds = {
         "full": FULL,
         "sparse": COLUMNS["SparseD"][0],
@@ -95,7 +102,8 @@ def generation_figures(records: list[Record]) -> dict[str, str]:
             entry = ways[way]["steps"][EQUAL]
             found[f"{name}.{kind}"] = f"{entry['seconds']:.{0 if entry['seconds'] >= 100 else 1}f}"
             found[f"{name}.{kind}.gain"] = f"{entry['speedup']:.{0 if entry['speedup'] >= 10 else 1}f}"
-        found[f"{name}.sparse.gain.fine"] = f"{ways[kinds['sparse']]['steps'][EQUAL]['speedup']:.2f}"
+        if kinds["sparse"] in ways:
+            found[f"{name}.sparse.gain.fine"] = f"{ways[kinds['sparse']]['steps'][EQUAL]['speedup']:.2f}"
         theirs = ways.get(THEIRS, {}).get("steps")
         if theirs:
             found[f"{name}.fast-dllm"] = f"{theirs[EQUAL]['ours_faster']:.1f}"

@@ -9,6 +9,7 @@ from sparsed import SparseDConfig
 from sparsed.evaluation.results import figure, markdown
 
 from . import readme_judge
+from .breakdown import by_purpose
 from .common import seconds
 from .phases import derive
 from .plot import overview
@@ -16,7 +17,6 @@ from .readme_generation import (
     DUAL,
     EQUAL,
     FULL,
-    ONCE,
     generation_figures,
     generation_table,
     generation_table_short,
@@ -152,16 +152,18 @@ def _lost(row: Record) -> list[str]:
 
 
 def _bound_figures() -> dict[str, str]:
-    """How many times as fast LLaDA's caches at 64k could be if a cached step took only its kernels' time."""
+    """How many times as fast LLaDA's dual cache at 64k could be if a cached step took only its kernels' time and a
+    full one no longer than without a cache; the ms of such a step at which it would be 30 times."""
     ways = rows_of(benchmarks_of("generation"))["llada", "64k"]
     (row,) = benchmark("parallel-llada-64k-h200")["rows"]
-    cached, figures = sum(row["one"]["cached_step"]["purposes"].values()), {}
-    for name, way in (("dual", DUAL), ("once", ONCE)):
-        forwards = ways[way]["steps"][EQUAL]["forwards"]
-        rest = sum(part["count"] * part["seconds"]["median"] for kind, part in forwards.items() if kind != "cached")
-        bound = ways[FULL]["steps"][EQUAL]["seconds"] / (rest + forwards["cached"]["count"] * cached)
-        figures[f"generation.bound.{name}"] = f"{bound:.{1 if bound < 100 else 0}f}"
-    return figures
+    kernels = sum(by_purpose(row["one"]["cached_step"]["kernels"]).values())
+    whole = ways[FULL]["steps"][EQUAL]["seconds"]
+    counts = {kind: part["count"] for kind, part in ways[DUAL]["steps"][EQUAL]["forwards"].items()}
+    full = counts["full"] * whole / int(EQUAL)
+    return {
+        "generation.bound": f"{whole / (full + counts['cached'] * kernels):.1f}",
+        "generation.bound.step": f"{1e3 * (whole / 30 - full) / counts['cached']:.1f}",
+    }
 
 
 def _fidelity_figures() -> dict[str, str]:

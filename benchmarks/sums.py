@@ -31,6 +31,7 @@ from .shapes import SHAPES, model_config
 
 FEW = (1, 8, 32, 33, 64, 128)  # rows
 MANY = LENGTHS["64k"] + NEW_TOKENS
+MANY_WAYS = ("product", "whole", "pieces")
 PIECE = 4096
 A_GRAPH, CALLS, WARM_CALLS = 32, 15, 2  # sums in a graph; calls that are timed, and before them
 PROGRAM = "python -m benchmarks.sums"
@@ -108,9 +109,10 @@ def many_rows(ranks: Ranks, name: str, inputs: int, width: int) -> dict[str, Any
     """A layer that ends in a sum, for many rows."""
     x, weight = (torch.randn(n, inputs // ranks.count, device="cuda", dtype=DTYPE) for n in (MANY, width))
     layer = SummedLinear(weight, ranks)
-    ways = {"product": lambda: F.linear(x, weight), "whole": lambda: layer(x), "pieces": lambda: in_pieces(x, layer)}
+    works = (lambda: F.linear(x, weight), lambda: layer(x), lambda: in_pieces(x, layer))
     error = difference(in_pieces(x, layer), layer(x))
-    return {"layer": name, "rows": MANY, "error": error} | {way: median_seconds(work) for way, work in ways.items()}
+    times = {way: median_seconds(work) for way, work in zip(MANY_WAYS, works, strict=True)}
+    return {"layer": name, "rows": MANY, "error": error} | times
 
 
 def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
@@ -138,7 +140,7 @@ def measure(argv: list[str] | None, ranks: Ranks) -> None:
         for row in record["few"]:
             print(f"{row['rows']} rows: NCCL {1e6 * row['nccl']:.1f} us, one-shot {1e6 * row['one_shot']:.1f} us")
         for row in record["many"]:
-            print(f"{row['layer']}: " + ", ".join(f"{way} {1e3 * row[way]:.2f} ms" for way in list(row)[3:]))
+            print(f"{row['layer']}: " + ", ".join(f"{way} {1e3 * row[way]:.2f} ms" for way in MANY_WAYS))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -129,6 +129,14 @@ def read_ids(file: Path, vocabulary: int) -> np.ndarray:
     return ids
 
 
+def documents_in(file: Path, vocabulary: int) -> np.ndarray:
+    """`read_ids` of documents, which END ends; ValueError if it ends none, as in a file of something else."""
+    ids = read_ids(file, vocabulary)
+    if END not in ids:
+        raise ValueError(f"{file} must hold the ids of documents that end with id {END}, as this command writes them")
+    return ids
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prepare text with these words (None: the process's own); returns the exit code."""
     advice = "take less text at once"
@@ -143,7 +151,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_value(parser, "--held_out", "share of the documents that is held out", 0.01, type=number_in(0, 1))
     add_value(parser, "--shortest", "least tokens of a document", 64, type=whole(1))
     add_value(parser, "--seed", "of what is held out", 0, type=whole(0))
-    text = "ids that the model will be judged by: documents that share a run with them are left out"
+    text = "ids, as this command writes them, that the model will be judged by: documents that share a run are left out"
     parser.add_argument("--apart", type=path, metavar="FILE", nargs="+", default=[], help=text)
     args = parser.parse_args(argv)
     args.parser = parser
@@ -165,11 +173,14 @@ def _prepare(args: argparse.Namespace) -> None:
                 yield text
 
     with blame(args, "--apart"):
-        apart = {run for file in args.apart for run in runs_of(read_ids(file, len(tokenizer)))}
+        apart = {run for file in args.apart for run in runs_of(documents_in(file, len(tokenizer)))}
     with blame(args, "PATH"):
         parts = prepare(texts(), tokenizer.backend_tokenizer, args.held_out, args.shortest, args.seed, apart)
-        shared = parts.pop(SHARED)
+    shared = parts.pop(SHARED)
+    with blame(args, "--apart" if shared else "PATH"):
         if not any(parts.values()):
+            if shared:
+                raise ValueError(f"every document shares {RUN} tokens in a row with them")
             raise ValueError(f"no document of {args.shortest} tokens and more")
     with blame(args, "--out"):
         args.out.mkdir(parents=True, exist_ok=True)

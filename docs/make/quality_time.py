@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.readme_generation import DUAL, FULL, ONCE, rows_of
+from benchmarks.readme_generation import DUAL, FULL, ONCE, THEIRS, rows_of
 from benchmarks.readme_generation import PAPER as DUAL_PAPER
 from benchmarks.readme_generation import SPARSE as DUAL_DENSE
 from benchmarks.records import ROOT, Record, benchmarks_of, has, read
@@ -74,6 +74,7 @@ class Point:
 def ways() -> dict[str, Record]:
     """The ways whose forwards were timed after 64k tokens, and windows, whose forwards are sparse ones of SparseD's."""
     timed = copy.deepcopy(rows_of(benchmarks_of("generation"))["llada", "64k"])
+    timed.pop(THEIRS, None)
     answer = forwards_of(timed[ONCE])["answer"]
     for way in timed.values():
         if way["saving"]:  # refresh 2 and 4 have some of them

@@ -23,7 +23,7 @@ class Played:
         self.out = tmp_path / "record.json"
         self.flags = ["--family", family, "--lengths", "4k,64k", "--repeats", "2", "--out", str(self.out)]
         model = load_model(tiny_checkpoint(tmp_path / "model", family), device="cpu")
-        ways = [Way(way.name, way.config and ATTENTION, way.saving) for way in WAYS]
+        ways = [Way(way.name, way.config and ATTENTION, way.saving, way.flag) for way in WAYS]
         for name, value in {
             "require_gpu": lambda parser: CPU,
             "random_model": lambda family, device: model,

@@ -88,21 +88,25 @@ def check_same(found, wanted):
 
 
 FAILING = """
-import os, sys, torch
+import os, pathlib, sys, time, torch
 from sparsed import cli
 def without_memory(*_, **__):
-    if os.environ["RANK"] == sys.argv.pop():
+    failing, file = sys.argv[-1], pathlib.Path(sys.argv[-2])
+    if os.environ["RANK"] == failing:
+        file.write_text(str(time.time()))
         raise torch.OutOfMemoryError("Tried to allocate 3.00 GiB")
     torch.distributed.barrier()  # in which the other process would wait for ever
 cli.main.load_model = without_memory
 sys.argv[0] = "llada_generation.py"
-sys.exit(cli.main_llada(sys.argv[1:-1]))
+sys.exit(cli.main_llada(sys.argv[1:-2]))
 """
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_all_end_as_the_one_that_fails(checkpoints, failing):
-    first, second = outcomes(2, FAILING, "--model_path", checkpoints["llada"], *SHORT, failing)
+def test_all_end_as_the_one_that_fails(checkpoints, failing, tmp_path):
+    failed = tmp_path / "failed"
+    first, second = outcomes(2, FAILING, "--model_path", checkpoints["llada"], *SHORT, failed, failing)
+    assert time.time() - float(failed.read_text()) < 5
     assert (first[:2], second) == ((3, ""), (3, "", ""))
     line = "llada_generation.py: error: out of memory (tried to allocate 3.00 GiB); try a shorter --prompt"
     assert first[2].startswith(line) and first[2].count("\n") == 1

@@ -47,7 +47,7 @@ def test_what_is_held_out_follows_from_text_and_seed_alone():
     assert drawn != [text.is_held_out(one, 0.1, 8) for one in texts]
 
 
-def test_what_shares_a_run_with_the_judge_s_text_is_left_out(base, tmp_path):
+def test_what_shares_a_run_with_the_judge_s_text_is_left_out(base, tmp_path, capsys):
     words = load_tokenizer(base).encode(" ".join(SENTENCES * 3))[: 3 * text.RUN]
     np.array([0, *words[5 : 5 + text.RUN], 0], "<u2").tofile(tmp_path / "judge.bin")
     sharing, near = words[: text.RUN + 5], words[: text.RUN + 4]
@@ -61,6 +61,9 @@ def test_what_shares_a_run_with_the_judge_s_text_is_left_out(base, tmp_path):
         assert ids.tolist() == [one for document in left for one in (*document, 0)]
         record = json.loads((tmp_path / "out" / "text.json").read_text())
         assert record.get("documents left out", 0) == 2 - len(left)
+    capsys.readouterr()
+    said = refused(capsys, text.main, [files[0], *flags, "--apart", tmp_path / "judge.bin"])
+    assert "--apart" in said and "every document" in said
 
 
 def test_wrong_text_is_refused(base, tmp_path, capsys):
@@ -69,7 +72,9 @@ def test_wrong_text_is_refused(base, tmp_path, capsys):
     assert "PATH: no document" in refused(capsys, text.main, [tmp_path, *common])
     assert "No such file" in refused(capsys, text.main, [tmp_path / "nothing", *common])
     assert "--checkpoint" in refused(capsys, text.main, [tmp_path, "--checkpoint", tmp_path, "--out", tmp_path])
-    assert "--apart" in refused(capsys, text.main, [tmp_path, *common, "--apart", tmp_path / "nothing"])
+    (tmp_path / "judge.txt").write_text("some text")
+    for file in ("nothing", "judge.txt"):
+        assert "--apart" in refused(capsys, text.main, [tmp_path, *common, "--apart", tmp_path / file])
     for content, name, said in (
         (b"abc", "x.bin", "3 bytes"),
         (b"ab", "x.bin.xz", "not an xz"),
