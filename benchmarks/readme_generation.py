@@ -102,8 +102,6 @@ def generation_figures(records: list[Record]) -> dict[str, str]:
             entry = ways[way]["steps"][EQUAL]
             found[f"{name}.{kind}"] = f"{entry['seconds']:.{0 if entry['seconds'] >= 100 else 1}f}"
             found[f"{name}.{kind}.gain"] = f"{entry['speedup']:.{0 if entry['speedup'] >= 10 else 1}f}"
-        if kinds["sparse"] in ways:
-            found[f"{name}.sparse.gain.fine"] = f"{ways[kinds['sparse']]['steps'][EQUAL]['speedup']:.2f}"
         theirs = ways.get(THEIRS, {}).get("steps")
         if theirs:
             found[f"{name}.fast-dllm"] = f"{theirs[EQUAL]['ours_faster']:.1f}"

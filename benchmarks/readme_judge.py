@@ -411,9 +411,14 @@ def judge_figures() -> dict[str, str]:
         **{f"clean.full.{length}": clean_row(FULL | {"skip": None}, None, length)["nll"] for length in LENGTHS},
         "clean.gate.copy": gate_of(judged("table-clean")["lengths"][1])["copy"]["advantage"],
         "clean.window.4096": clean_row(WINDOW, 128, 4096)["difference"],
-        "clean.window": clean_row(WINDOW, 128)["difference"],
+        "clean.window.few": clean_row(WINDOW | {"select": 0.05}, 128)["difference"],
         "clean.streaming": clean_row(STREAMING, 128)["difference"],
         **{f"caches.{name}": cached_row(row)["difference"] for name, row in cached.items()},
+        "caches.plain": cached_row(PLAIN)["difference"],
+        **{
+            f"caches.{name}.all": cached_row(row, 1.0)["difference"]
+            for name, row in (("plain", PLAIN), ("near", NEAR), ("fast", FAST))
+        },
         **{f"caches.{name}.added": cached_row(cached[name])["sparse"] for name in ("fast", "near")},
         **{
             f"caches.mixed.{name}": cached_row(cached[name], folder="caches-mixed")["difference"]

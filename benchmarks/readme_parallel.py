@@ -246,9 +246,9 @@ def parallel_figures(records: list[Record], titles: dict[str, str]) -> dict[str,
     return figures
 
 
-def sums_figures(records: list[Record]) -> dict[str, str]:
-    """A sum of a cached step, in us, by NCCL and by the one-shot kernel; both layers of 64k rows, in ms, in one sum and
-    in pieces."""
+def sums_figures(records: list[Record], parallel: list[Record]) -> dict[str, str]:
+    """A sum of a cached step, in us, by NCCL and by the one-shot kernel, and what that would save; both layers of 64k
+    rows, in ms, in one sum and in pieces."""
     figures = {}
     for record in records:
         rows = BLOCK_LENGTH + (record["family"] == "dream")  # Dream's has one more on the left
@@ -256,7 +256,9 @@ def sums_figures(records: list[Record]) -> dict[str, str]:
         name = f"sums.{record['family']}"
         figures |= {f"{name}.{way}": f"{1e6 * few[way]:.1f}" for way in ("nccl", "one_shot")}
         layers = model_config(record["family"]).sizes.layers
-        figures[f"{name}.saved"] = f"{1e3 * 2 * layers * (few['nccl'] - few['one_shot']):.2f}"
+        saved = 2 * layers * (few["nccl"] - few["one_shot"])
+        one, every = (Measured(parallel, record["family"]).median(SHORT, CACHED, who) for who in (ONE, ALL))
+        figures |= {f"{name}.saved": f"{1e3 * saved:.2f}", f"{name}.cached": f"{one / (every - saved):.2f}"}
         figures |= {
             f"{name}.{way}": f"{1e3 * sum(row[way] for row in record['many']):.1f}" for way in ("whole", "pieces")
         }
