@@ -466,8 +466,8 @@ def judge_figures() -> dict[str, str]:
     widths = [abs(row["difference"] - row[f"difference_{end}"]) for row in cells for end in ("low", "high")]
     on_values = [lost for place in product(TITLES, ANSWERS) for lost in values_lost(*place)]
     percents = {
-        f"heads.{name}{more}": row[name]
-        for (row, more), name in product(((heads, ""), (others, ".clean")), ("held", "later", "heads", "steps_alike"))
+        f"heads.{name}{ending}": row[name]
+        for (row, ending), name in product(((heads, ""), (others, ".clean")), ("held", "later", "heads", "steps_alike"))
     }
     least = min(gate[name]["advantage"][1] for gate in gates for name in ("planted", "copy", "repeated"))
     gains = {

@@ -46,8 +46,8 @@ def _unchanged_figures(read: Read) -> dict[str, str]:
 
 def _whole_steps(runs: Record) -> list[float]:
     """Seconds of a full step in both modes, a sparse one, and one that selects."""
-    full, *steps = (runs["sparsed"][phase]["median"] for phase in ("full_step", "sparse_step", "selection"))
-    return [runs["origin"]["full_step"]["median"], full, steps[0], full + steps[1]]
+    full, sparse, selection = (runs["sparsed"][phase]["median"] for phase in ("full_step", "sparse_step", "selection"))
+    return [runs["origin"]["full_step"]["median"], full, sparse, full + selection]
 
 
 def of_full(row: Record, phase: str) -> float:

@@ -180,7 +180,7 @@ def _prepare(args: argparse.Namespace) -> None:
     with blame(args, "--apart" if shared else "PATH"):
         if not any(parts.values()):
             if shared:
-                raise ValueError(f"every document shares {RUN} tokens in a row with them")
+                raise ValueError(f"every document of {args.shortest} tokens and more shares {RUN} in a row with them")
             raise ValueError(f"no document of {args.shortest} tokens and more")
     with blame(args, "--out"):
         args.out.mkdir(parents=True, exist_ok=True)
