@@ -279,7 +279,7 @@ FORCED = Panel(
         (STREAMING, ""): ("StreamingLLM", -9, 4, "end"),
         (DUAL, ""): ("dual cache", 11, 4, "start"),
         (DUAL_PAPER, ""): ("dual cache + SparseD", 11, -3, "start"),
-        (DUAL_DENSE, ""): ("dual cache + dense rows", 11, 12, "start"),
+        (DUAL_DENSE, ""): ("dual cache + dense rows", 9, 19, "start"),
         (ONCE, ""): ("all rows|once", -24, BELOW, "start"),
     },
 )
