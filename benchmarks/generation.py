@@ -316,11 +316,10 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """The flags, checked; a wrong call exits with code 2 after one line."""
     parser = build_parser("generation", __doc__, lengths="4k,16k", families=SHAPES)
     flags = [way.flag for way in WAYS]
-    text = f"some of {', '.join(flags)}, separated by commas; origin always runs (default: all)"
-    parser.add_argument("--ways", type=some_of(flags), default=",".join(flags), metavar="NAMES", help=text)
-    parser.add_argument(
-        "--repeats", type=whole(1), default=3, help="cached generations of each way (default: %(default)s)"
-    )
+    which = f"some of {', '.join(flags)}, separated by commas; origin always runs (default: all)"
+    parser.add_argument("--ways", type=some_of(flags), default=",".join(flags), metavar="NAMES", help=which)
+    text = "cached generations of each way (default: %(default)s)"
+    parser.add_argument("--repeats", type=whole(1), default=3, help=text)
     parser.add_argument("--reference", type=Path, metavar="DIR", help="also time Fast-dLLM's own code, in this folder")
     args = parse_arguments(parser, argv)
     if args.reference is not None:

@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 from .common import LENGTHS
-from .readme_generation import rows_of
+from .readme_generation import UNCACHED_PAPER, rows_of
 from .records import benchmarks_of
 
 Record = dict[str, Any]
@@ -13,7 +13,6 @@ Read = Callable[[str], Record]  # a record of benchmarks/results by its name
 FAMILIES = ("dream", "llada")
 # with FlashAttention-4 and without it; the second record has other lengths too
 BREAKDOWNS = {"flash": "breakdown-{}-64k-flash-h100", "triton": "breakdown-{}-h100"}
-PAPER = "SparseD, the paper's"  # a way of the generation records
 GB = 1e9
 
 
@@ -111,7 +110,7 @@ def _small_block_figures(read: Read) -> dict[str, str]:
 def _memory_figures(family: str, long: Record) -> dict[str, str]:
     """The peak of SparseD's defaults at 64k, before the MLP was computed in chunks and after."""
     ways = rows_of(benchmarks_of("generation"))[family, "64k"]
-    before, after = (run["peak_memory_bytes"] / GB for run in (long["runs"]["sparsed"], ways[PAPER]))
+    before, after = (run["peak_memory_bytes"] / GB for run in (long["runs"]["sparsed"], ways[UNCACHED_PAPER]))
     return {f"memory.{family}.before": f"{before:.1f}", f"memory.{family}.after": f"{after:.1f}"}
 
 

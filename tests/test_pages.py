@@ -280,6 +280,12 @@ def test_what_follows_from_the_losses():
     assert caches[0] - caches[None] == pytest.approx(0.012, abs=0.0005)
 
 
+def test_every_line_of_the_third_training_has_all_documents():
+    found = judged("table-clean")
+    assert not any(length["cannot_tell"] for length in found["lengths"])
+    assert {(row["length"], row["documents"]) for row in found["rows"]} == {(4096, 50), (8192, 20)}
+
+
 def test_what_follows_from_the_second_checkpoint():
     found = judged("table-mixed")
     assert not any(length["cannot_tell"] for length in found["lengths"])

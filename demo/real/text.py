@@ -5,8 +5,7 @@
 Every UTF-8 file is a document; other files are skipped. A paragraph that an earlier document already had is left out,
 so that no held-out text was trained on; repetitions within a document stay. Only a document's text and --seed decide
 whether it is held out. With --apart, documents that share 24 tokens in a row with texts to judge by are left out.
-Writes train.bin.xz and held-out.bin.xz, uint16 ids with id 0 after every document, and
-text.json, which describes them.
+Writes train.bin.xz and held-out.bin.xz, uint16 ids with id 0 after every document, and text.json, which describes them.
 """
 
 import argparse

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.readme_generation import DUAL, FULL, ONCE, THEIRS, rows_of
+from benchmarks.readme_generation import DUAL, FULL, ONCE, PREFIX, THEIRS, rows_of
 from benchmarks.readme_generation import PAPER as DUAL_PAPER
 from benchmarks.readme_generation import SPARSE as DUAL_DENSE
+from benchmarks.readme_generation import UNCACHED_PAPER as PAPER
+from benchmarks.readme_generation import UNCACHED_SPARSE as DENSE
 from benchmarks.records import ROOT, Record, benchmarks_of, has, read
 from sparsed import SparseDConfig
 from sparsed.console.files import write_text
@@ -28,8 +30,7 @@ CACHES, TABLE, WRITTEN = (
     ROOT / f"demo/real/results/{name}/summary.json" for name in ("caches", "table-256", "written")
 )
 TOKENS, LENGTH, BLOCK = 256, 4096, 32
-PAPER, DENSE = "SparseD, the paper's", "SparseD, dense answer rows, select 0.15"
-PREFIX, WINDOW, STREAMING = "prefix cache", "window", "StreamingLLM"
+WINDOW, STREAMING = "window", "StreamingLLM"
 
 # ------------------------------------------------------------------------------------------------------------ data
 
